@@ -1,0 +1,27 @@
+"""Energies inside NumPyro models: declared, fitted and exported with their normalisers."""
+
+from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.errors import NonFiniteError, UnknownNormalizerError
+from ebm_ppl.jarzynski import Jarzynski, JarzynskiState, Walkers
+from ebm_ppl.kernels import MALA, ULA
+from ebm_ppl.normalizer import LogNormalizer, log_normalizer
+from ebm_ppl.resampling import multinomial, systematic
+from ebm_ppl.training import Fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MALA",
+    "ULA",
+    "EnergyDistribution",
+    "Fit",
+    "Jarzynski",
+    "JarzynskiState",
+    "LogNormalizer",
+    "NonFiniteError",
+    "UnknownNormalizerError",
+    "Walkers",
+    "log_normalizer",
+    "multinomial",
+    "systematic",
+]

@@ -1,0 +1,262 @@
+"""Annealing from a distribution that can be sampled to an energy: sequential Monte Carlo over temperatures.
+
+The path is ``U_β = U_start + β D`` with ``D = U − U_start``, β from 0 to 1, in the walkers' coordinates u.  A
+*pilot* ensemble chooses the temperatures and the step sizes; fresh islands then follow that fixed protocol, so
+each island's Ẑ is unbiased, its own ESS-triggered resampling included (Neal 2001; Del Moral, Doucet and Jasra
+2006).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+
+from ebm_ppl.kernels import Kernel, KernelState, adapt_step_size, move
+from ebm_ppl.resampling import Resampling
+from ebm_ppl.weights import conditional_ess_fraction, ess_fraction, log_mean_exp
+
+
+class Path(NamedTuple):
+    """``start(u)`` and ``difference(u)``: U_start and U − U_start, each ``(num_chains, num_walkers, *batch)``."""
+
+    start: Callable[[Array], Array]
+    difference: Callable[[Array], Array]
+
+
+class Ladder(NamedTuple):
+    """A fixed protocol: inverse temperatures ``(num_temperatures,)``, step sizes ``(num_temperatures, *batch)``."""
+
+    betas: Array
+    step_sizes: Array
+
+
+class Pilot(NamedTuple):
+    """What the pilot found: a padded ladder and how many of its rungs are real."""
+
+    ladder: Ladder
+    num_rungs: Array
+
+
+class Ensemble(NamedTuple):
+    """Weighted walkers and their islands' past log normalisers.
+
+    Attributes:
+        position: Walkers in base-standard coordinates, ``(num_chains, num_walkers, *batch, *event)``.
+        potential: ``U_u`` there, ``(num_chains, num_walkers, *batch)``.
+        log_weight: A, same shape.
+        log_normalizer: Sum of the log-mean-exps at past resamplings, ``(num_chains, *batch)``.
+    """
+
+    position: Array
+    potential: Array
+    log_weight: Array
+    log_normalizer: Array
+
+    @property
+    def log_normalizers(self) -> Array:
+        """``log Ẑ_c`` of every island, ``(num_chains, *batch)``."""
+        return self.log_normalizer + log_mean_exp(self.log_weight, axis=1)
+
+
+def resample_where_low(
+    rng_key: Array, ensemble: Ensemble, ess_threshold: float, resampling: Resampling
+) -> tuple[Ensemble, Array]:
+    """Resample every island (and batch element) whose own ESS fraction is under the threshold.
+
+    Returns the ensemble and a boolean ``(num_chains, *batch)``: where it happened.
+    """
+    low = ess_fraction(ensemble.log_weight, axis=1) < ess_threshold
+
+    def resample(ensemble: Ensemble) -> Ensemble:
+        log_weight = ensemble.log_weight
+        flat = jnp.moveaxis(log_weight, 1, -1).reshape(-1, log_weight.shape[1])
+        picked = jax.vmap(resampling)(random.split(rng_key, flat.shape[0]), flat)
+        picked = jnp.moveaxis(picked.reshape((*low.shape, log_weight.shape[1])), -1, 1)
+        stay = jnp.arange(log_weight.shape[1]).reshape((1, -1) + (1,) * (log_weight.ndim - 2))
+        ancestors = jnp.where(low[:, None], picked, stay)
+
+        def gather(value: Array) -> Array:
+            indices = ancestors.reshape(ancestors.shape + (1,) * (value.ndim - ancestors.ndim))
+            return jnp.take_along_axis(value, indices, axis=1)
+
+        return Ensemble(
+            position=gather(ensemble.position),
+            potential=gather(ensemble.potential),
+            log_weight=jnp.where(low[:, None], 0.0, log_weight),
+            log_normalizer=jnp.where(low, ensemble.log_normalizers, ensemble.log_normalizer),
+        )
+
+    return lax.cond(jnp.any(low), resample, lambda same: same, ensemble), low
+
+
+def _evaluate(path: Path, beta: Array) -> Callable[[Array], KernelState]:
+    def evaluate(position: Array) -> KernelState:
+        start, start_pull = jax.vjp(path.start, position)
+        difference, difference_pull = jax.vjp(path.difference, position)
+        ones = jnp.ones_like(start)
+        aux = (start, difference, start_pull(ones)[0], difference_pull(ones)[0])
+        return at_temperature(KernelState(position, start, aux[2], aux), beta)
+
+    return evaluate
+
+
+def at_temperature(state: KernelState, beta: Array) -> KernelState:
+    """The same walkers under U_β, from the parts in ``state.aux``: no new evaluation."""
+    start, difference, grad_start, grad_difference = state.aux
+    return state._replace(potential=start + beta * difference, grad=grad_start + beta * grad_difference)
+
+
+def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensemble:
+    # A difference of +inf (outside the energy's domain) weighs nothing; 0 · inf must not become NaN.
+    return ensemble._replace(log_weight=ensemble.log_weight - jnp.where(beta_step > 0, beta_step * state.aux[1], 0.0))
+
+
+def _initial(path: Path, position: Array) -> tuple[Ensemble, KernelState]:
+    state = _evaluate(path, jnp.zeros(()))(position)
+    zeros = jnp.zeros_like(state.potential)
+    return Ensemble(position, state.potential, zeros, zeros[:, 0]), state
+
+
+def _advance(
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    ensemble: Ensemble,
+    state: KernelState,
+    beta: Array,
+    beta_step: Array,
+    step_size: Array,
+    options: "AnnealingOptions",
+) -> tuple[Ensemble, KernelState, Array]:
+    """Reweight, resample where the ESS is low, move under U_β; returns the mean acceptance too."""
+    key_resample, key_move = random.split(rng_key)
+    ensemble = _reweight(ensemble, state, beta_step)
+    ensemble, low = resample_where_low(key_resample, ensemble, options.ess_threshold, options.resampling)
+    evaluate = _evaluate(path, beta)
+    state = lax.cond(jnp.any(low), lambda: evaluate(ensemble.position), lambda: at_temperature(state, beta))
+    state, info = move(kernel, key_move, state, evaluate, step_size, options.num_kernel_steps)
+    ensemble = ensemble._replace(
+        position=state.position, potential=state.potential, log_weight=ensemble.log_weight + info.log_weight
+    )
+    return ensemble, state, jnp.mean(info.acceptance, axis=(0, 1))
+
+
+class AnnealingOptions(NamedTuple):
+    """How many moves a temperature gets, and when and how islands resample."""
+
+    num_kernel_steps: int
+    ess_threshold: float
+    resampling: Resampling
+
+
+def run_pilot(
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    position: Array,
+    step_size: Array,
+    options: AnnealingOptions,
+    *,
+    ess_target: float = 0.9,
+    max_rungs: int = 1000,
+) -> Pilot:
+    """Choose temperatures by the conditional ESS of the next step, and step sizes by acceptance.
+
+    Bisection on β (Zhou, Johansen and Aston 2016, section 3.3).  With a batch shape the hardest element decides.
+
+    Args:
+        kernel: Its ``target_acceptance`` decides whether step sizes adapt.
+        rng_key: A JAX PRNG key.
+        path: U_start and D.
+        position: Pilot walkers drawn from the start, ``(num_chains, num_walkers, *batch, *event)``.
+        step_size: Initial step size, ``batch``.
+        options: See :class:`AnnealingOptions`.
+        ess_target: Conditional ESS fraction of one step.
+        max_rungs: Where to give up; ``ladder.betas`` then ends below 1.
+    """
+    ensemble, state = _initial(path, position)
+
+    def next_beta(ensemble: Ensemble, state: KernelState, beta: Array) -> Array:
+        def enough(candidate: Array) -> Array:
+            increments = -(candidate - beta) * state.aux[1]
+            return jnp.min(conditional_ess_fraction(ensemble.log_weight, increments)) >= ess_target
+
+        def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+            low, high = bounds
+            middle = 0.5 * (low + high)
+            ok = enough(middle)
+            return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+        one = jnp.ones_like(beta)
+        low, high = lax.fori_loop(0, 24, bisect, (beta, one))
+        # Never stand still: the upper end of the bracket is one ulp-sized step at worst.
+        return jnp.where(enough(one), one, jnp.where(low > beta, low, high))
+
+    def climbing(carry: tuple) -> Array:
+        rung, beta = carry[0], carry[1]
+        return (rung < max_rungs) & (beta < 1.0)
+
+    def climb(carry: tuple) -> tuple:
+        rung, beta, step_size, rng_key, ensemble, state, ladder = carry
+        rng_key, key = random.split(rng_key)
+        target = next_beta(ensemble, state, beta)
+        ensemble, state, acceptance = _advance(
+            kernel, key, path, ensemble, state, target, target - beta, step_size, options
+        )
+        ladder = Ladder(ladder.betas.at[rung].set(target), ladder.step_sizes.at[rung].set(step_size))
+        step_size = adapt_step_size(kernel, step_size, acceptance, gain=0.5)
+        return rung + 1, target, step_size, rng_key, ensemble, state, ladder
+
+    dtype = state.potential.dtype
+    step_size = jnp.asarray(step_size, dtype)
+    ladder = Ladder(jnp.ones(max_rungs, dtype), jnp.ones((max_rungs, *step_size.shape), dtype))
+    carry = (jnp.zeros((), jnp.int32), jnp.zeros((), dtype), step_size, rng_key, ensemble, state, ladder)
+    rung, *_, ladder = lax.while_loop(climbing, climb, carry)
+    return Pilot(ladder, rung)
+
+
+def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
+    """The pilot's protocol at ``num_temperatures`` rungs, ending exactly at β = 1.
+
+    β (and log h) are interpolated as functions of the rung, so the pilot's spacing is kept.
+    """
+    rungs = pilot.num_rungs.astype(pilot.ladder.betas.dtype)
+    places = rungs * jnp.arange(1, num_temperatures + 1) / num_temperatures
+    known = jnp.arange(1, pilot.ladder.betas.shape[0] + 1, dtype=rungs.dtype)
+    betas = jnp.interp(
+        places, jnp.concatenate([jnp.zeros(1), known]), jnp.concatenate([jnp.zeros(1), pilot.ladder.betas])
+    )
+    log_h = jnp.log(pilot.ladder.step_sizes).reshape(known.shape[0], -1)
+    step_sizes = jax.vmap(lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1)(log_h)
+    return Ladder(betas.at[-1].set(1.0), step_sizes.reshape(num_temperatures, *pilot.ladder.step_sizes.shape[1:]))
+
+
+def anneal(
+    kernel: Kernel, rng_key: Array, path: Path, position: Array, ladder: Ladder, options: AnnealingOptions
+) -> tuple[Ensemble, Array]:
+    """Carry fresh walkers along a fixed ladder.
+
+    Args:
+        kernel: Any kernel; its own log weights are added.
+        rng_key: A JAX PRNG key.
+        path: U_start and D.
+        position: Exact draws from the start, ``(num_chains, num_walkers, *batch, *event)``.
+        ladder: From :func:`refine_ladder`.
+        options: See :class:`AnnealingOptions`.
+
+    Returns:
+        The :class:`Ensemble` at β = 1, and the acceptance per temperature, ``(num_temperatures, *batch)``.
+    """
+    ensemble, state = _initial(path, position)
+
+    def body(carry: tuple[Ensemble, KernelState], rung: tuple) -> tuple[tuple[Ensemble, KernelState], Array]:
+        key, beta, beta_step, step_size = rung
+        ensemble, state, acceptance = _advance(kernel, key, path, *carry, beta, beta_step, step_size, options)
+        return (ensemble, state), acceptance
+
+    steps = jnp.diff(ladder.betas, prepend=jnp.zeros(1, ladder.betas.dtype))
+    keys = random.split(rng_key, ladder.betas.shape[0])
+    (ensemble, _), acceptance = lax.scan(body, (ensemble, state), (keys, ladder.betas, steps, ladder.step_sizes))
+    return ensemble, acceptance

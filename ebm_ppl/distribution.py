@@ -1,0 +1,325 @@
+"""The energy site: an unnormalised distribution and its guard."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array, random
+from jax.custom_derivatives import SymbolicZero
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+from numpyro.distributions.transforms import Transform
+
+from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
+from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
+from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.kernels import MALA, initial_step_size
+from ebm_ppl.resampling import multinomial, systematic
+
+Energy = Callable[[Array], Array]
+
+_WAY_OUT = (
+    "Fit its parameters with ebm_ppl.Jarzynski(model, ...), or give a known normaliser: "
+    "EnergyDistribution(energy, base, log_normalizer=...), from ebm_ppl.log_normalizer(...) or in closed form."
+)
+
+
+class EnergyDistribution(dist.Distribution):
+    r"""An unnormalised distribution declared by its energy.
+
+    .. math::
+        p(x) = \frac{\mathrm{base}(x)\, e^{-E(x)}}{Z}, \qquad Z = \int \mathrm{base}(x)\, e^{-E(x)}\, dx,
+        \qquad U(x) = E(x) - \log \mathrm{base}(x).
+
+    Low energy is likely.  The base fixes the event shape, the support and the reference measure.  Where the base has
+    a batch shape there is one Z per batch element; a ``plate`` that expands the site shares one Z.
+
+    Without ``log_normalizer``, :meth:`log_prob` and :meth:`sample` raise :class:`UnknownNormalizerError`: an
+    energy whose normaliser is left out gives silently wrong fits, posteriors and LOO.
+
+    Args:
+        energy: A callable, or a mapping of named factors whose sum is E.  Each takes values of shape
+            ``(..., *batch_shape, *event_shape)`` and returns ``(..., *batch_shape)``; it is called with exactly
+            one leading dimension.
+        base: Any NumPyro distribution, its batch shape included.  ``ImproperUniform`` gives the plain ``exp(−E)``.
+        start: A proper distribution over the same space, for walkers to start from.  Needed only with an improper
+            base; log Z is anchored there.
+        log_normalizer: log Z of base·exp(−E), a scalar or ``batch_shape``, where it is known.  It makes this an
+            ordinary normalised distribution.  A *constant* serves while parameters are fixed (an energy prior on
+            a latent x); while parameters inside the energy or the base are differentiated, a constant raises.
+        validate_args: As for every NumPyro distribution.
+
+    Raises:
+        TypeError: ``energy`` is not callable, or ``base`` is not a distribution.
+        ValueError: The shapes of ``start`` or ``log_normalizer`` do not fit the base.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    pytree_data_fields = ("factors", "base", "start", "log_normalizer")
+
+    def __init__(
+        self,
+        energy: Energy | Mapping[str, Energy],
+        base: dist.Distribution,
+        *,
+        start: dist.Distribution | None = None,
+        log_normalizer: ArrayLike | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        named = dict(energy) if isinstance(energy, Mapping) else {"energy": energy}
+        for name, factor in named.items():
+            if not callable(factor):
+                raise TypeError(f"Energy factor '{name}' is a {type(factor).__name__}; expected a callable E(x).")
+        if not named:
+            raise ValueError("The mapping of energy factors is empty; name at least one callable.")
+        if not isinstance(base, dist.Distribution):
+            raise TypeError(f"base is a {type(base).__name__}; expected a numpyro Distribution.")
+        if start is not None and start.batch_shape + start.event_shape != base.batch_shape + base.event_shape:
+            raise ValueError(
+                f"start has shape {start.batch_shape + start.event_shape}; expected the base's "
+                f"{base.batch_shape + base.event_shape}. Expand it: start.expand(...).to_event(...)."
+            )
+        # A Partial is a pytree: the distribution may cross jit and vmap where the energy is one over arrays.
+        self.factors = {name: f if isinstance(f, Partial) else Partial(f) for name, f in named.items()}
+        self.base = base
+        self.start = start
+        self.log_normalizer = _as_log_normalizer(log_normalizer, base.batch_shape)
+        super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> Any:
+        """The base's support."""
+        return self.base.support
+
+    @property
+    def has_rsample(self) -> bool:
+        """Always False: draws are not differentiable."""
+        return False
+
+    def factor_energies(self, value: ArrayLike) -> dict[str, Array]:
+        """Energy of each named factor at ``value``, each of shape ``(..., *batch_shape)``.
+
+        Raises:
+            ValueError: A factor returned another shape, or ``value`` does not end in the event shape.
+        """
+        value = jnp.asarray(value)
+        event_shape = self.batch_shape + self.event_shape
+        # Broadcasting against the batch shape is NumPyro's rule for values.
+        if value.ndim < len(event_shape):
+            value = jnp.broadcast_to(value, event_shape)
+        leading = value.shape[: value.ndim - len(event_shape)]
+        if value.shape[len(leading) :] != event_shape:
+            try:
+                value = jnp.broadcast_to(value, leading + event_shape)
+            except ValueError:
+                raise ValueError(
+                    f"The value{at_site(self._site_name())} has shape {value.shape}; expected (..., "
+                    f"{', '.join(map(str, event_shape))}): batch shape {self.batch_shape} and event shape "
+                    f"{self.event_shape} come from the base. Reshape the data, or .expand/.to_event the base."
+                ) from None
+        flat = value.reshape((-1, *event_shape))
+        expected = (flat.shape[0], *self.batch_shape)
+        energies = {}
+        for name, factor in self.factors.items():
+            energy = factor(flat)
+            if jnp.shape(energy) != expected:
+                raise ValueError(
+                    f"Energy factor '{name}'{at_site(self._site_name())} returned shape {jnp.shape(energy)} for values "
+                    f"of shape {flat.shape}; expected {expected}, one number per event. Sum over the event "
+                    "dimensions (x.sum(-1)), drop a trailing 1 (e[..., 0]), or wrap a net that takes one event "
+                    "in jax.vmap."
+                )
+            energies[name] = energy.reshape(leading + self.batch_shape)
+        return energies
+
+    def energy(self, value: ArrayLike) -> Array:
+        """E(x), the sum of the factors, of shape ``(..., *batch_shape)``."""
+        return sum(self.factor_energies(value).values())  # type: ignore[return-value]
+
+    def potential(self, value: ArrayLike) -> Array:
+        """U(x) = E(x) − log base(x), of shape ``(..., *batch_shape)``."""
+        return self.energy(value) - self.base.log_prob(value)
+
+    def with_log_normalizer(self, log_normalizer: ArrayLike) -> "EnergyDistribution":
+        """The same energy with another known log Z."""
+        return EnergyDistribution(
+            self.factors,
+            self.base,
+            start=self.start,
+            log_normalizer=log_normalizer,
+            validate_args=self._validate_args,
+        )
+
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Array:
+        """``log base(x) − E(x) − log Z``, of shape ``(..., *batch_shape)``.
+
+        Raises:
+            UnknownNormalizerError: log Z is not known, or it is a constant while the energy or the base is
+                differentiated with respect to parameters.
+        """
+        name = self._site_name()
+        if self.log_normalizer is None:
+            raise UnknownNormalizerError(
+                f"The normaliser of the energy{at_site(name)} is unknown, so its log density is too. {_WAY_OUT}"
+            )
+        # Closure conversion lifts the parameters inside the energy and the base out, so that the identity
+        # below sees whether a derivative with respect to them is being taken.  A fresh function each time:
+        # JAX caches the conversion by the function's identity.
+        converted, closure = jax.closure_convert(lambda v: self.potential(v), jnp.asarray(value))
+        closure, log_normalizer = _refuse_constant(name, closure, self.log_normalizer)
+        return -converted(jnp.asarray(value), *closure) - log_normalizer
+
+    def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
+        """Approximate draws by annealed sequential Monte Carlo from the base (or ``start``).
+
+        A population of 256 walkers or more follows 256 temperatures with one MALA move each; draws are picked from it
+        by weight.  Far modes that no walker reaches are missed: for work that rests on draws, sample with NUTS
+        or look at a fit's walkers.
+
+        Raises:
+            UnknownNormalizerError: log Z is not known, nor a start for an improper base, or the support is
+                discrete.
+        """
+        name = self._site_name()
+        if self.log_normalizer is None:
+            raise UnknownNormalizerError(
+                f"Drawing from the energy{at_site(name)} needs its normaliser, which is unknown. {_WAY_OUT}"
+            )
+        start = starting_distribution(self, name)
+        if self.support.is_discrete:
+            raise UnknownNormalizerError(
+                f"The energy{at_site(name)} has a discrete support; Langevin moves need a continuous one."
+            )
+        shape = tuple(sample_shape)
+        count = 1
+        for size in shape:
+            count *= size
+        assert key is not None
+        key_pilot, key_start, key_run, key_pick = random.split(key, 4)
+        transform = standardizing_transform(start)
+        path = annealing_path(self, start, transform)
+        options = AnnealingOptions(num_kernel_steps=1, ess_threshold=0.5, resampling=systematic)
+        kernel = MALA()
+
+        def exact(key: Array, num: int) -> Array:
+            return transform.inv(start.sample(key, (1, num)))
+
+        size = 1
+        for length in self.event_shape:
+            size *= length
+        step_size = jnp.full(self.batch_shape, initial_step_size(kernel, size))
+        key_pilot, key_pilot_start = random.split(key_pilot)
+        pilot = run_pilot(kernel, key_pilot, path, exact(key_pilot_start, 256), step_size, options)
+        ladder = refine_ladder(pilot, 256)
+        ensemble, _ = anneal(kernel, key_run, path, exact(key_start, max(count, 256)), ladder, options)
+        values = transform(ensemble.position[0])
+        log_weight = jnp.moveaxis(ensemble.log_weight[0], 0, -1).reshape(-1, values.shape[0])
+        picked = jax.vmap(multinomial)(random.split(key_pick, log_weight.shape[0]), log_weight)
+        picked = jax.vmap(random.permutation)(random.split(key_start, log_weight.shape[0]), picked)[:, :count]
+        picked = jnp.moveaxis(picked.reshape((*self.batch_shape, count)), -1, 0)
+        indices = picked.reshape(picked.shape + (1,) * self.event_dim)
+        return jnp.take_along_axis(values, indices, axis=0).reshape(shape + self.batch_shape + self.event_shape)
+
+    def _site_name(self) -> str | None:
+        return find_site_name(self, unwrap)
+
+
+def _as_log_normalizer(value: ArrayLike | None, batch_shape: tuple[int, ...]) -> Array | None:
+    if value is None:
+        return None
+    array = jnp.asarray(value, dtype=jnp.result_type(float) if isinstance(value, int) else None)
+    if jnp.broadcast_shapes(array.shape, batch_shape) != batch_shape:
+        raise ValueError(
+            f"log_normalizer has shape {array.shape}; expected a scalar or the base's batch shape {batch_shape}."
+        )
+    return array
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _refuse_constant(name: str | None, closure: list[Array], log_normalizer: Array) -> tuple[list[Array], Array]:
+    """Identity; its derivative raises where the closure is differentiated and log Z is constant."""
+    return closure, log_normalizer
+
+
+@partial(_refuse_constant.defjvp, symbolic_zeros=True)
+def _refuse_constant_jvp(name: str | None, primals: tuple, tangents: tuple) -> tuple:
+    closure_tangents, log_normalizer_tangent = tangents
+    learning = any(not isinstance(t, SymbolicZero) for t in jax.tree.leaves(closure_tangents, is_leaf=_is_zero))
+    if learning and isinstance(log_normalizer_tangent, SymbolicZero):
+        raise UnknownNormalizerError(
+            f"The energy{at_site(name)} is being differentiated with respect to parameters inside it, but its "
+            "log_normalizer is a constant: the term −∇log Z would be dropped and the fit or posterior would be wrong. "
+            "Give log_normalizer as a function of the same parameters, or fit with ebm_ppl.Jarzynski(model, ...)."
+        )
+    return primals, tangents
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, SymbolicZero)
+
+
+def unwrap(fn: Any) -> EnergyDistribution | None:
+    """The energy distribution inside NumPyro's expand, mask and to_event wrappers, or None."""
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
+        fn = fn.base_dist
+    return fn if isinstance(fn, EnergyDistribution) else None
+
+
+def rewrap(fn: Any, replacement: EnergyDistribution) -> dist.Distribution:
+    """The same wrappers around another energy distribution."""
+    if isinstance(fn, dist.ExpandedDistribution):
+        return rewrap(fn.base_dist, replacement).expand(fn.batch_shape)
+    if isinstance(fn, dist.MaskedDistribution):
+        return rewrap(fn.base_dist, replacement).mask(fn._mask)
+    if isinstance(fn, dist.Independent):
+        return rewrap(fn.base_dist, replacement).to_event(fn.reinterpreted_batch_ndims)
+    return replacement
+
+
+def is_improper(base: dist.Distribution) -> bool:
+    """Whether a base is an ``ImproperUniform`` under any wrapper or transform."""
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    return isinstance(base, dist.ImproperUniform)
+
+
+def starting_distribution(distribution: EnergyDistribution, name: str | None) -> dist.Distribution:
+    """Where walkers start: ``start``, or the base itself where it is proper.
+
+    Raises:
+        UnknownNormalizerError: The base is improper and no start is named.
+    """
+    if distribution.start is not None:
+        return distribution.start
+    if is_improper(distribution.base):
+        raise UnknownNormalizerError(
+            f"The base of the energy{at_site(name)} is improper, so walkers have nowhere to start and log Z no anchor. "
+            "Name a proper starting distribution: EnergyDistribution(energy, base, "
+            "start=dist.Normal(...).to_event(...))."
+        )
+    return distribution.base
+
+
+def potential_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> Array:
+    """``U_u(u) = U(T(u)) − log|det T'(u)|``, of shape ``(..., *batch_shape)``."""
+    value = transform(position)
+    return distribution.potential(value) - transform.log_abs_det_jacobian(position, value)
+
+
+def annealing_path(distribution: EnergyDistribution, start: dist.Distribution, transform: Transform) -> Path:
+    """The path from ``start`` to the energy in coordinates u, with x = transform(u)."""
+
+    def path_start(position: Array) -> Array:
+        value = transform(position)
+        return -start.log_prob(value) - transform.log_abs_det_jacobian(position, value)
+
+    def difference(position: Array) -> Array:
+        value = transform(position)
+        if start is distribution.base:
+            return distribution.energy(value)
+        return distribution.potential(value) + start.log_prob(value)
+
+    return Path(path_start, difference)

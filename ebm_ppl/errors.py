@@ -1,0 +1,47 @@
+"""Errors that name the site, what was found and what to write instead."""
+
+import sys
+from typing import Any
+
+
+class UnknownNormalizerError(NotImplementedError):
+    """A normalised number was asked of an energy whose normaliser is not known.
+
+    Subclasses :class:`NotImplementedError`, so NumPyro's initialisation strategies fall back as they do for any
+    distribution that cannot be sampled.
+    """
+
+
+class NonFiniteError(FloatingPointError):
+    """A training step gave a NaN or an infinity; ``fit`` holds the last good state.
+
+    Attributes:
+        step: Index of the first bad step, counted from the start of this run.
+        fit: The :class:`~ebm_ppl.Fit` up to the step before it.
+    """
+
+    def __init__(self, message: str, step: int, fit: Any) -> None:
+        super().__init__(message)
+        self.step = step
+        self.fit = fit
+
+
+def find_site_name(distribution: Any, unwrap: Any) -> str | None:
+    """Name of the sample site whose (unwrapped) distribution is ``distribution``, from the callers' frames.
+
+    ``Distribution.log_prob`` is not told its site, but NumPyro's loops hold the site's message in a local
+    variable when they call it.  Only used to word an error, never to compute.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        for value in list(frame.f_locals.values()):
+            if isinstance(value, dict) and "fn" in value and isinstance(value.get("name"), str):
+                if unwrap(value["fn"]) is distribution:
+                    return value["name"]
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def at_site(name: str | None) -> str:
+    """``" at site 'x'"``, or nothing where the name is unknown."""
+    return f" at site '{name}'" if name else ""

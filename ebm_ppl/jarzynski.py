@@ -1,0 +1,509 @@
+"""The Jarzynski backend: Langevin walkers with weights that follow the parameters while they are learned.
+
+Carbone, Hua, Coste and Vanden-Eijnden (NeurIPS 2023), Algorithms 1–4, with two additions: some islands are held
+out of the gradient, so that log Z does not inherit the noise it was trained on, and updates are scaled so that the
+conditional ESS of a parameter step stays near a target.
+"""
+
+import warnings
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax, random
+from numpyro.distributions.transforms import Transform
+
+from ebm_ppl.annealing import AnnealingOptions, Ensemble, resample_where_low
+from ebm_ppl.distribution import EnergyDistribution, potential_at, starting_distribution
+from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.kernels import MALA, Kernel, KernelState, adapt_step_size, initial_step_size, move
+from ebm_ppl.model import Arguments, BoundModel, Model, Params, inspect_model
+from ebm_ppl.normalizer import SiteAtParams, anneal_site
+from ebm_ppl.resampling import Resampling, systematic
+from ebm_ppl.training import Fit, run
+from ebm_ppl.weights import conditional_ess_fraction, jackknife_log_mean_exp, pooled_ess_fraction
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ensemble", "step_size", "transform", "gradient"],
+    meta_fields=["num_holdout_chains"],
+)
+@dataclass(frozen=True)
+class Walkers:
+    """The walkers of one energy site.  Held-out islands are the last ``num_holdout_chains``.
+
+    Attributes:
+        ensemble: Positions (base-standard coordinates), potentials, log weights and past log normalisers.
+        step_size: Langevin step h, of the site's batch shape.
+        transform: The map T from positions to values, frozen at the initial parameters.
+        gradient: ∇θ log Z from the training islands, a tree like the parameters; None where the site has a
+            batch shape, whose normalisers enter the loss one by one.
+    """
+
+    ensemble: Ensemble
+    step_size: Array
+    transform: Transform
+    gradient: Params | None
+    num_holdout_chains: int
+
+    @property
+    def values(self) -> Array:
+        """Walkers x, of shape ``(num_chains, num_walkers, *batch_shape, *event_shape)``."""
+        return self.transform(self.ensemble.position)
+
+    @property
+    def log_weight(self) -> Array:
+        """Log weights A, of shape ``(num_chains, num_walkers, *batch_shape)``."""
+        return self.ensemble.log_weight
+
+    @property
+    def num_training_chains(self) -> int:
+        """How many islands enter the gradient."""
+        return self.ensemble.log_weight.shape[0] - self.num_holdout_chains
+
+    def log_normalizer(self) -> tuple[Array, Array]:
+        """Held-out log Z and its jackknife standard error, each of the site's batch shape."""
+        return jackknife_log_mean_exp(self.ensemble.log_normalizers[self.num_training_chains :])
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["params", "transforms", "optim_state", "walkers", "update_scale", "rng_key"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class JarzynskiState:
+    """What the next update needs.
+
+    Attributes:
+        params: Unconstrained parameters by site name; see ``get_params`` for their values.
+        transforms: Unconstrained to constrained, by site name.
+        optim_state: The optax state.
+        walkers: One :class:`Walkers` per energy site.
+        update_scale: Factor on the optimiser's update, in (0, 1]; see ``ess_target``.
+        rng_key: The key of the next update.
+    """
+
+    params: Params
+    transforms: dict[str, Transform]
+    optim_state: Any
+    walkers: dict[str, Walkers]
+    update_scale: Array
+    rng_key: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Jarzynski:
+    r"""Maximum likelihood (or MAP) for energies, by walkers with Jarzynski weights.
+
+    One update, with log weights A, islands c and training islands T:
+
+    1. gradient of NumPyro's negative log joint, where
+       :math:`\nabla\log Z = -\frac{1}{|T|}\sum_{c\in T}\sum_i w_{ci}\nabla_\theta U_\theta(X_{ci})`,
+       :math:`w_c = \mathrm{softmax}(A_c)`; an optax update gives θ';
+    2. switch: :math:`A_i \mathrel{+}= U_\theta(X_i) - U_{\theta'}(X_i)`;
+    3. move under θ' with ``kernel``, whose own weight is added;
+    4. islands whose ESS is under ``ess_threshold`` resample.
+
+    The loss is a sum, as in SVI (a plate's scale included), so rates of plain gradient descent are N times smaller
+    than for a mean loss.
+
+    Args:
+        model: A NumPyro model with one or more observed :class:`EnergyDistribution` sites.  Parameters are its
+            ``param`` sites and its unobserved global sample sites (fitted by MAP, in the convention of ``AutoDelta``).
+        optim: An optax gradient transformation, applied to unconstrained parameters.
+        kernel: :class:`MALA` or :class:`ULA` (the paper's).
+        num_chains: Islands, held-out ones included.
+        num_walkers: Walkers per island.
+        num_holdout_chains: Islands that never enter a gradient, a step size or the update control; log Z is theirs.  At
+            least 2; under 4 the standard error is poor, and a warning says so.
+        num_kernel_steps: Moves per update.
+        ess_target: Conditional ESS of a switch over the training islands; an update that would fall under it is
+            scaled by ``√((1−target)/(1−cESS))`` once, and the scale recovers by 1% a step.  None switches it off.
+        ess_threshold: ESS fraction under which an island resamples.
+        resampling: :func:`systematic`, :func:`multinomial`, or any function of that signature.
+        num_temperatures: Rungs of the annealing from the start to the initial parameters, where these are not the
+            start already.  None takes four times the number a pilot needed, at least 128.
+
+    Raises:
+        ValueError: Numbers of walkers or islands that cannot work.
+        TypeError: ``optim`` is not an optax gradient transformation.
+
+    Source: Carbone, Hua, Coste and Vanden-Eijnden (2023), Algorithms 1–4.
+    """
+
+    model: Model
+    optim: optax.GradientTransformation
+    _: KW_ONLY
+    kernel: Kernel = field(default_factory=MALA)
+    num_chains: int = 16
+    num_walkers: int = 64
+    num_holdout_chains: int = 4
+    num_kernel_steps: int = 1
+    ess_target: float | None = 0.99
+    ess_threshold: float = 0.5
+    resampling: Resampling = systematic
+    num_temperatures: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.optim, optax.GradientTransformation):
+            raise TypeError(
+                f"optim is a {type(self.optim).__name__}; expected an optax gradient transformation such as "
+                "optax.adam(1e-3)."
+            )
+        for option in ("num_walkers", "num_kernel_steps"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option} = {getattr(self, option)}; expected at least 1.")
+        if self.num_holdout_chains < 2:
+            raise ValueError(
+                f"num_holdout_chains = {self.num_holdout_chains}; expected at least 2: without two independent islands "
+                "log Z has no standard error. Take 4 of the default 16."
+            )
+        if self.num_chains <= self.num_holdout_chains:
+            raise ValueError(
+                f"num_chains = {self.num_chains} with num_holdout_chains = {self.num_holdout_chains} leaves no "
+                "island to "
+                f"train on; expected num_chains > num_holdout_chains, such as {4 * self.num_holdout_chains}."
+            )
+        if self.num_holdout_chains < 4:
+            warnings.warn(
+                f"num_holdout_chains = {self.num_holdout_chains}: under 4 islands the standard error of log Z is "
+                "itself very uncertain.",
+                stacklevel=3,
+            )
+        if self.ess_target is not None and not 0 < self.ess_target < 1:
+            raise ValueError(f"ess_target = {self.ess_target}; expected a fraction in (0, 1), or None for no control.")
+        if not 0 <= self.ess_threshold <= 1:
+            raise ValueError(f"ess_threshold = {self.ess_threshold}; expected a fraction in [0, 1].")
+
+    def init(self, rng_key: Array, *args: Any, init_params: Params | None = None, **kwargs: Any) -> JarzynskiState:
+        """Check the model on its data and place the walkers, annealed to the initial parameters where needed.
+
+        Args:
+            rng_key: A JAX PRNG key.
+            args: The model's positional arguments.
+            init_params: Constrained values for any parameter, instead of the model's own initial value.
+            kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: A model or data that cannot be fitted; the message names the site and the remedy.
+        """
+        key_model, key_walkers, key_next = random.split(rng_key, 3)
+        found = inspect_model(key_model, self.model, Arguments(args, kwargs), init_params=init_params)
+        bound = BoundModel(self.model, found.transforms, key_model, Arguments(args, kwargs))
+        walkers = {}
+        for index, name in enumerate(found.energies):
+            key_site = random.fold_in(key_walkers, index)
+            walkers[name] = self._place(
+                key_site,
+                name,
+                bound,
+                found.params,
+                num_chains=self.num_chains,
+                num_temperatures=self.num_temperatures,
+            )
+        return JarzynskiState(
+            params=found.params,
+            transforms=found.transforms,
+            optim_state=self.optim.init(found.params),
+            walkers=walkers,
+            update_scale=jnp.ones(()),
+            rng_key=key_next,
+        )
+
+    def update(self, state: JarzynskiState, *args: Any, **kwargs: Any) -> tuple[JarzynskiState, dict[str, Any]]:
+        """One training step; pure, so it can be jitted, scanned and given another batch each time.
+
+        Args:
+            state: From :meth:`init` or the last update.
+            args: The model's positional arguments, such as a batch.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The next state and a dict of diagnostics, the keys of ``Fit.history``.  Where anything in the step is not
+            finite the old state is kept whole and ``info["finite"]`` says where.
+        """
+        key_model, key_move, key_resample, key_next = random.split(state.rng_key, 4)
+        bound = BoundModel(self.model, state.transforms, key_model, Arguments(args, kwargs))
+
+        # Gradient
+        loss, grads = jax.value_and_grad(partial(self._loss, bound, state.walkers))(state.params)
+        updates, optim_state = self.optim.update(grads, state.optim_state, state.params)
+
+        # Switch
+        scale, params, walkers, evaluated = self._controlled_switch(bound, state, updates)
+
+        # Move
+        walkers, acceptance = self._move(key_move, bound, params, walkers, evaluated)
+
+        # Resample
+        ess = {name: _split_ess(w) for name, w in walkers.items()}
+        walkers, resampled = self._resample(key_resample, walkers)
+
+        new = JarzynskiState(params, state.transforms, optim_state, walkers, scale, key_next)
+        finite = {name: _all_usable(w) for name, w in walkers.items()}
+        finite["loss"] = jnp.isfinite(loss)
+        finite["gradient"] = jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(params))
+        log_z = {name: w.log_normalizer() for name, w in walkers.items()}
+        info = {
+            "loss": loss,
+            "ess": {name: pair[0] for name, pair in ess.items()},
+            "ess_holdout": {name: pair[1] for name, pair in ess.items()},
+            "log_normalizer": {name: pair[0] for name, pair in log_z.items()},
+            "log_normalizer_stderr": {name: pair[1] for name, pair in log_z.items()},
+            "log_normalizer_training": {name: _training_log_normalizer(w) for name, w in walkers.items()},
+            "update_scale": scale,
+            "resampled": resampled,
+            "acceptance": acceptance,
+            "grad_norm": optax.tree.norm(grads),
+            "finite": finite,
+        }
+        all_finite = jnp.all(jnp.stack(list(finite.values())))
+        return jax.tree.map(partial(jnp.where, all_finite), new, state), info
+
+    def run(
+        self,
+        rng_key: Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        init_state: JarzynskiState | None = None,
+        init_params: Params | None = None,
+        **kwargs: Any,
+    ) -> Fit:
+        """Train for ``num_steps`` updates; Ctrl-C returns what the last finished chunk reached.
+
+        Args:
+            rng_key: A JAX PRNG key; not used with ``init_state``, which carries its own.
+            num_steps: Number of updates.
+            args: The model's positional arguments.
+            progress_bar: Show loss, ESS and held-out log Z, once per chunk of steps.
+            init_state: Continue from here exactly as if the run had not stopped; it stays usable.
+            init_params: Constrained initial values, instead of the model's own.
+            kwargs: The model's keyword arguments.
+
+        Raises:
+            NonFiniteError: A step gave a NaN or an infinity; its ``fit`` holds the last good state.
+        """
+        if init_state is None:
+            init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+        return run(self, init_state, num_steps, Arguments(args, kwargs), progress_bar=progress_bar)
+
+    def get_params(self, state: JarzynskiState) -> Params:
+        """Constrained values at the model's ``param`` and unobserved sample sites."""
+        return {name: state.transforms[name](value) for name, value in state.params.items()}
+
+    def refresh(
+        self, rng_key: Array, state: JarzynskiState, *args: Any, num_temperatures: int = 1000, **kwargs: Any
+    ) -> JarzynskiState:
+        """Re-anchor log Z: fresh held-out islands, annealed from the start to the current parameters.
+
+        Long runs need it: held-out weights keep log Z unbiased, but their variance grows.
+
+        Args:
+            rng_key: A JAX PRNG key.
+            state: Any state; it is not changed.
+            args: The model's positional arguments.
+            num_temperatures: Rungs of the annealing, ``num_kernel_steps`` moves each.
+            kwargs: The model's keyword arguments.
+        """
+        bound = BoundModel(self.model, state.transforms, rng_key, Arguments(args, kwargs))
+        walkers = {}
+        for index, (name, old) in enumerate(state.walkers.items()):
+            fresh = self._place(
+                random.fold_in(rng_key, index),
+                name,
+                bound,
+                state.params,
+                num_chains=self.num_holdout_chains,
+                num_temperatures=num_temperatures,
+                transform=old.transform,
+            )
+            split = old.num_training_chains
+            ensemble = jax.tree.map(
+                lambda kept, new, split=split: jnp.concatenate([kept[:split], new]),
+                old.ensemble,
+                fresh.ensemble,
+            )
+            walkers[name] = replace(old, ensemble=ensemble)
+        return replace(state, walkers=walkers)
+
+    def _place(
+        self,
+        rng_key: Array,
+        name: str,
+        bound: BoundModel,
+        params: Params,
+        *,
+        num_chains: int,
+        num_temperatures: int | None,
+        transform: Transform | None = None,
+    ) -> Walkers:
+        """Walkers of one site at ``params``: exact draws from the start, annealed where that is not the energy."""
+        if transform is None:
+            distribution = bound.energies(params)[name]
+            transform = standardizing_transform(starting_distribution(distribution, name))
+        site = SiteAtParams(name, bound, params, transform)
+        kernel = MALA(self.kernel.step_size) if self.kernel.target_acceptance is None else self.kernel
+        ensemble, step_size = anneal_site(
+            rng_key,
+            site,
+            kernel,
+            AnnealingOptions(self.num_kernel_steps, self.ess_threshold, self.resampling),
+            num_chains=num_chains,
+            num_walkers=self.num_walkers,
+            num_temperatures=num_temperatures,
+        )
+        if self.kernel.target_acceptance is None:
+            step_size = jnp.full_like(step_size, initial_step_size(self.kernel, site.dimension))
+        walkers = Walkers(ensemble, step_size, transform, None, self.num_holdout_chains)
+        if ensemble.log_normalizer.ndim == 1 and num_chains == self.num_chains:
+            return replace(walkers, gradient=_initial_gradient(site, walkers))
+        return walkers
+
+    def _loss(self, bound: BoundModel, walkers: dict[str, Walkers], params: Params) -> Array:
+        """Negative log joint; the value of log Z is held out, its gradient comes from the training islands."""
+
+        def normalizer(name: str, distribution: EnergyDistribution) -> Array:
+            site = walkers[name]
+            value = lax.stop_gradient(site.log_normalizer()[0])
+            if site.gradient is None:
+                surrogate = _training_mean_potential(site, distribution)
+                return value - surrogate + lax.stop_gradient(surrogate)
+            # <∇log Z, θ> with the value removed: its derivative is the saved gradient.
+            displacement = jax.tree.map(lambda p: p - lax.stop_gradient(p), params)
+            return value + optax.tree.vdot(site.gradient, displacement)
+
+        return bound.negative_log_joint(params, normalizer)
+
+    def _controlled_switch(
+        self, bound: BoundModel, state: JarzynskiState, updates: Params
+    ) -> tuple[Array, Params, dict[str, Walkers], dict[str, KernelState]]:
+        """Take the update, scaled so that the training walkers' conditional ESS stays near its target."""
+
+        def attempt(scale: Array) -> tuple:
+            params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
+            switched = {name: _switch(bound, name, params, w) for name, w in state.walkers.items()}
+            walkers = {name: w for name, (w, _, _) in switched.items()}
+            evaluated = {name: e for name, (_, e, _) in switched.items()}
+            ess = jnp.min(jnp.stack([jnp.min(ess) for _, _, ess in switched.values()]))
+            return (scale, params, walkers, evaluated), ess
+
+        if self.ess_target is None:
+            return attempt(jnp.ones_like(state.update_scale))[0]
+        recovered = jnp.minimum(1.0, 1.01 * state.update_scale)
+        first, ess = attempt(recovered)
+        shrink = jnp.sqrt((1.0 - self.ess_target) / (1.0 - ess)).astype(recovered.dtype)
+        return lax.cond(ess < self.ess_target, lambda: attempt(recovered * shrink)[0], lambda: first)
+
+    def _move(
+        self,
+        rng_key: Array,
+        bound: BoundModel,
+        params: Params,
+        walkers: dict[str, Walkers],
+        evaluated: dict[str, KernelState],
+    ) -> tuple[dict[str, Walkers], dict[str, Array]]:
+        """Langevin moves under the new parameters; the step size follows the training islands alone."""
+        moved, acceptance = {}, {}
+        energies = bound.energies(params)
+        for index, (name, site) in enumerate(walkers.items()):
+            evaluate = partial(_evaluate, energies[name], site.transform)
+            kernel_state, info = move(
+                self.kernel,
+                random.fold_in(rng_key, index),
+                evaluated[name],
+                evaluate,
+                site.step_size,
+                self.num_kernel_steps,
+            )
+            acceptance[name] = jnp.mean(info.acceptance[: site.num_training_chains], axis=(0, 1))
+            ensemble = site.ensemble._replace(
+                position=kernel_state.position,
+                potential=kernel_state.potential,
+                log_weight=site.log_weight + info.log_weight,
+            )
+            step_size = adapt_step_size(self.kernel, site.step_size, acceptance[name])
+            moved[name] = replace(site, ensemble=ensemble, step_size=step_size)
+        return moved, acceptance
+
+    def _resample(self, rng_key: Array, walkers: dict[str, Walkers]) -> tuple[dict[str, Walkers], dict[str, Array]]:
+        """Resample islands whose own ESS is low; returns how many did, per site."""
+        kept, resampled = {}, {}
+        for index, (name, site) in enumerate(walkers.items()):
+            key = random.fold_in(rng_key, index)
+            ensemble, low = resample_where_low(key, site.ensemble, self.ess_threshold, self.resampling)
+            kept[name] = replace(site, ensemble=ensemble)
+            resampled[name] = jnp.sum(low)
+        return kept, resampled
+
+
+def _training_mean_potential(walkers: Walkers, distribution: EnergyDistribution) -> Array:
+    """``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands at fixed walkers and weights; −∇ of it is ∇log Z."""
+    split = walkers.num_training_chains
+    weight = jax.nn.softmax(walkers.log_weight[:split], axis=1) / split
+    potential = distribution.potential(walkers.transform(walkers.ensemble.position[:split]))
+    # A walker outside the energy's domain has weight 0 and potential inf.
+    return jnp.sum(weight * jnp.where(weight > 0, potential, 0.0), axis=(0, 1))
+
+
+def _initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
+    def mean_potential(params: Params) -> Array:
+        return -_training_mean_potential(walkers, site.bound.energies(params)[site.name])
+
+    return jax.grad(mean_potential)(site.params)
+
+
+def _evaluate(distribution: EnergyDistribution, transform: Transform, position: Array) -> KernelState:
+    potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
+    (grad,) = pull(jnp.ones_like(potential))
+    return KernelState(position, potential, grad)
+
+
+def _switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tuple[Walkers, KernelState, Array]:
+    """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for the move and ∇θ log Z.
+
+    Returns the reweighted walkers, their kernel state under θ' and the training islands' conditional ESS.
+    """
+    ensemble, split = walkers.ensemble, walkers.num_training_chains
+
+    def potential_of(params: Params, position: Array) -> Array:
+        return potential_at(bound.energies(params)[name], walkers.transform, position)
+
+    potential, pull = jax.vjp(potential_of, params, ensemble.position)
+    alive = ensemble.log_weight > -jnp.inf
+    increment = jnp.where(alive, ensemble.potential - potential, -jnp.inf)
+    log_weight = jnp.where(alive, ensemble.log_weight + increment, -jnp.inf)
+    ess = conditional_ess_fraction(ensemble.log_weight[:split], increment[:split])
+    (_, grad) = pull(jnp.ones_like(potential))
+    gradient = walkers.gradient
+    if gradient is not None:
+        weight = jax.nn.softmax(log_weight[:split], axis=1) / split
+        (gradient, _) = pull(-jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])]))
+    ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
+    return (
+        replace(walkers, ensemble=ensemble, gradient=gradient),
+        KernelState(ensemble.position, potential, grad),
+        ess,
+    )
+
+
+def _split_ess(walkers: Walkers) -> tuple[Array, Array]:
+    split = walkers.num_training_chains
+    return pooled_ess_fraction(walkers.log_weight[:split]), pooled_ess_fraction(walkers.log_weight[split:])
+
+
+def _training_log_normalizer(walkers: Walkers) -> Array:
+    log_normalizers = walkers.ensemble.log_normalizers[: walkers.num_training_chains]
+    return log_normalizers[0] if walkers.num_training_chains == 1 else jackknife_log_mean_exp(log_normalizers)[0]
+
+
+def _all_usable(walkers: Walkers) -> Array:
+    usable = jnp.all(jnp.isfinite(walkers.ensemble.log_normalizers))
+    if walkers.gradient is None:
+        return usable
+    return usable & jnp.isfinite(optax.tree.norm(walkers.gradient))
