@@ -33,7 +33,7 @@ types: $(VENV)/.installed-dev ## check types
 	$(BIN)/python -m mypy
 
 docs: $(VENV)/.installed-docs ## build the documentation into docs/_build
-	$(BIN)/python -m sphinx -W --keep-going -q docs docs/_build
+	$(BIN)/python -m sphinx -EW --keep-going -q docs docs/_build
 
 dev: $(VENV)/.installed-dev ## install every tool at once
 

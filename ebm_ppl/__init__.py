@@ -1,5 +1,6 @@
 """Energies inside NumPyro models: declared, fitted and exported with their normalisers."""
 
+from ebm_ppl.arviz import to_arviz
 from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.errors import NonFiniteError, UnknownNormalizerError
 from ebm_ppl.jarzynski import Jarzynski, JarzynskiState, Walkers
@@ -24,4 +25,5 @@ __all__ = [
     "log_normalizer",
     "multinomial",
     "systematic",
+    "to_arviz",
 ]

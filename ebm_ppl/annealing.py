@@ -159,8 +159,8 @@ def run_pilot(
     step_size: Array,
     options: AnnealingOptions,
     *,
+    max_rungs: int,
     ess_target: float = 0.9,
-    max_rungs: int = 1000,
 ) -> Pilot:
     """Choose temperatures by the conditional ESS of the next step, and step sizes by acceptance.
 
@@ -173,8 +173,8 @@ def run_pilot(
         position: Pilot walkers drawn from the start, ``(num_chains, num_walkers, *batch, *event)``.
         step_size: Initial step size, ``batch``.
         options: See :class:`AnnealingOptions`.
-        ess_target: Conditional ESS fraction of one step.
         max_rungs: Where to give up; ``ladder.betas`` then ends below 1.
+        ess_target: Conditional ESS fraction of one step.
     """
     ensemble, state = _initial(path, position)
 

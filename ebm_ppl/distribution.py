@@ -212,7 +212,7 @@ class EnergyDistribution(dist.Distribution):
             size *= length
         step_size = jnp.full(self.batch_shape, initial_step_size(kernel, size))
         key_pilot, key_pilot_start = random.split(key_pilot)
-        pilot = run_pilot(kernel, key_pilot, path, exact(key_pilot_start, 256), step_size, options)
+        pilot = run_pilot(kernel, key_pilot, path, exact(key_pilot_start, 256), step_size, options, max_rungs=256)
         ladder = refine_ladder(pilot, 256)
         ensemble, _ = anneal(kernel, key_run, path, exact(key_start, max(count, 256)), ladder, options)
         values = transform(ensemble.position[0])

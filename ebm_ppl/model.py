@@ -189,21 +189,32 @@ def inspect_model(
     return Inspection(params, transforms, recorder.found)
 
 
-def observed_values(rng_key: Array, model: Model, params: Params, arguments: Arguments) -> dict[str, Array]:
-    """Data at the observed sample sites, auxiliary ones left out, every plate at its full size."""
+@dataclass(frozen=True)
+class Observation:
+    """Data at one observed site: its value, the names of its leading (plate) dimensions, and its distribution."""
+
+    value: Array
+    dims: tuple[str, ...]
+    distribution: dist.Distribution
+
+
+def observations(rng_key: Array, model: Model, params: Params, arguments: Arguments) -> dict[str, Observation]:
+    """Data at the observed sample sites, auxiliary sites left out, every plate at its full size."""
     with _FullPlates():
         recorder = _EnergySites(handlers.seed(model, rng_key))
         trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
             *arguments.args, **arguments.kwargs
         )
-    return {
-        name: site["value"]
-        for name, site in trace.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not site["infer"].get("is_auxiliary", False)
-        and not isinstance(site["fn"], dist.Unit)
-    }
+    found = {}
+    for name, site in trace.items():
+        auxiliary = site["type"] != "sample" or site["infer"].get("is_auxiliary", False)
+        if auxiliary or not site["is_observed"] or isinstance(site["fn"], dist.Unit):
+            continue
+        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
+        num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
+        dims = tuple(plates.get(k - num_batch_dims, f"{name}_batch_{k}") for k in range(num_batch_dims))
+        found[name] = Observation(site["value"], dims, site["fn"])
+    return found
 
 
 def _run(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:

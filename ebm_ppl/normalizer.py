@@ -1,6 +1,7 @@
 """log Z of a fitted energy by annealing fresh walkers."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from ebm_ppl.resampling import systematic
 from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp
 
 NUM_PILOT_WALKERS = 256
+MAX_PILOT_RUNGS = 1000
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["bound", "params", "transform"], meta_fields=["name"])
@@ -99,7 +101,20 @@ def anneal_site(
         num_temperatures = max(128, 2 ** math.ceil(math.log2(4 * rungs)))
     ladder = _refine(pilot, num_temperatures)
     ensemble = _anneal(site, kernel, options, key_run, key_start, (num_chains, num_walkers), ladder)
+    _check_islands_agree(site.name, ensemble)
     return ensemble, ladder.step_sizes[-1]
+
+
+def _check_islands_agree(name: str, ensemble: Ensemble) -> None:
+    stderr = float(jnp.max(jackknife_log_mean_exp(ensemble.log_normalizers)[1]))
+    if not stderr < 1.0:
+        warnings.warn(
+            f"Annealing to energy site '{name}': its islands disagree about log Z (standard error {stderr:.2g} "
+            "nats), so no "
+            "number that rests on it can be trusted. Take more temperatures or walkers, or a base nearer to the "
+            "energy; if nothing helps, the energy may not be bounded below.",
+            stacklevel=4,
+        )
 
 
 @jax.jit
@@ -113,7 +128,7 @@ def _pilot(site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_ke
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (1, NUM_PILOT_WALKERS))
     step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
-    return run_pilot(kernel, key_run, site.path(), position, step_size, options)
+    return run_pilot(kernel, key_run, site.path(), position, step_size, options, max_rungs=MAX_PILOT_RUNGS)
 
 
 @partial(jax.jit, static_argnames=("shape",))

@@ -19,8 +19,9 @@ def ess_fraction(log_weights: Array, axis: int = -1) -> Array:
 
     Kong (1992).  NaN where every weight is zero.
     """
-    log_ess = 2.0 * logsumexp(log_weights, axis=axis) - logsumexp(2.0 * log_weights, axis=axis)
-    return jnp.exp(log_ess - jnp.log(log_weights.shape[axis]))
+    # Normalised first: the difference of two logsumexps loses digits where log weights are large.
+    weights = jax.nn.softmax(log_weights, axis=axis)
+    return 1.0 / (log_weights.shape[axis] * jnp.sum(weights**2, axis=axis))
 
 
 def pooled_ess_fraction(log_weights: Array) -> Array:
@@ -38,11 +39,10 @@ def conditional_ess_fraction(log_weights: Array, log_increments: Array) -> Array
     Zhou, Johansen and Aston (2016), eq. 3.16.  Both arguments have shape
     ``(num_chains, num_walkers, ...)``; islands count equally, whatever their normaliser.
     """
-    log_w = jax.nn.log_softmax(log_weights, axis=1) - jnp.log(log_weights.shape[0])
-    axes = (0, 1)
-    return jnp.exp(
-        2.0 * logsumexp(log_w + log_increments, axis=axes) - logsumexp(log_w + 2.0 * log_increments, axis=axes)
-    )
+    weights = jax.nn.softmax(log_weights, axis=1) / log_weights.shape[0]
+    log_increments = jnp.where(weights > 0, log_increments, -jnp.inf)
+    ratios = jnp.exp(log_increments - jnp.max(log_increments, axis=(0, 1)))
+    return jnp.sum(weights * ratios, axis=(0, 1)) ** 2 / jnp.sum(weights * ratios**2, axis=(0, 1))
 
 
 def jackknife_log_mean_exp(log_values: Array) -> tuple[Array, Array]:

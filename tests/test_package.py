@@ -1,0 +1,83 @@
+"""What the package is made of: public names, and imports that go one way."""
+
+import ast
+import pathlib
+import re
+
+import ebm_ppl
+
+PACKAGE = pathlib.Path(ebm_ppl.__file__).parent
+DOCS = PACKAGE.parent / "docs"
+# Maths at the bottom, hosts at the edge: a module may import only from those before it.
+ORDER = [
+    "errors",
+    "weights",
+    "resampling",
+    "kernels",
+    "geometry",
+    "annealing",
+    "distribution",
+    "model",
+    "training",
+    "normalizer",
+    "jarzynski",
+    "arviz",
+]
+NUMPYRO_MODULES = {"geometry", "distribution", "model", "normalizer", "jarzynski"}
+
+
+def imports_of(module):
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            names.add(node.module)
+    return names
+
+
+def test_every_module_has_a_place():
+    found = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert found == set(ORDER)
+
+
+def test_imports_go_one_way():
+    for place, module in enumerate(ORDER):
+        internal = {name.removeprefix("ebm_ppl.") for name in imports_of(module) if name.startswith("ebm_ppl")}
+        assert internal <= set(ORDER[:place]), f"{module} imports {sorted(internal - set(ORDER[:place]))}"
+
+
+def test_hosts_are_known_to_few_modules():
+    users = {module for module in ORDER if any(name.split(".")[0] == "numpyro" for name in imports_of(module))}
+    assert users == NUMPYRO_MODULES
+    for host in ("arviz", "xarray"):
+        users = {module for module in ORDER if any(name.split(".")[0] == host for name in imports_of(module))}
+        assert users == {"arviz"}
+
+
+def test_public_names_are_pinned():
+    assert ebm_ppl.__all__ == [
+        "MALA",
+        "ULA",
+        "EnergyDistribution",
+        "Fit",
+        "Jarzynski",
+        "JarzynskiState",
+        "LogNormalizer",
+        "NonFiniteError",
+        "UnknownNormalizerError",
+        "Walkers",
+        "log_normalizer",
+        "multinomial",
+        "systematic",
+        "to_arviz",
+    ]
+    for name in ebm_ppl.__all__:
+        assert getattr(ebm_ppl, name).__doc__
+
+
+def test_every_public_name_has_a_docs_entry():
+    documented = set(re.findall(r"auto\w+:: (\w+)", (DOCS / "api.md").read_text(encoding="utf-8")))
+    assert documented >= set(ebm_ppl.__all__)
