@@ -3,11 +3,12 @@
 from ebm_ppl.arviz import to_arviz
 from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.errors import NonFiniteError, UnknownNormalizerError
-from ebm_ppl.jarzynski import Jarzynski, JarzynskiState, Walkers
+from ebm_ppl.jarzynski import Jarzynski, JarzynskiState
 from ebm_ppl.kernels import MALA, ULA
 from ebm_ppl.normalizer import LogNormalizer, log_normalizer
 from ebm_ppl.resampling import multinomial, systematic
 from ebm_ppl.training import Fit
+from ebm_ppl.walkers import Walkers
 
 __version__ = "0.1.0"
 

@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import random
 
 from ebm_ppl.distribution import unwrap
-from ebm_ppl.jarzynski import Walkers
 from ebm_ppl.model import Arguments, BoundModel, Model, Observation, observations
 from ebm_ppl.normalizer import LogNormalizer
 from ebm_ppl.resampling import systematic
 from ebm_ppl.training import Fit
+from ebm_ppl.walkers import Walkers
 
 if TYPE_CHECKING:
     if sys.version_info >= (3, 12):
@@ -114,8 +115,7 @@ def to_arviz(
 
 def _ancestors(rng_key: jax.Array, walkers: Walkers) -> np.ndarray:
     """Ancestor indices per island and batch element, of the log weights' shape."""
-    log_weight = np.array(walkers.log_weight)
-    rows = np.moveaxis(log_weight, 1, -1)
+    rows = jnp.moveaxis(walkers.log_weight, 1, -1)
     flat = rows.reshape(-1, rows.shape[-1])
     picked = jax.vmap(systematic)(random.split(rng_key, flat.shape[0]), flat)
     return np.moveaxis(np.array(picked).reshape(rows.shape), -1, 1)

@@ -16,58 +16,16 @@ import optax
 from jax import Array, lax, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.annealing import AnnealingOptions, Ensemble, resample_where_low
-from ebm_ppl.distribution import EnergyDistribution, potential_at, starting_distribution
+from ebm_ppl.annealing import AnnealingOptions, resample_where_low
+from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.inspection import inspect_model
 from ebm_ppl.kernels import MALA, Kernel, KernelState, adapt_step_size, initial_step_size, move
-from ebm_ppl.model import Arguments, BoundModel, Model, Params, inspect_model
-from ebm_ppl.normalizer import SiteAtParams, anneal_site
+from ebm_ppl.model import Arguments, BoundModel, Model, Params
+from ebm_ppl.placement import SiteAtParams, anneal_site
 from ebm_ppl.resampling import Resampling, systematic
 from ebm_ppl.training import Fit, run
-from ebm_ppl.weights import conditional_ess_fraction, jackknife_log_mean_exp, pooled_ess_fraction
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["ensemble", "step_size", "transform", "gradient"],
-    meta_fields=["num_holdout_chains"],
-)
-@dataclass(frozen=True)
-class Walkers:
-    """The walkers of one energy site.  Held-out islands are the last ``num_holdout_chains``.
-
-    Attributes:
-        ensemble: Positions (base-standard coordinates), potentials, log weights and past log normalisers.
-        step_size: Langevin step h, of the site's batch shape.
-        transform: The map T from positions to values, frozen at the initial parameters.
-        gradient: ∇θ log Z from the training islands, a tree like the parameters; None where the site has a
-            batch shape, whose normalisers enter the loss one by one.
-    """
-
-    ensemble: Ensemble
-    step_size: Array
-    transform: Transform
-    gradient: Params | None
-    num_holdout_chains: int
-
-    @property
-    def values(self) -> Array:
-        """Walkers x, of shape ``(num_chains, num_walkers, *batch_shape, *event_shape)``."""
-        return self.transform(self.ensemble.position)
-
-    @property
-    def log_weight(self) -> Array:
-        """Log weights A, of shape ``(num_chains, num_walkers, *batch_shape)``."""
-        return self.ensemble.log_weight
-
-    @property
-    def num_training_chains(self) -> int:
-        """How many islands enter the gradient."""
-        return self.ensemble.log_weight.shape[0] - self.num_holdout_chains
-
-    def log_normalizer(self) -> tuple[Array, Array]:
-        """Held-out log Z and its jackknife standard error, each of the site's batch shape."""
-        return jackknife_log_mean_exp(self.ensemble.log_normalizers[self.num_training_chains :])
+from ebm_ppl.walkers import Walkers, evaluate_at, initial_gradient, switch, training_mean_potential
 
 
 @partial(
@@ -241,11 +199,11 @@ class Jarzynski:
         walkers, acceptance = self._move(key_move, bound, params, walkers, evaluated)
 
         # Resample
-        ess = {name: _split_ess(w) for name, w in walkers.items()}
+        ess = {name: w.ess() for name, w in walkers.items()}
         walkers, resampled = self._resample(key_resample, walkers)
 
         new = JarzynskiState(params, state.transforms, optim_state, walkers, scale, key_next)
-        finite = {name: _all_usable(w) for name, w in walkers.items()}
+        finite = {name: w.is_usable() for name, w in walkers.items()}
         finite["loss"] = jnp.isfinite(loss)
         finite["gradient"] = jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(params))
         log_z = {name: w.log_normalizer() for name, w in walkers.items()}
@@ -255,7 +213,7 @@ class Jarzynski:
             "ess_holdout": {name: pair[1] for name, pair in ess.items()},
             "log_normalizer": {name: pair[0] for name, pair in log_z.items()},
             "log_normalizer_stderr": {name: pair[1] for name, pair in log_z.items()},
-            "log_normalizer_training": {name: _training_log_normalizer(w) for name, w in walkers.items()},
+            "log_normalizer_training": {name: w.training_log_normalizer() for name, w in walkers.items()},
             "update_scale": scale,
             "resampled": resampled,
             "acceptance": acceptance,
@@ -362,7 +320,7 @@ class Jarzynski:
             step_size = jnp.full_like(step_size, initial_step_size(self.kernel, site.dimension))
         walkers = Walkers(ensemble, step_size, transform, None, self.num_holdout_chains)
         if ensemble.log_normalizer.ndim == 1 and num_chains == self.num_chains:
-            return replace(walkers, gradient=_initial_gradient(site, walkers))
+            return replace(walkers, gradient=initial_gradient(site, walkers))
         return walkers
 
     def _loss(self, bound: BoundModel, walkers: dict[str, Walkers], params: Params) -> Array:
@@ -372,7 +330,7 @@ class Jarzynski:
             site = walkers[name]
             value = lax.stop_gradient(site.log_normalizer()[0])
             if site.gradient is None:
-                surrogate = _training_mean_potential(site, distribution)
+                surrogate = training_mean_potential(site, distribution)
                 return value - surrogate + lax.stop_gradient(surrogate)
             # <∇log Z, θ> with the value removed: its derivative is the saved gradient.
             displacement = jax.tree.map(lambda p: p - lax.stop_gradient(p), params)
@@ -387,7 +345,7 @@ class Jarzynski:
 
         def attempt(scale: Array) -> tuple:
             params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
-            switched = {name: _switch(bound, name, params, w) for name, w in state.walkers.items()}
+            switched = {name: switch(bound, name, params, w) for name, w in state.walkers.items()}
             walkers = {name: w for name, (w, _, _) in switched.items()}
             evaluated = {name: e for name, (_, e, _) in switched.items()}
             ess = jnp.min(jnp.stack([jnp.min(ess) for _, _, ess in switched.values()]))
@@ -412,7 +370,7 @@ class Jarzynski:
         moved, acceptance = {}, {}
         energies = bound.energies(params)
         for index, (name, site) in enumerate(walkers.items()):
-            evaluate = partial(_evaluate, energies[name], site.transform)
+            evaluate = partial(evaluate_at, energies[name], site.transform)
             kernel_state, info = move(
                 self.kernel,
                 random.fold_in(rng_key, index),
@@ -440,70 +398,3 @@ class Jarzynski:
             kept[name] = replace(site, ensemble=ensemble)
             resampled[name] = jnp.sum(low)
         return kept, resampled
-
-
-def _training_mean_potential(walkers: Walkers, distribution: EnergyDistribution) -> Array:
-    """``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands at fixed walkers and weights; −∇ of it is ∇log Z."""
-    split = walkers.num_training_chains
-    weight = jax.nn.softmax(walkers.log_weight[:split], axis=1) / split
-    potential = distribution.potential(walkers.transform(walkers.ensemble.position[:split]))
-    # A walker outside the energy's domain has weight 0 and potential inf.
-    return jnp.sum(weight * jnp.where(weight > 0, potential, 0.0), axis=(0, 1))
-
-
-def _initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
-    def mean_potential(params: Params) -> Array:
-        return -_training_mean_potential(walkers, site.bound.energies(params)[site.name])
-
-    return jax.grad(mean_potential)(site.params)
-
-
-def _evaluate(distribution: EnergyDistribution, transform: Transform, position: Array) -> KernelState:
-    potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
-    (grad,) = pull(jnp.ones_like(potential))
-    return KernelState(position, potential, grad)
-
-
-def _switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tuple[Walkers, KernelState, Array]:
-    """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for the move and ∇θ log Z.
-
-    Returns the reweighted walkers, their kernel state under θ' and the training islands' conditional ESS.
-    """
-    ensemble, split = walkers.ensemble, walkers.num_training_chains
-
-    def potential_of(params: Params, position: Array) -> Array:
-        return potential_at(bound.energies(params)[name], walkers.transform, position)
-
-    potential, pull = jax.vjp(potential_of, params, ensemble.position)
-    alive = ensemble.log_weight > -jnp.inf
-    increment = jnp.where(alive, ensemble.potential - potential, -jnp.inf)
-    log_weight = jnp.where(alive, ensemble.log_weight + increment, -jnp.inf)
-    ess = conditional_ess_fraction(ensemble.log_weight[:split], increment[:split])
-    (_, grad) = pull(jnp.ones_like(potential))
-    gradient = walkers.gradient
-    if gradient is not None:
-        weight = jax.nn.softmax(log_weight[:split], axis=1) / split
-        (gradient, _) = pull(-jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])]))
-    ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
-    return (
-        replace(walkers, ensemble=ensemble, gradient=gradient),
-        KernelState(ensemble.position, potential, grad),
-        ess,
-    )
-
-
-def _split_ess(walkers: Walkers) -> tuple[Array, Array]:
-    split = walkers.num_training_chains
-    return pooled_ess_fraction(walkers.log_weight[:split]), pooled_ess_fraction(walkers.log_weight[split:])
-
-
-def _training_log_normalizer(walkers: Walkers) -> Array:
-    log_normalizers = walkers.ensemble.log_normalizers[: walkers.num_training_chains]
-    return log_normalizers[0] if walkers.num_training_chains == 1 else jackknife_log_mean_exp(log_normalizers)[0]
-
-
-def _all_usable(walkers: Walkers) -> Array:
-    usable = jnp.all(jnp.isfinite(walkers.ensemble.log_normalizers))
-    if walkers.gradient is None:
-        return usable
-    return usable & jnp.isfinite(optax.tree.norm(walkers.gradient))

@@ -106,7 +106,7 @@ def test_start_is_used_exactly_where_it_is_the_energy():
 
 
 def test_an_energy_that_annealing_cannot_reach_is_refused(monkeypatch):
-    monkeypatch.setattr("ebm_ppl.normalizer.MAX_PILOT_RUNGS", 3)
+    monkeypatch.setattr("ebm_ppl.placement.MAX_PILOT_RUNGS", 3)
     far = ebm.EnergyDistribution(lambda v: 100 * (v - 5.0) ** 2, dist.Normal(0, 1))
     with pytest.raises(ValueError, match=r"site 'x'.* stopped at inverse temperature .* closer start="):
         ebm.log_normalizer(random.key(5), far)

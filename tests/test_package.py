@@ -18,12 +18,15 @@ ORDER = [
     "annealing",
     "distribution",
     "model",
-    "training",
+    "inspection",
+    "placement",
     "normalizer",
+    "walkers",
+    "training",
     "jarzynski",
     "arviz",
 ]
-NUMPYRO_MODULES = {"geometry", "distribution", "model", "normalizer", "jarzynski"}
+NUMPYRO_MODULES = {"geometry", "distribution", "model", "inspection", "placement", "normalizer", "walkers", "jarzynski"}
 
 
 def imports_of(module):

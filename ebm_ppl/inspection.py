@@ -1,0 +1,213 @@
+"""What a model holds, and every reason why it could not be fitted, found before the first step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array, random
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform, biject_to
+from numpyro.infer import init_to_median
+from numpyro.infer.util import transform_fn
+
+from ebm_ppl.distribution import EnergyDistribution, starting_distribution, unwrap
+from ebm_ppl.model import Arguments, BoundModel, EnergySites, Model, Params
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model holds: initial parameters (unconstrained), their transforms and the energy sites."""
+
+    params: Params
+    transforms: dict[str, Transform]
+    energies: dict[str, EnergyDistribution]
+
+
+def inspect_model(
+    rng_key: Array, model: Model, arguments: Arguments, *, init_params: Params | None = None
+) -> Inspection:
+    """Run the model once on its data, check it, and find parameters and energy sites.
+
+    Args:
+        rng_key: A JAX PRNG key, for initial values and subsampling.
+        model: A NumPyro model.
+        arguments: What to call it with.
+        init_params: Constrained values for any ``param`` or sample site, instead of its initial value.
+
+    Raises:
+        ValueError: Every ill-posed model; the message names the site, what was found and what to write.
+    """
+    init_params = {} if init_params is None else dict(init_params)
+    args, kwargs = arguments.args, arguments.kwargs
+    recorder = EnergySites(handlers.seed(model, rng_key))
+    with_values = handlers.substitute(
+        handlers.substitute(recorder, substitute_fn=init_to_median(num_samples=15)), data=init_params
+    )
+    trace = _run(with_values, args, kwargs)
+    if not recorder.found:
+        raise ValueError(
+            "The model has no energy site. Declare one: numpyro.sample('x', ebm_ppl.EnergyDistribution(energy, base), "
+            "obs=x); a model without energies is fitted by numpyro.infer.SVI."
+        )
+    for name in recorder.unobserved:
+        raise ValueError(
+            f"Energy site '{name}' is not observed. Fitting needs data there: pass obs= (not obs_mask=, which "
+            "turns rows "
+            "into latents; use handlers.mask to leave rows out). A latent energy with fixed parameters is an energy "
+            "prior: give it log_normalizer= and use NUTS."
+        )
+    unknown = set(init_params) - set(trace)
+    if unknown:
+        raise ValueError(f"init_params names {sorted(unknown)}, which the model does not have.")
+    values, transforms = _parameters(trace)
+    for name, distribution in recorder.found.items():
+        _check_energy_site(name, distribution, trace)
+    params = jax.tree.map(
+        lambda value: jnp.asarray(value, jnp.result_type(value)),
+        transform_fn(transforms, values, invert=True),
+    )
+    _check_repeatable(rng_key, BoundModel(model, transforms, rng_key, arguments), params)
+    return Inspection(params, transforms, recorder.found)
+
+
+def _run(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:
+    try:
+        return handlers.trace(model).get_trace(*args, **kwargs)
+    except AssertionError as error:
+        if "size of plate should be positive" not in str(error):
+            raise
+        name = _local_of_last_frame(error, "name")
+        raise ValueError(
+            f"Plate '{name}' has size 0: there are no rows to fit. Check the data that the model was given; leave a "
+            "plate without rows out of the model."
+        ) from error
+
+
+def _local_of_last_frame(error: BaseException, variable: str) -> Any:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_locals.get(variable) if traceback is not None else None
+
+
+def _parameters(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]:
+    values: Params = {}
+    transforms: dict[str, Transform] = {}
+    for name, site in trace.items():
+        if site["type"] == "mutable":
+            raise ValueError(
+                f"Site '{name}' is mutable state (batch norm, running statistics): the energy would change with every "
+                "call and walkers' weights would be wrong. Use a net without state, such as layer norm."
+            )
+        if site["type"] == "param":
+            values[name] = site["value"]
+            transforms[name] = biject_to(site["kwargs"].get("constraint", constraints.real))
+        elif site["type"] == "sample" and not site["is_observed"] and unwrap(site["fn"]) is None:
+            _check_latent(name, site)
+            values[name] = site["value"]
+            transforms[name] = biject_to(site["fn"].support)
+    if not values:
+        raise ValueError("The model has no parameters to fit: no numpyro.param, module or unobserved sample site.")
+    return values, transforms
+
+
+def _check_latent(name: str, site: dict) -> None:
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"Latent site '{name}' is discrete; beside an energy its gradient is not defined. Marginalise it by hand "
+            "(logsumexp over its values inside the energy), or observe it."
+        )
+    if site["cond_indep_stack"]:
+        plates = ", ".join(frame.name for frame in site["cond_indep_stack"])
+        raise ValueError(
+            f"Latent site '{name}' is local to plate {plates}. This backend fits global sites only (MAP): move it "
+            "out of the plate, or marginalise it."
+        )
+
+
+def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[str, dict]) -> None:
+    site = trace[name]
+    wrapped = site["fn"]
+    value = site["value"]
+    starting_distribution(distribution, name)
+    if distribution.support.is_discrete:
+        raise ValueError(
+            f"Energy site '{name}' has a discrete support ({distribution.support}); Langevin walkers need a continuous "
+            "one. Choose a continuous base, or dequantise the data."
+        )
+    if distribution.log_normalizer is not None:
+        raise ValueError(
+            f"Energy site '{name}' already has a log_normalizer, so its density is normalised: fit it with "
+            "numpyro.infer.SVI or MCMC, or leave log_normalizer out to have it estimated."
+        )
+    if jnp.shape(value) != wrapped.shape():
+        raise ValueError(
+            f"Data at energy site '{name}' has shape {jnp.shape(value)}; expected {wrapped.shape()}: plates and batch "
+            f"shape {wrapped.batch_shape}, event shape {wrapped.event_shape} from the base. Reshape the data, or "
+            ".expand/.to_event the base."
+        )
+    own_dims = len(distribution.batch_shape)
+    for frame in site["cond_indep_stack"]:
+        size = trace[frame.name]["args"][0]
+        if -frame.dim <= own_dims and frame.size != size:
+            raise ValueError(
+                f"Energy site '{name}' has one normaliser per row of plate '{frame.name}', which is subsampled: "
+                "walkers "
+                "of absent rows could not follow. Drop subsample_size, or give the base no batch shape (one shared Z)."
+            )
+    if isinstance(value, jax.core.Tracer):
+        return
+    rows = np.isfinite(np.asarray(value)).reshape((*wrapped.batch_shape, -1)).all(-1)
+    bad = np.asarray(~rows & _unmasked(wrapped))
+    if bad.any():
+        first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"Data at energy site '{name}' is NaN or infinite in {int(bad.sum())} of {bad.size} rows (first: row "
+            f"{first}). "
+            "Drop or impute those rows, or exclude them with handlers.mask and fill in any finite value."
+        )
+
+
+def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None:
+    """An energy must be one function of its parameters: not of a random key, nor of the rows of a mini-batch."""
+    key_params, key_start, key_other = random.split(rng_key, 3)
+    # A last layer of zeros would hide what the layers before it do.
+    leaves, treedef = jax.tree.flatten(params)
+    noise = [
+        random.normal(k, leaf.shape) for k, leaf in zip(random.split(key_params, len(leaves)), leaves, strict=True)
+    ]
+    moved = jax.tree.unflatten(
+        treedef, [leaf + 0.1 * eps.astype(leaf.dtype) for leaf, eps in zip(leaves, noise, strict=True)]
+    )
+    other = replace(bound, rng_key=key_other)
+
+    @jax.jit
+    def energies(bound: BoundModel) -> dict[str, Array]:
+        return {
+            name: energy.energy(starting_distribution(energy, name).sample(key_start, (8,)))
+            for name, energy in bound.energies(moved).items()
+        }
+
+    first, second = energies(bound), energies(other)
+    for name, values in first.items():
+        if not np.array_equal(np.asarray(values), np.asarray(second[name]), equal_nan=True):
+            raise ValueError(
+                f"The energy at site '{name}' changes with the random key. Either it is stochastic (dropout: "
+                "switch it off, "
+                "deterministic=True), or it depends on the rows of a subsampled plate (then give the base their batch "
+                "shape, without subsampling): walkers need one energy per parameter value."
+            )
+
+
+def _unmasked(wrapped: Any) -> np.ndarray:
+    mask = np.ones(wrapped.batch_shape, bool)
+    while not isinstance(wrapped, EnergyDistribution):
+        if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(wrapped._mask, jax.core.Tracer):
+            mask = mask & np.asarray(wrapped._mask)
+        wrapped = wrapped.base_dist
+    return mask

@@ -1,0 +1,128 @@
+"""The walkers of one energy site: their weights, gradient and log Z, and the switch between parameters."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from numpyro.distributions.transforms import Transform
+
+from ebm_ppl.annealing import Ensemble
+from ebm_ppl.distribution import EnergyDistribution, potential_at
+from ebm_ppl.kernels import KernelState
+from ebm_ppl.model import BoundModel, Params
+from ebm_ppl.placement import SiteAtParams
+from ebm_ppl.weights import conditional_ess_fraction, jackknife_log_mean_exp, pooled_ess_fraction
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ensemble", "step_size", "transform", "gradient"],
+    meta_fields=["num_holdout_chains"],
+)
+@dataclass(frozen=True)
+class Walkers:
+    """The walkers of one energy site.  Held-out islands are the last ``num_holdout_chains``.
+
+    Attributes:
+        ensemble: Positions (base-standard coordinates), potentials, log weights and past log normalisers.
+        step_size: Langevin step h, of the site's batch shape.
+        transform: The map T from positions to values, frozen at the initial parameters.
+        gradient: ∇θ log Z from the training islands, a tree like the parameters; None where the site has a
+            batch shape, whose normalisers enter the loss one by one.
+    """
+
+    ensemble: Ensemble
+    step_size: Array
+    transform: Transform
+    gradient: Params | None
+    num_holdout_chains: int
+
+    @property
+    def values(self) -> Array:
+        """Walkers x, of shape ``(num_chains, num_walkers, *batch_shape, *event_shape)``."""
+        return self.transform(self.ensemble.position)
+
+    @property
+    def log_weight(self) -> Array:
+        """Log weights A, of shape ``(num_chains, num_walkers, *batch_shape)``."""
+        return self.ensemble.log_weight
+
+    @property
+    def num_training_chains(self) -> int:
+        """How many islands enter the gradient."""
+        return self.ensemble.log_weight.shape[0] - self.num_holdout_chains
+
+    def log_normalizer(self) -> tuple[Array, Array]:
+        """Held-out log Z and its jackknife standard error, each of the site's batch shape."""
+        return jackknife_log_mean_exp(self.ensemble.log_normalizers[self.num_training_chains :])
+
+    def training_log_normalizer(self) -> Array:
+        """Log Z as the training islands claim it: biased by every update they made."""
+        islands = self.ensemble.log_normalizers[: self.num_training_chains]
+        return islands[0] if self.num_training_chains == 1 else jackknife_log_mean_exp(islands)[0]
+
+    def ess(self) -> tuple[Array, Array]:
+        """ESS fraction of the training and of the held-out islands, each of the site's batch shape."""
+        split = self.num_training_chains
+        return pooled_ess_fraction(self.log_weight[:split]), pooled_ess_fraction(self.log_weight[split:])
+
+    def is_usable(self) -> Array:
+        """Whether every island has a finite log Ẑ and the gradient is finite: a NaN weight spoils both."""
+        usable = jnp.all(jnp.isfinite(self.ensemble.log_normalizers))
+        return usable if self.gradient is None else usable & jnp.isfinite(optax.tree.norm(self.gradient))
+
+
+def training_mean_potential(walkers: Walkers, distribution: EnergyDistribution) -> Array:
+    """``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands at fixed walkers and weights; −∇ of it is ∇log Z."""
+    split = walkers.num_training_chains
+    weight = jax.nn.softmax(walkers.log_weight[:split], axis=1) / split
+    potential = distribution.potential(walkers.transform(walkers.ensemble.position[:split]))
+    # A walker outside the energy's domain has weight 0 and potential inf.
+    return jnp.sum(weight * jnp.where(weight > 0, potential, 0.0), axis=(0, 1))
+
+
+def initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
+    """∇θ log Z at the site's parameters, before the first update has saved one."""
+
+    def mean_potential(params: Params) -> Array:
+        return -training_mean_potential(walkers, site.bound.energies(params)[site.name])
+
+    return jax.grad(mean_potential)(site.params)
+
+
+def evaluate_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> KernelState:
+    """Potential and gradient of every walker: one forward and one backward pass."""
+    potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
+    (grad,) = pull(jnp.ones_like(potential))
+    return KernelState(position, potential, grad)
+
+
+def switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tuple[Walkers, KernelState, Array]:
+    """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for the move and ∇θ log Z.
+
+    Returns the reweighted walkers, their kernel state under θ' and the training islands' conditional ESS.
+    """
+    ensemble, split = walkers.ensemble, walkers.num_training_chains
+
+    def potential_of(params: Params, position: Array) -> Array:
+        return potential_at(bound.energies(params)[name], walkers.transform, position)
+
+    potential, pull = jax.vjp(potential_of, params, ensemble.position)
+    alive = ensemble.log_weight > -jnp.inf
+    increment = jnp.where(alive, ensemble.potential - potential, -jnp.inf)
+    log_weight = jnp.where(alive, ensemble.log_weight + increment, -jnp.inf)
+    ess = conditional_ess_fraction(ensemble.log_weight[:split], increment[:split])
+    (_, grad) = pull(jnp.ones_like(potential))
+    gradient = walkers.gradient
+    if gradient is not None:
+        weight = jax.nn.softmax(log_weight[:split], axis=1) / split
+        (gradient, _) = pull(-jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])]))
+    ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
+    return (
+        replace(walkers, ensemble=ensemble, gradient=gradient),
+        KernelState(ensemble.position, potential, grad),
+        ess,
+    )
