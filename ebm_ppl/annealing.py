@@ -60,35 +60,28 @@ class Ensemble(NamedTuple):
         return self.log_normalizer + log_mean_exp(self.log_weight, axis=1)
 
 
-def resample_where_low(
-    rng_key: Array, ensemble: Ensemble, ess_threshold: float, resampling: Resampling
-) -> tuple[Ensemble, Array]:
-    """Resample every island (and batch element) whose own ESS fraction is under the threshold.
+def resample_islands(rng_key: Array, ensemble: Ensemble, low: Array, resampling: Resampling) -> Ensemble:
+    """Resample the islands (and batch elements) where ``low``, a boolean ``(num_chains, *batch)``; keep the others."""
+    log_weight = ensemble.log_weight
+    flat = jnp.moveaxis(log_weight, 1, -1).reshape(-1, log_weight.shape[1])
+    picked = jax.vmap(resampling)(random.split(rng_key, flat.shape[0]), flat)
+    picked = jnp.moveaxis(picked.reshape((*low.shape, log_weight.shape[1])), -1, 1)
+    stay = jnp.arange(log_weight.shape[1]).reshape((1, -1) + (1,) * (log_weight.ndim - 2))
+    ancestors = jnp.where(low[:, None], picked, stay)
 
-    Returns the ensemble and a boolean ``(num_chains, *batch)``: where it happened.
-    """
-    low = ess_fraction(ensemble.log_weight, axis=1) < ess_threshold
+    def gather(value: Array, indices: Array) -> Array:
+        return value.at[indices].get(mode="promise_in_bounds")
 
-    def resample(ensemble: Ensemble) -> Ensemble:
-        log_weight = ensemble.log_weight
-        flat = jnp.moveaxis(log_weight, 1, -1).reshape(-1, log_weight.shape[1])
-        picked = jax.vmap(resampling)(random.split(rng_key, flat.shape[0]), flat)
-        picked = jnp.moveaxis(picked.reshape((*low.shape, log_weight.shape[1])), -1, 1)
-        stay = jnp.arange(log_weight.shape[1]).reshape((1, -1) + (1,) * (log_weight.ndim - 2))
-        ancestors = jnp.where(low[:, None], picked, stay)
-
-        def gather(value: Array) -> Array:
-            indices = ancestors.reshape(ancestors.shape + (1,) * (value.ndim - ancestors.ndim))
-            return jnp.take_along_axis(value, indices, axis=1)
-
-        return Ensemble(
-            position=gather(ensemble.position),
-            potential=gather(ensemble.potential),
-            log_weight=jnp.where(low[:, None], 0.0, log_weight),
-            log_normalizer=jnp.where(low, ensemble.log_normalizers, ensemble.log_normalizer),
-        )
-
-    return lax.cond(jnp.any(low), resample, lambda same: same, ensemble), low
+    # Whole events by one index each; take_along_axis would build an index for every element.
+    for _ in range(log_weight.ndim - 2):
+        gather = jax.vmap(gather, (1, 1), 1)
+    gather = jax.vmap(gather)
+    return Ensemble(
+        position=gather(ensemble.position, ancestors),
+        potential=gather(ensemble.potential, ancestors),
+        log_weight=jnp.where(low[:, None], 0.0, log_weight),
+        log_normalizer=jnp.where(low, ensemble.log_normalizers, ensemble.log_normalizer),
+    )
 
 
 def _evaluate(path: Path, beta: Array) -> Callable[[Array], KernelState]:
@@ -133,9 +126,14 @@ def _advance(
     """Reweight, resample where the ESS is low, move under U_β; returns the mean acceptance too."""
     key_resample, key_move = random.split(rng_key)
     ensemble = _reweight(ensemble, state, beta_step)
-    ensemble, low = resample_where_low(key_resample, ensemble, options.ess_threshold, options.resampling)
     evaluate = _evaluate(path, beta)
-    state = lax.cond(jnp.any(low), lambda: evaluate(ensemble.position), lambda: at_temperature(state, beta))
+    low = ess_fraction(ensemble.log_weight, axis=1) < options.ess_threshold
+
+    def resample() -> tuple[Ensemble, KernelState]:
+        resampled = resample_islands(key_resample, ensemble, low, options.resampling)
+        return resampled, evaluate(resampled.position)
+
+    ensemble, state = lax.cond(jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta)))
     state, info = move(kernel, key_move, state, evaluate, step_size, options.num_kernel_steps)
     ensemble = ensemble._replace(
         position=state.position, potential=state.potential, log_weight=ensemble.log_weight + info.log_weight

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
 from jax.custom_derivatives import SymbolicZero
@@ -15,7 +16,7 @@ from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
-from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.geometry import log_abs_det, standardizing_transform
 from ebm_ppl.kernels import MALA, initial_step_size
 from ebm_ppl.resampling import multinomial, systematic
 
@@ -105,35 +106,8 @@ class EnergyDistribution(dist.Distribution):
         Raises:
             ValueError: A factor returned another shape, or ``value`` does not end in the event shape.
         """
-        value = jnp.asarray(value)
-        event_shape = self.batch_shape + self.event_shape
-        # Broadcasting against the batch shape is NumPyro's rule for values.
-        if value.ndim < len(event_shape):
-            value = jnp.broadcast_to(value, event_shape)
-        leading = value.shape[: value.ndim - len(event_shape)]
-        if value.shape[len(leading) :] != event_shape:
-            try:
-                value = jnp.broadcast_to(value, leading + event_shape)
-            except ValueError:
-                raise ValueError(
-                    f"The value{at_site(self._site_name())} has shape {value.shape}; expected (..., "
-                    f"{', '.join(map(str, event_shape))}): batch shape {self.batch_shape} and event shape "
-                    f"{self.event_shape} come from the base. Reshape the data, or .expand/.to_event the base."
-                ) from None
-        flat = value.reshape((-1, *event_shape))
-        expected = (flat.shape[0], *self.batch_shape)
-        energies = {}
-        for name, factor in self.factors.items():
-            energy = factor(flat)
-            if jnp.shape(energy) != expected:
-                raise ValueError(
-                    f"Energy factor '{name}'{at_site(self._site_name())} returned shape {jnp.shape(energy)} for values "
-                    f"of shape {flat.shape}; expected {expected}, one number per event. Sum over the event "
-                    "dimensions (x.sum(-1)), drop a trailing 1 (e[..., 0]), or wrap a net that takes one event "
-                    "in jax.vmap."
-                )
-            energies[name] = energy.reshape(leading + self.batch_shape)
-        return energies
+        flat, shape = self._flatten(value)
+        return {name: energy.reshape(shape) for name, energy in self._flat_energies(flat).items()}
 
     def energy(self, value: ArrayLike) -> Array:
         """E(x), the sum of the factors, of shape ``(..., *batch_shape)``."""
@@ -141,7 +115,45 @@ class EnergyDistribution(dist.Distribution):
 
     def potential(self, value: ArrayLike) -> Array:
         """U(x) = E(x) − log base(x), of shape ``(..., *batch_shape)``."""
-        return self.energy(value) - self.base.log_prob(value)
+        potential = self._unchecked_potential(value)
+        return jnp.where(self.support(value), potential, jnp.inf) if self._validate_args else potential
+
+    def _unchecked_potential(self, value: ArrayLike) -> Array:
+        """U(x) for values known to be in the support; garbage elsewhere."""
+        flat, shape = self._flatten(value)
+        # The base sees the very array that the energy sees: an energy that uses its density shares the arithmetic.
+        # The energy itself keeps NumPyro's checks, which may be what truncates it.
+        energy = sum(self._flat_energies(flat).values())
+        return (energy - unchecked_log_prob(self.base, flat)).reshape(shape)
+
+    def _flatten(self, value: ArrayLike) -> tuple[Array, tuple[int, ...]]:
+        """The value with one leading dimension, and the shape that its energies have."""
+        value = jnp.asarray(value)
+        event_shape = self.batch_shape + self.event_shape
+        leading = value.shape[: max(value.ndim - len(event_shape), 0)]
+        try:
+            # Broadcasting against the batch shape is NumPyro's rule for values.
+            value = jnp.broadcast_to(value, leading + event_shape)
+        except ValueError:
+            raise ValueError(
+                f"The value{at_site(self._site_name())} has shape {value.shape}; expected (..., "
+                f"{', '.join(map(str, event_shape))}): batch shape {self.batch_shape} and event shape "
+                f"{self.event_shape} come from the base. Reshape the data, or .expand/.to_event the base."
+            ) from None
+        return value.reshape((-1, *event_shape)), leading + self.batch_shape
+
+    def _flat_energies(self, flat: Array) -> dict[str, Array]:
+        expected = (flat.shape[0], *self.batch_shape)
+        energies = {name: factor(flat) for name, factor in self.factors.items()}
+        for name, energy in energies.items():
+            if jnp.shape(energy) != expected:
+                raise ValueError(
+                    f"Energy factor '{name}'{at_site(self._site_name())} returned shape {jnp.shape(energy)} for values "
+                    f"of shape {flat.shape}; expected {expected}, one number per event. Sum over the event "
+                    "dimensions (x.sum(-1)), drop a trailing 1 (e[..., 0]), or wrap a net that takes one event "
+                    "in jax.vmap."
+                )
+        return energies
 
     def with_log_normalizer(self, log_normalizer: ArrayLike) -> "EnergyDistribution":
         """The same energy with another known log Z."""
@@ -168,9 +180,11 @@ class EnergyDistribution(dist.Distribution):
         # Closure conversion lifts the parameters inside the energy and the base out, so that the identity
         # below sees whether a derivative with respect to them is being taken.  A fresh function each time:
         # JAX caches the conversion by the function's identity.
-        converted, closure = jax.closure_convert(lambda v: self.potential(v), jnp.asarray(value))
+        value = jnp.asarray(value)
+        converted, closure = jax.closure_convert(lambda v: self._unchecked_potential(v), value)
         closure, log_normalizer = _refuse_constant(name, closure, self.log_normalizer)
-        return -converted(jnp.asarray(value), *closure) - log_normalizer
+        log_prob = -converted(value, *closure) - log_normalizer
+        return jnp.where(self._validate_sample(value), log_prob, -jnp.inf) if self._validate_args else log_prob
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate draws by annealed sequential Monte Carlo from the base (or ``start``).
@@ -303,10 +317,16 @@ def starting_distribution(distribution: EnergyDistribution, name: str | None) ->
     return distribution.base
 
 
+def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
+    """``base.log_prob`` without NumPyro's support checks, which every level of a nested distribution repeats."""
+    with numpyro.validation_enabled(False):
+        return base.log_prob(value)
+
+
 def potential_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> Array:
-    """``U_u(u) = U(T(u)) − log|det T'(u)|``, of shape ``(..., *batch_shape)``."""
+    """``U_u(u) = U(T(u)) − log|det T'(u)|``, of shape ``(..., *batch_shape)``; T maps onto the support."""
     value = transform(position)
-    return distribution.potential(value) - transform.log_abs_det_jacobian(position, value)
+    return distribution._unchecked_potential(value) - log_abs_det(transform, position, value)
 
 
 def annealing_path(distribution: EnergyDistribution, start: dist.Distribution, transform: Transform) -> Path:
@@ -314,12 +334,12 @@ def annealing_path(distribution: EnergyDistribution, start: dist.Distribution, t
 
     def path_start(position: Array) -> Array:
         value = transform(position)
-        return -start.log_prob(value) - transform.log_abs_det_jacobian(position, value)
+        return -unchecked_log_prob(start, value) - log_abs_det(transform, position, value)
 
     def difference(position: Array) -> Array:
         value = transform(position)
         if start is distribution.base:
             return distribution.energy(value)
-        return distribution.potential(value) + start.log_prob(value)
+        return distribution._unchecked_potential(value) + unchecked_log_prob(start, value)
 
     return Path(path_start, difference)

@@ -12,6 +12,7 @@ from numpyro.distributions import constraints
 from numpyro.distributions.transforms import (
     AffineTransform,
     ComposeTransform,
+    IdentityTransform,
     IndependentTransform,
     Transform,
     biject_to,
@@ -71,6 +72,18 @@ def standardizing_transform(base: dist.Distribution) -> Transform:
     if isinstance(inner, dist.MultivariateNormal) and len(base.event_shape) == 1:
         return CholeskyAffine(jnp.asarray(inner.loc), inner.scale_tril)
     return _sum_event_dims(biject_to(base.support), base)
+
+
+def log_abs_det(transform: Transform, position: Array, value: Array) -> Array:
+    """``log|det T'(u)|``, broadcastable to the batch shape: a constant is not summed walker by walker."""
+    if isinstance(transform, IndependentTransform):
+        inner = transform.base_transform
+        if isinstance(inner, IdentityTransform):
+            return jnp.zeros(())
+        if isinstance(inner, AffineTransform):
+            axes = tuple(range(-transform.reinterpreted_batch_ndims, 0))
+            return jnp.sum(jnp.log(jnp.abs(inner.scale)), axis=axes)
+    return transform.log_abs_det_jacobian(position, value)
 
 
 def _like(wrapped: dist.Distribution, value: Array) -> Array:

@@ -16,7 +16,7 @@ import optax
 from jax import Array, lax, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.annealing import AnnealingOptions, resample_where_low
+from ebm_ppl.annealing import AnnealingOptions, resample_islands
 from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import inspect_model
@@ -26,6 +26,7 @@ from ebm_ppl.placement import SiteAtParams, anneal_site
 from ebm_ppl.resampling import Resampling, systematic
 from ebm_ppl.training import Fit, run
 from ebm_ppl.walkers import Walkers, evaluate_at, initial_gradient, switch, training_mean_potential
+from ebm_ppl.weights import ess_fraction
 
 
 @partial(
@@ -198,14 +199,19 @@ class Jarzynski:
         # Move
         walkers, acceptance = self._move(key_move, bound, params, walkers, evaluated)
 
-        # Resample
-        ess = {name: w.ess() for name, w in walkers.items()}
-        walkers, resampled = self._resample(key_resample, walkers)
-
-        new = JarzynskiState(params, state.transforms, optim_state, walkers, scale, key_next)
+        # Resample, unless a number is not finite: then the old state stays whole
         finite = {name: w.is_usable() for name, w in walkers.items()}
         finite["loss"] = jnp.isfinite(loss)
         finite["gradient"] = jnp.isfinite(optax.tree.norm(grads)) & jnp.isfinite(optax.tree.norm(params))
+        all_finite = jnp.all(jnp.stack(list(finite.values())))
+        ess = {name: w.ess() for name, w in walkers.items()}
+        walkers, resampled = self._resample(key_resample, all_finite, walkers, state.walkers)
+        new = JarzynskiState(params, state.transforms, optim_state, walkers, scale, key_next)
+        new = jax.tree.map(partial(jnp.where, all_finite), _without_ensembles(new), _without_ensembles(state))
+        new = replace(
+            new, walkers={name: replace(w, ensemble=walkers[name].ensemble) for name, w in new.walkers.items()}
+        )
+
         log_z = {name: w.log_normalizer() for name, w in walkers.items()}
         info = {
             "loss": loss,
@@ -220,8 +226,7 @@ class Jarzynski:
             "grad_norm": optax.tree.norm(grads),
             "finite": finite,
         }
-        all_finite = jnp.all(jnp.stack(list(finite.values())))
-        return jax.tree.map(partial(jnp.where, all_finite), new, state), info
+        return new, info
 
     def run(
         self,
@@ -389,12 +394,41 @@ class Jarzynski:
             moved[name] = replace(site, ensemble=ensemble, step_size=step_size)
         return moved, acceptance
 
-    def _resample(self, rng_key: Array, walkers: dict[str, Walkers]) -> tuple[dict[str, Walkers], dict[str, Array]]:
-        """Resample islands whose own ESS is low; returns how many did, per site."""
+    def _resample(
+        self, rng_key: Array, all_finite: Array, walkers: dict[str, Walkers], previous: dict[str, Walkers]
+    ) -> tuple[dict[str, Walkers], dict[str, Array]]:
+        """Resample islands whose own ESS is low, or go back to the previous ensembles; how many resampled, per site.
+
+        One switch of three branches: selecting between old and new walkers at every step would read and write
+        both in full.
+        """
         kept, resampled = {}, {}
         for index, (name, site) in enumerate(walkers.items()):
-            key = random.fold_in(rng_key, index)
-            ensemble, low = resample_where_low(key, site.ensemble, self.ess_threshold, self.resampling)
+            ensemble, key = site.ensemble, random.fold_in(rng_key, index)
+            low = ess_fraction(ensemble.log_weight, axis=1) < self.ess_threshold
+            branch = jnp.where(all_finite, jnp.any(low).astype(jnp.int32), 2)
+            ensemble = lax.switch(
+                branch,
+                [
+                    lambda old, new, key, low: new,
+                    lambda old, new, key, low: resample_islands(key, new, low, self.resampling),
+                    lambda old, new, key, low: old,
+                ],
+                previous[name].ensemble,
+                ensemble,
+                key,
+                low,
+            )
             kept[name] = replace(site, ensemble=ensemble)
             resampled[name] = jnp.sum(low)
         return kept, resampled
+
+
+def _without_ensembles(state: JarzynskiState) -> JarzynskiState:
+    return replace(
+        state,
+        walkers={
+            name: replace(w, ensemble=None)  # type: ignore[arg-type]
+            for name, w in state.walkers.items()
+        },
+    )

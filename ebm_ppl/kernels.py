@@ -76,7 +76,8 @@ def log_transition_difference(current: KernelState, proposal: KernelState, step_
 
 
 def _langevin_proposal(rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array) -> KernelState:
-    noise = random.normal(rng_key, state.position.shape, state.position.dtype)
+    # Drawn flat: the generator computes an index per dimension of the shape it is asked for.
+    noise = random.normal(rng_key, (state.position.size,), state.position.dtype).reshape(state.position.shape)
     h = _with_event_dims(step_size, state.position.ndim - state.potential.ndim)
     position = state.position - h * state.grad + jnp.sqrt(2.0 * h) * noise
     return evaluate(position)

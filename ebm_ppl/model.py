@@ -15,6 +15,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
+from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.infer.util import log_density, transform_fn
 from numpyro.primitives import Messenger
@@ -60,7 +61,16 @@ class _Normalized(Messenger):
         energy = unwrap(msg["fn"])
         if energy is not None:
             known = energy.with_log_normalizer(self.normalizer(msg["name"], energy))
+            # On the whole space a support check only finds NaN and infinity, and those reach the loss anyway.
+            if _is_unbounded(energy.support):
+                known._validate_args = False
             msg["fn"] = rewrap(msg["fn"], known)
+
+
+def _is_unbounded(support: constraints.Constraint) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real
 
 
 class _FullPlates(Messenger):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ebm_ppl.errors import NonFiniteError
 from ebm_ppl.model import Arguments, Params
 
-MAX_CHUNK = 4096
+MAX_CHUNK = 1024
 SECONDS_PER_CHUNK = 0.5
 
 

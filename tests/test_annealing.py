@@ -10,8 +10,8 @@ from jax import random
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
-from ebm_ppl.annealing import Ensemble, resample_where_low
-from ebm_ppl.weights import log_mean_exp
+from ebm_ppl.annealing import Ensemble, resample_islands
+from ebm_ppl.weights import ess_fraction, log_mean_exp
 
 T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
 
@@ -133,7 +133,8 @@ def test_resampling_happens_island_by_island():
     log_weight = jnp.stack([jnp.zeros(8), jnp.array([0.0] + [-10.0] * 7), jnp.array([0.0] * 4 + [-jnp.inf] * 4)])
     position = jnp.arange(24.0).reshape(3, 8)
     ensemble = Ensemble(position, -position, log_weight, jnp.array([1.0, 2.0, 3.0]))
-    after, low = resample_where_low(random.key(0), ensemble, 0.3, ebm.systematic)
+    low = ess_fraction(log_weight, axis=1) < 0.3
+    after = resample_islands(random.key(0), ensemble, low, ebm.systematic)
     np.testing.assert_array_equal(low, [False, True, False])
     np.testing.assert_array_equal(after.position[jnp.array([0, 2])], position[jnp.array([0, 2])])
     np.testing.assert_array_equal(after.position[1], np.full(8, 8.0))

@@ -50,6 +50,9 @@ BACKENDS = {
     "jarzynski-ula": Entry(partial(jarzynski, ebm.ULA(0.05)), JARZYNSKI_HISTORY),
 }
 
+# Those that differ in more than a kernel: what is costly and has no kernel in it is asked of these alone.
+DISTINCT = ["jarzynski-mala"]
+
 X = np.random.default_rng(0).gamma(2.0, 0.5, size=(12, 2)).astype(np.float32)
 BASE = dist.Normal(0, 1).expand([2]).to_event(1)
 
@@ -64,6 +67,11 @@ def declare(obs):
 def model(x):
     with numpyro.plate("data", len(x)):
         declare(x)
+
+
+@pytest.fixture(params=DISTINCT)
+def distinct(request):
+    return BACKENDS[request.param]
 
 
 class Trained(NamedTuple):
@@ -135,6 +143,8 @@ def test_state_is_a_pytree_of_arrays(trained):
     leaves, treedef = jax.tree.flatten(trained.state)
     assert leaves
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    # A weak type would be lost in the first step or on the way through a file, and everything compiled again.
+    assert not any(leaf.weak_type for leaf in leaves if not is_key(leaf))
     back = jax.tree.unflatten(treedef, leaves)
     assert type(back) is type(trained.state)
     assert_equal(trained.update(back, X), trained.update(trained.state, X))
@@ -361,14 +371,14 @@ def test_batches_masks_and_scales_keep_numpyros_meaning(trained):
     assert other["loss"] != same["loss"]
 
 
-def test_a_subsampled_plate_draws_new_rows_each_step_and_is_unbiased(entry):
+def test_a_subsampled_plate_draws_new_rows_each_step_and_is_unbiased(distinct):
     """With rate 0 the losses are the scaled losses of random mini-batches; their mean is the full loss."""
 
     def subsampled(x):
         with numpyro.plate("data", len(x), subsample_size=4):
             declare(numpyro.subsample(x, event_dim=1))
 
-    backend = entry.make(subsampled, optax.sgd(0.0))
+    backend = distinct.make(subsampled, optax.sgd(0.0))
     loss = backend.run(random.key(3), 300, X, progress_bar=False).history["loss"].astype(float)
     full = -BASE.log_prob(X).sum()
     assert len(np.unique(loss)) > 100
@@ -378,10 +388,10 @@ def test_a_subsampled_plate_draws_new_rows_each_step_and_is_unbiased(entry):
 # Sample sites, precision
 
 
-def test_sample_sites_are_fitted_by_map(entry):
-    """Prior N(0, 0.1²·I) on a: the mode is Σx / (N + 100), an eighth of the maximum-likelihood value.
+def test_sample_sites_are_fitted_by_map(distinct):
+    """Prior N(0, 0.1² I) on a: the mode is Σx / (N + 100), a ninth of the maximum-likelihood value.
 
-    E[x] enters the gradient with an error of at most 1/√(walkers) per step, and the last parameters average many steps.
+    Gradient noise is that of E[x] over 2 × 400 walkers; an error in E[x] moves the mode by N / (N + 100) of it.
     """
 
     def with_prior(x):
@@ -390,18 +400,18 @@ def test_sample_sites_are_fitted_by_map(entry):
             numpyro.sample("x", ebm.EnergyDistribution(lambda v: -(v * a).sum(-1), BASE), obs=x)
 
     x = X + 3.0
-    backend = entry.make(with_prior, optax.sgd(0.002), num_walkers=400)
+    backend = distinct.make(with_prior, optax.sgd(0.002), num_walkers=400)
     fit = backend.run(random.PRNGKey(0), 60, x, init_params={"a": jnp.zeros(2)}, progress_bar=False)
     mode, likelihood = x.sum(0) / (len(x) + 100), x.mean(0)
-    # A weighted mean of 2 × 400 walkers is off by 1/√ESS in E[x], which is N / (N + 100) of that in a.
+    assert fit.history["ess"]["x"][-1] > 0.5
     error = len(x) / (len(x) + 100) / np.sqrt(2 * 400 * 0.5)
     assert np.all(np.abs(fit.params["a"] - mode) < 5 * error)
     assert np.all(np.abs(likelihood - mode) > 20 * error)
 
 
-def test_double_precision(entry):
+def test_double_precision(distinct):
     with jax.enable_x64(True):
-        backend = entry.make(model, optax.sgd(0.01))
+        backend = distinct.make(model, optax.sgd(0.01))
         x = X.astype(np.float64)
         state = backend.init(random.key(0), x)
         after, info = jax.jit(backend.update)(state, x)
