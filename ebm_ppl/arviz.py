@@ -15,6 +15,7 @@ import numpy as np
 from jax import random
 
 from ebm_ppl.distribution import unwrap
+from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.model import Arguments, BoundModel, Model, Observation, observations
 from ebm_ppl.normalizer import LogNormalizer
 from ebm_ppl.resampling import systematic
@@ -179,7 +180,8 @@ def _attributes(
         energy = unwrap(data[name].distribution)
         assert energy is not None
         density = -np.array(energy.potential(data[name].value)) - np.array(estimate)
-        attributes[f"mean_log_density{suffix}"] = float(np.mean(density))
+        counts = np.broadcast_to(unmasked_rows(data[name].distribution), density.shape)
+        attributes[f"mean_log_density{suffix}"] = float(density[counts].mean())
     return attributes
 
 

@@ -78,6 +78,8 @@ class EnergyDistribution(dist.Distribution):
             raise ValueError("The mapping of energy factors is empty; name at least one callable.")
         if not isinstance(base, dist.Distribution):
             raise TypeError(f"base is a {type(base).__name__}; expected a numpyro Distribution.")
+        if start is not None and not isinstance(start, dist.Distribution):
+            raise TypeError(f"start is a {type(start).__name__}; expected a numpyro Distribution.")
         if start is not None and start.batch_shape + start.event_shape != base.batch_shape + base.event_shape:
             raise ValueError(
                 f"start has shape {start.batch_shape + start.event_shape}; expected the base's "
@@ -306,15 +308,15 @@ def starting_distribution(distribution: EnergyDistribution, name: str | None) ->
     Raises:
         UnknownNormalizerError: The base is improper and no start is named.
     """
-    if distribution.start is not None:
-        return distribution.start
-    if is_improper(distribution.base):
+    start = distribution.base if distribution.start is None else distribution.start
+    if is_improper(start):
+        found = "base" if distribution.start is None else "start"
         raise UnknownNormalizerError(
-            f"The base of the energy{at_site(name)} is improper, so walkers have nowhere to start and log Z no anchor. "
+            f"The {found} of the energy{at_site(name)} is improper: walkers have nowhere to start and log Z no anchor. "
             "Name a proper starting distribution: EnergyDistribution(energy, base, "
             "start=dist.Normal(...).to_event(...))."
         )
-    return distribution.base
+    return start
 
 
 def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:

@@ -30,14 +30,19 @@ def find_site_name(distribution: Any, unwrap: Any) -> str | None:
     """Name of the sample site whose (unwrapped) distribution is ``distribution``, from the callers' frames.
 
     ``Distribution.log_prob`` is not told its site, but NumPyro's loops hold the site's message in a local
-    variable when they call it.  Only used to word an error, never to compute.
+    variable when they call it, and this package's a dict of distributions by site name.  Only used to word an
+    error, never to compute.
     """
     frame = sys._getframe(1)
     while frame is not None:
         for value in list(frame.f_locals.values()):
-            if isinstance(value, dict) and "fn" in value and isinstance(value.get("name"), str):
-                if unwrap(value["fn"]) is distribution:
-                    return value["name"]
+            if not isinstance(value, dict):
+                continue
+            if isinstance(value.get("name"), str) and unwrap(value.get("fn")) is distribution:
+                return value["name"]
+            for name, candidate in value.items():
+                if candidate is distribution and isinstance(name, str):
+                    return name
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

@@ -45,9 +45,7 @@ def inspect_model(
     init_params = {} if init_params is None else dict(init_params)
     args, kwargs = arguments.args, arguments.kwargs
     recorder = EnergySites(handlers.seed(model, rng_key))
-    with_values = handlers.substitute(
-        handlers.substitute(recorder, substitute_fn=init_to_median(num_samples=15)), data=init_params
-    )
+    with_values = handlers.substitute(handlers.substitute(recorder, substitute_fn=_initial_value), data=init_params)
     trace = _run(with_values, args, kwargs)
     if not recorder.found:
         raise ValueError(
@@ -73,6 +71,13 @@ def inspect_model(
     )
     _check_repeatable(rng_key, BoundModel(model, transforms, rng_key, arguments), params)
     return Inspection(params, transforms, recorder.found)
+
+
+_median = init_to_median(num_samples=15)
+
+
+def _initial_value(site: dict) -> Array | None:
+    return None if site["value"] is not None else _median(site)
 
 
 def _run(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:
@@ -163,7 +168,7 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
     if isinstance(value, jax.core.Tracer):
         return
     rows = np.isfinite(np.asarray(value)).reshape((*wrapped.batch_shape, -1)).all(-1)
-    bad = np.asarray(~rows & _unmasked(wrapped))
+    bad = np.asarray(~rows & unmasked_rows(wrapped))
     if bad.any():
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
         raise ValueError(
@@ -188,9 +193,10 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None
 
     @jax.jit
     def energies(bound: BoundModel) -> dict[str, Array]:
+        found = bound.energies(moved)
         return {
             name: energy.energy(starting_distribution(energy, name).sample(key_start, (8,)))
-            for name, energy in bound.energies(moved).items()
+            for name, energy in found.items()
         }
 
     first, second = energies(bound), energies(other)
@@ -204,7 +210,8 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None
             )
 
 
-def _unmasked(wrapped: Any) -> np.ndarray:
+def unmasked_rows(wrapped: Any) -> np.ndarray:
+    """Which rows of an energy site count, a boolean array of its (plates and own) batch shape."""
     mask = np.ones(wrapped.batch_shape, bool)
     while not isinstance(wrapped, EnergyDistribution):
         if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(wrapped._mask, jax.core.Tracer):

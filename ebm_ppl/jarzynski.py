@@ -165,7 +165,7 @@ class Jarzynski:
                 num_chains=self.num_chains,
                 num_temperatures=self.num_temperatures,
             )
-        return JarzynskiState(
+        state = JarzynskiState(
             params=found.params,
             transforms=found.transforms,
             optim_state=self.optim.init(found.params),
@@ -173,6 +173,7 @@ class Jarzynski:
             update_scale=jnp.ones(()),
             rng_key=key_next,
         )
+        return jax.tree.map(_as_strong_array, state)
 
     def update(self, state: JarzynskiState, *args: Any, **kwargs: Any) -> tuple[JarzynskiState, dict[str, Any]]:
         """One training step; pure, so it can be jitted, scanned and given another batch each time.
@@ -384,6 +385,8 @@ class Jarzynski:
                 site.step_size,
                 self.num_kernel_steps,
             )
+            islands = site.log_weight.shape[:2]
+            kernel_state, info = jax.tree.map(lambda v, n=islands: v.reshape(*n, *v.shape[1:]), (kernel_state, info))
             acceptance[name] = jnp.mean(info.acceptance[: site.num_training_chains], axis=(0, 1))
             ensemble = site.ensemble._replace(
                 position=kernel_state.position,
@@ -422,6 +425,13 @@ class Jarzynski:
             kept[name] = replace(site, ensemble=ensemble)
             resampled[name] = jnp.sum(low)
         return kept, resampled
+
+
+def _as_strong_array(leaf: Any) -> Array:
+    """Arrays of fixed type throughout, so that the second update finds the first one's executable."""
+    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return lax.convert_element_type(leaf, jnp.result_type(leaf))
 
 
 def _without_ensembles(state: JarzynskiState) -> JarzynskiState:

@@ -1,7 +1,7 @@
 """Langevin moves and the weight of the kernel that really runs.
 
 A kernel moves walkers in coordinates u under a potential U(u) and returns the log-weight increment that keeps
-``E[exp(A) f(u)]`` proportional to the integral of ``f exp(−U)``.  Shapes: potential ``(num_chains, num_walkers,
+``E[exp(A) f(u)]`` proportional to the integral of ``f exp(−U)``.  Shapes: potential ``(*walkers,
 *batch)``; position and gradient carry the event dimensions to the right of that; step size ``batch`` or ``()``.
 """
 

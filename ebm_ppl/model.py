@@ -165,6 +165,9 @@ def observations(rng_key: Array, model: Model, params: Params, arguments: Argume
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
         num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
-        dims = tuple(plates.get(k - num_batch_dims, f"{name}_batch_{k}") for k in range(num_batch_dims))
+        energy = unwrap(site["fn"])
+        # Dimensions that are the energy's own are counted as on the walkers.
+        shared = num_batch_dims - (0 if energy is None else len(energy.batch_shape))
+        dims = tuple(plates.get(k - num_batch_dims, f"{name}_batch_{k - shared}") for k in range(num_batch_dims))
         found[name] = Observation(site["value"], dims, site["fn"])
     return found

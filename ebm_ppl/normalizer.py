@@ -94,6 +94,11 @@ def log_normalizer(
         raise ValueError("The model has no energy site, so there is no normaliser to estimate.")
     estimates: dict[str, dict[str, Array]] = {"estimate": {}, "stderr": {}, "ess": {}, "log_normalizers": {}}
     for index, (name, distribution) in enumerate(found.items()):
+        if distribution.support.is_discrete:
+            raise ValueError(
+                f"Energy site '{name}' has a discrete support; annealing moves walkers by Langevin steps, which need a "
+                "continuous one."
+            )
         transform = standardizing_transform(starting_distribution(distribution, name))
         ensemble, _ = anneal_site(
             random.fold_in(rng_key, index),

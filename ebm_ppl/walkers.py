@@ -93,6 +93,11 @@ def initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
     return jax.grad(mean_potential)(site.params)
 
 
+def merge_islands(value: Array) -> Array:
+    """``(num_chains, num_walkers, ...)`` to ``(num_chains * num_walkers, ...)``."""
+    return value.reshape(-1, *value.shape[2:])
+
+
 def evaluate_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> KernelState:
     """Potential and gradient of every walker: one forward and one backward pass."""
     potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
@@ -103,26 +108,27 @@ def evaluate_at(distribution: EnergyDistribution, transform: Transform, position
 def switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tuple[Walkers, KernelState, Array]:
     """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for the move and ∇θ log Z.
 
-    Returns the reweighted walkers, their kernel state under θ' and the training islands' conditional ESS.
+    Returns the reweighted walkers, their kernel state under θ' (islands merged) and the training islands'
+    conditional ESS.
     """
     ensemble, split = walkers.ensemble, walkers.num_training_chains
 
     def potential_of(params: Params, position: Array) -> Array:
         return potential_at(bound.energies(params)[name], walkers.transform, position)
 
-    potential, pull = jax.vjp(potential_of, params, ensemble.position)
+    # One leading dimension for every island's walkers: XLA reduces and stores three dimensions less well.
+    position = merge_islands(ensemble.position)
+    potential, pull = jax.vjp(potential_of, params, position)
+    (_, grad) = pull(jnp.ones_like(potential))
+    evaluated = KernelState(position, potential, grad)
+    potential = potential.reshape(ensemble.potential.shape)
     alive = ensemble.log_weight > -jnp.inf
     increment = jnp.where(alive, ensemble.potential - potential, -jnp.inf)
     log_weight = jnp.where(alive, ensemble.log_weight + increment, -jnp.inf)
     ess = conditional_ess_fraction(ensemble.log_weight[:split], increment[:split])
-    (_, grad) = pull(jnp.ones_like(potential))
     gradient = walkers.gradient
     if gradient is not None:
         weight = jax.nn.softmax(log_weight[:split], axis=1) / split
-        (gradient, _) = pull(-jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])]))
+        (gradient, _) = pull(-merge_islands(jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])])))
     ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
-    return (
-        replace(walkers, ensemble=ensemble, gradient=gradient),
-        KernelState(ensemble.position, potential, grad),
-        ess,
-    )
+    return replace(walkers, ensemble=ensemble, gradient=gradient), evaluated, ess

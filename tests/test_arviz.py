@@ -317,6 +317,19 @@ def test_a_batch_shape_becomes_dimensions():
     assert data.attrs["mean_log_density"] == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_batch_shape_declared_as_event():
+    def joined(x):
+        a = numpyro.param("a", 0.0)
+        base = dist.Normal(jnp.arange(2.0), 1)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v, base).to_event(1), obs=x)
+
+    data = ebm.to_arviz(untrained(joined, X), joined, X, dims={"x": ["feature"]})
+    assert dataset(data, "posterior_predictive")["x"].dims == ("chain", "draw", "feature")
+    assert dataset(data, "sample_stats")["log_weight"].dims == ("chain", "draw", "feature")
+    assert dataset(data, "observed_data")["x"].dims == ("rows", "feature")
+
+
 def test_masked_rows_do_not_enter_the_mean_log_density():
     def masked(x, mask):
         a = numpyro.param("a", jnp.zeros(2))
