@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from ebm_ppl.distribution import unwrap
+from ebm_ppl.distribution import rewrap, unwrap
 from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.model import Arguments, BoundModel, Model, Observation, observations
 from ebm_ppl.normalizer import LogNormalizer
@@ -44,12 +44,11 @@ def to_arviz(
 ) -> ArvizData:
     """Export a fit: walkers as draws, islands as chains.
 
-    Groups:
-        posterior_predictive: Draws of x with equal weights, each island resampled on its own (duplicates adjacent).
-        sample_stats: Of the *weighted* walkers: ``log_weight``, ``energy``, ``energy_<factor>`` where factors are
-            named, and ``ancestor``, the walker that each draw of ``posterior_predictive`` is a copy of.
-        observed_data: The data at observed sites, every plate at its full size, and nothing else.
-        training: ``Fit.history`` over ``step``.
+    - ``posterior_predictive``: draws of x with equal weights, each island resampled on its own (duplicates adjacent).
+    - ``sample_stats``: of the *weighted* walkers: ``log_weight``, ``energy``, ``energy_<factor>`` where factors are
+      named, and ``ancestor``, the walker that each draw of ``posterior_predictive`` is a copy of.
+    - ``observed_data``: the data at observed sites, every plate at its full size, and nothing else.
+    - ``training``: ``Fit.history`` over ``step``.
 
     A point fit has no posterior draws of the parameters, so there is no ``posterior`` and no
     ``log_likelihood`` (LOO needs both).  The data's normalised mean log density goes to the attributes.  With several
@@ -83,13 +82,16 @@ def to_arviz(
     stats: dict[str, Variable] = {}
     for index, (name, site) in enumerate(walkers.items()):
         suffix = f"_{_plain(name)}" if len(walkers) > 1 else ""
-        batch_dims = tuple(f"{_plain(name)}_batch_{k}" for k in range(site.log_weight.ndim - 2))
-        leading = ("chain", "draw", *batch_dims)
+        num_batch_dims = site.log_weight.ndim - 2
+        # `to_event` around an energy with a batch shape makes the event's first dimensions those of its normalisers.
+        num_declared = len(event_dims[name]) - (site.values.ndim - site.log_weight.ndim)
+        batch_dims = [f"{_plain(name)}_batch_{k}" for k in range(num_batch_dims - num_declared)]
+        leading = ("chain", "draw", *batch_dims, *event_dims[name][:num_declared])
         ancestors = _ancestors(random.fold_in(key_resample, index), site)
         values = np.array(site.values)
         indices = ancestors.reshape(ancestors.shape + (1,) * (values.ndim - ancestors.ndim))
         draws = np.take_along_axis(values, indices, axis=1)
-        predictive[_plain(name)] = ((*leading, *event_dims[name]), draws)
+        predictive[_plain(name)] = ((*leading, *event_dims[name][num_declared:]), draws)
         factors = bound.energies(fit.params)[name].factor_energies(site.values)
         stats[f"log_weight{suffix}"] = (leading, np.array(site.log_weight))
         stats[f"energy{suffix}"] = (leading, np.array(sum(factors.values())))
@@ -177,11 +179,11 @@ def _attributes(
             )
         attributes[f"log_normalizer{suffix}"] = _attribute(estimate)
         attributes[f"log_normalizer_stderr{suffix}"] = _attribute(stderr)
-        energy = unwrap(data[name].distribution)
+        wrapped = data[name].distribution
+        energy = unwrap(wrapped)
         assert energy is not None
-        density = -np.array(energy.potential(data[name].value)) - np.array(estimate)
-        counts = np.broadcast_to(unmasked_rows(data[name].distribution), density.shape)
-        attributes[f"mean_log_density{suffix}"] = float(density[counts].mean())
+        log_density = rewrap(wrapped, energy.with_log_normalizer(estimate)).log_prob(data[name].value)
+        attributes[f"mean_log_density{suffix}"] = float(jnp.sum(log_density) / np.sum(unmasked_rows(wrapped)))
     return attributes
 
 

@@ -167,7 +167,8 @@ def observations(rng_key: Array, model: Model, params: Params, arguments: Argume
         num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
         energy = unwrap(site["fn"])
         # Dimensions that are the energy's own are counted as on the walkers.
-        shared = num_batch_dims - (0 if energy is None else len(energy.batch_shape))
+        own = 0 if energy is None else len((*energy.batch_shape, *energy.event_shape)) - len(site["fn"].event_shape)
+        shared = num_batch_dims - own
         dims = tuple(plates.get(k - num_batch_dims, f"{name}_batch_{k - shared}") for k in range(num_batch_dims))
         found[name] = Observation(site["value"], dims, site["fn"])
     return found
