@@ -43,3 +43,9 @@ def test_digits_example_with_tiny_settings(tmp_path, capsys):
     printed = capsys.readouterr().out
     for row in ("energy model", "Gaussian (the base)", "mixture", "labels alone", "kNN label spreading", "r_hat"):
         assert row in printed
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_relative_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
