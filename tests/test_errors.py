@@ -1,8 +1,10 @@
 """Every misuse stops with an error that names the site, what was found and what to write instead."""
 
 import warnings
+from dataclasses import replace
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -388,12 +390,15 @@ def test_an_energy_that_goes_nan_keeps_the_last_good_state():
     assert all(len(leaf) == error.step for leaf in (history["loss"], history["ess"]["x"], history["grad_norm"]))
     assert np.isfinite(history["loss"]).all()
     assert 0 < error.fit.params["a"] <= 1.5
-    assert np.isfinite(error.fit.state.walkers["x"].values).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(error.fit.state.walkers["x"]))
     # Exactly the state that as many good steps give.
     good = backend.run(random.key(0), error.step, x, init_state=start, progress_bar=False)
-    assert good.params["a"] == error.fit.params["a"]
     np.testing.assert_array_equal(good.history["loss"], history["loss"])
-    np.testing.assert_array_equal(good.state.walkers["x"].values, error.fit.state.walkers["x"].values)
+    jax.tree.map(np.testing.assert_array_equal, with_raw_key(good.state), with_raw_key(error.fit.state))
+
+
+def with_raw_key(state):
+    return replace(state, rng_key=random.key_data(state.rng_key))
 
 
 def test_a_first_step_that_is_nan_gives_an_empty_history():
