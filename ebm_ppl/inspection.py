@@ -176,6 +176,15 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
             f"{first}). "
             "Drop or impute those rows, or exclude them with handlers.mask and fill in any finite value."
         )
+    inside = np.asarray(wrapped.support(value)).reshape((*wrapped.batch_shape, -1)).all(-1)
+    outside = ~inside & unmasked_rows(wrapped)
+    if outside.any():
+        first = ", ".join(str(int(i)) for i in np.argwhere(outside)[0])
+        raise ValueError(
+            f"Data at energy site '{name}' lies outside the base's support ({distribution.support}) in "
+            f"{int(outside.sum())} of {outside.size} rows (first: row {first}). Choose a base whose support holds the "
+            "data, or transform the data into it."
+        )
 
 
 def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None:

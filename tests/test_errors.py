@@ -427,3 +427,15 @@ def test_log_normalizer_needs_an_energy_site():
 def test_log_normalizer_of_a_discrete_support():
     with pytest.raises(ValueError, match="discrete"):
         ebm.log_normalizer(random.key(0), ebm.EnergyDistribution(jnp.square, dist.Poisson(3.0)))
+
+
+def test_data_outside_the_support_of_the_base():
+    def model(x):
+        a = numpyro.param("a", 0.0)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v, dist.Exponential(1.0)), obs=x)
+
+    x = np.array([0.5, 1.0, -0.1, 2.0])
+    backend = ebm.Jarzynski(model, optax.adam(0.1), num_walkers=4)
+    with pytest.raises(ValueError, match=r"site 'x' lies outside .* 1 of 4 rows \(first: row 2\)"):
+        backend.init(random.key(0), x)
