@@ -162,28 +162,35 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
         if -frame.dim <= own_dims and frame.size != size:
             raise ValueError(
                 f"Energy site '{name}' has one normaliser per row of plate '{frame.name}', which is subsampled: "
-                "walkers "
-                "of absent rows could not follow. Drop subsample_size, or give the base no batch shape (one shared Z)."
+                "walkers of absent rows could not follow. "
+                "Drop subsample_size, or give the base no batch shape (one shared Z)."
             )
     if isinstance(value, jax.core.Tracer):
         return
-    rows = np.isfinite(np.asarray(value)).reshape((*wrapped.batch_shape, -1)).all(-1)
-    bad = np.asarray(~rows & unmasked_rows(wrapped))
+    _refuse_rows(
+        name,
+        wrapped,
+        np.isfinite(np.asarray(value)),
+        "is NaN or infinite",
+        "Drop or impute those rows, or exclude them with handlers.mask and fill in any finite value.",
+    )
+    _refuse_rows(
+        name,
+        wrapped,
+        np.asarray(wrapped.support(value)),
+        f"lies outside the base's support ({distribution.support})",
+        "Choose a base whose support holds the data, or transform the data into it.",
+    )
+
+
+def _refuse_rows(name: str, wrapped: Any, good: np.ndarray, finding: str, remedy: str) -> None:
+    """Raise where any element of an unmasked row is not ``good``."""
+    bad = ~good.reshape((*wrapped.batch_shape, -1)).all(-1) & unmasked_rows(wrapped)
     if bad.any():
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
         raise ValueError(
-            f"Data at energy site '{name}' is NaN or infinite in {int(bad.sum())} of {bad.size} rows (first: row "
-            f"{first}). "
-            "Drop or impute those rows, or exclude them with handlers.mask and fill in any finite value."
-        )
-    inside = np.asarray(wrapped.support(value)).reshape((*wrapped.batch_shape, -1)).all(-1)
-    outside = ~inside & unmasked_rows(wrapped)
-    if outside.any():
-        first = ", ".join(str(int(i)) for i in np.argwhere(outside)[0])
-        raise ValueError(
-            f"Data at energy site '{name}' lies outside the base's support ({distribution.support}) in "
-            f"{int(outside.sum())} of {outside.size} rows (first: row {first}). Choose a base whose support holds the "
-            "data, or transform the data into it."
+            f"Data at energy site '{name}' {finding} in {int(bad.sum())} of {bad.size} rows "
+            f"(first: row {first}). {remedy}"
         )
 
 
