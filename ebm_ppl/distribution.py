@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
 from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from numpyro.distributions.transforms import Transform
+from numpyro.distributions.transforms import Transform, biject_to
 
 from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
@@ -317,6 +318,26 @@ def starting_distribution(distribution: EnergyDistribution, name: str | None) ->
             "start=dist.Normal(...).to_event(...))."
         )
     return start
+
+
+def check_start_covers(distribution: EnergyDistribution, name: str | None) -> None:
+    """Refuse a ``start`` that cannot reach all of the base's support: log Z would be that of a smaller set.
+
+    Raises:
+        ValueError: Points of the base's support lie outside the start's.
+    """
+    start, base = distribution.start, distribution.base
+    if start is None or base.support.is_discrete:
+        return
+    shape = biject_to(base.support).inverse_shape(base.batch_shape + base.event_shape)
+    points = biject_to(base.support)(jnp.asarray(3.0 * np.random.default_rng(0).normal(size=(256, *shape))))
+    inside = start.support(points)
+    if not isinstance(inside, jax.core.Tracer) and not bool(jnp.all(inside)):
+        raise ValueError(
+            f"The start of the energy{at_site(name)} has support {start.support}, which leaves out part of the base's, "
+            f"{base.support}: log Z would be that of the smaller set. Name a start over the whole support, or a base "
+            "with the smaller one."
+        )
 
 
 def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from numpyro.distributions.transforms import Transform, biject_to
 from numpyro.infer import init_to_median
 from numpyro.infer.util import transform_fn
 
-from ebm_ppl.distribution import EnergyDistribution, starting_distribution, unwrap
+from ebm_ppl.distribution import EnergyDistribution, check_start_covers, starting_distribution, unwrap
 from ebm_ppl.model import Arguments, BoundModel, EnergySites, Model, Params
 
 
@@ -45,8 +46,10 @@ def inspect_model(
     init_params = {} if init_params is None else dict(init_params)
     args, kwargs = arguments.args, arguments.kwargs
     recorder = EnergySites(handlers.seed(model, rng_key))
-    with_values = handlers.substitute(handlers.substitute(recorder, substitute_fn=_initial_value), data=init_params)
-    trace = _run(with_values, args, kwargs)
+    with_initial = handlers.substitute(recorder, substitute_fn=_initial_value)
+    if init_params:
+        _check_init_params(init_params, partial(_run, with_initial, args, kwargs))
+    trace = _run(handlers.substitute(with_initial, data=init_params), args, kwargs)
     if not recorder.found:
         raise ValueError(
             "The model has no energy site. Declare one: numpyro.sample('x', ebm_ppl.EnergyDistribution(energy, base), "
@@ -59,9 +62,6 @@ def inspect_model(
             "into latents; use handlers.mask to leave rows out). A latent energy with fixed parameters is an energy "
             "prior: give it log_normalizer= and use NUTS."
         )
-    unknown = set(init_params) - set(trace)
-    if unknown:
-        raise ValueError(f"init_params names {sorted(unknown)}, which the model does not have.")
     values, transforms = _parameters(trace)
     for name, distribution in recorder.found.items():
         _check_energy_site(name, distribution, trace)
@@ -121,6 +121,21 @@ def _parameters(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]:
     return values, transforms
 
 
+def _check_init_params(init_params: Params, run_without: Callable[[], dict[str, dict]]) -> None:
+    """Given values must have names that the model has, and the shapes of its own values."""
+    try:
+        trace = run_without()
+    except Exception:
+        return  # the model may need the values it was given; if not, it fails with them too, and says why
+    unknown = set(init_params) - set(trace)
+    if unknown:
+        raise ValueError(f"init_params names {sorted(unknown)}, which the model does not have.")
+    for name, given in init_params.items():
+        found, expected = (jax.tree.map(jnp.shape, value) for value in (given, trace[name]["value"]))
+        if found != expected:
+            raise ValueError(f"init_params['{name}'] has shape {found}; expected {expected}, as the model has it.")
+
+
 def _check_latent(name: str, site: dict) -> None:
     if site["fn"].support.is_discrete:
         raise ValueError(
@@ -156,6 +171,7 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
             f"shape {wrapped.batch_shape}, event shape {wrapped.event_shape} from the base. Reshape the data, or "
             ".expand/.to_event the base."
         )
+    check_start_covers(distribution, name)
     own_dims = len(distribution.batch_shape)
     for frame in site["cond_indep_stack"]:
         size = trace[frame.name]["args"][0]

@@ -75,13 +75,7 @@ def anneal_site(
     pilot = _pilot(site, kernel, options, key_pilot)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
-        raise ValueError(
-            f"Annealing walkers of energy site '{site.name}' from its base to the given parameters stopped at inverse "
-            f"temperature {float(pilot.ladder.betas[rungs - 1]):.3g} after {rungs} temperatures. The energy is "
-            "far from "
-            "the base, or not bounded below: rescale it, start from smaller parameters (a last layer of zeros starts "
-            "at the base itself), or name a closer start=."
-        )
+        raise ValueError(_why_annealing_stopped(site, key_pilot, pilot.ladder.betas[rungs - 1], rungs))
     if num_temperatures is None:
         # Powers of two, so that a few compiled lengths serve every call.
         num_temperatures = max(128, 2 ** math.ceil(math.log2(4 * rungs)))
@@ -91,14 +85,30 @@ def anneal_site(
     return ensemble, ladder.step_sizes[-1]
 
 
+def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rungs: int) -> str:
+    difference = site.path().difference(site.draw(rng_key, (1, NUM_PILOT_WALKERS)))
+    num_nan = int(jnp.sum(jnp.isnan(difference)))
+    if num_nan:
+        return (
+            f"The energy of site '{site.name}' is NaN at {num_nan} of {difference.size} draws of its base (or start), "
+            "at the given parameters. Make it finite, or +inf, over the whole support: guard logarithms and roots, or "
+            "choose a base with the energy's own support."
+        )
+    return (
+        f"Annealing walkers of energy site '{site.name}' from its base to the given parameters stopped at inverse "
+        f"temperature {float(beta):.3g} after {rungs} temperatures. The energy is far from the base, or not bounded "
+        "below: rescale it, start from smaller parameters (a last layer of zeros starts at the base itself), or name a "
+        "closer start=."
+    )
+
+
 def _check_islands_agree(name: str, ensemble: Ensemble) -> None:
     stderr = float(jnp.max(jackknife_log_mean_exp(ensemble.log_normalizers)[1]))
     if not stderr < 1.0:
         warnings.warn(
             f"Annealing to energy site '{name}': its islands disagree about log Z (standard error {stderr:.2g} "
-            "nats), so no "
-            "number that rests on it can be trusted. Take more temperatures or walkers, or a base nearer to the "
-            "energy; if nothing helps, the energy may not be bounded below.",
+            "nats), so no number that rests on it can be trusted. Take more temperatures or walkers, or a base nearer "
+            "to the energy; if nothing helps, the energy may not be bounded below.",
             stacklevel=4,
         )
 

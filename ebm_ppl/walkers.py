@@ -84,6 +84,7 @@ def training_mean_potential(walkers: Walkers, distribution: EnergyDistribution) 
     return jnp.sum(weight * jnp.where(weight > 0, potential, 0.0), axis=(0, 1))
 
 
+@jax.jit
 def initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
     """∇θ log Z at the site's parameters, before the first update has saved one."""
 

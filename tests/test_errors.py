@@ -103,6 +103,32 @@ def test_initial_values_of_unknown_parameters():
         ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(random.key(0), X, init_params={"b": 1.0})
 
 
+def test_an_initial_value_of_the_wrong_shape():
+    with pytest.raises(ValueError, match=r"init_params\['a'\] has shape \(3,\); expected \(\)"):
+        ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(random.key(0), X, init_params={"a": jnp.zeros(3)})
+
+
+def test_a_start_that_cannot_reach_the_whole_support():
+    """Walkers would stay positive: log Z of half of the line."""
+
+    def model(x):
+        with numpyro.plate("rows", len(x)):
+            declare(x, FLAT, start=dist.HalfNormal(1.0))
+
+    refused(model, np.abs(X), match=r"start of the energy at site 'x'.*leaves out part of the base's")
+
+
+def test_an_energy_that_is_nan_on_part_of_the_base():
+    """log v of a negative draw: named as NaN, not as far from the base."""
+
+    def model(x):
+        a = numpyro.param("a", jnp.ones(()))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(lambda v: -a * jnp.log(v), NORMAL), obs=x)
+
+    refused(model, np.abs(X), match=r"site 'x' is NaN at \d+ of 256 draws of its base")
+
+
 # The declaration
 
 
