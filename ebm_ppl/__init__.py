@@ -1,12 +1,15 @@
 """Energies inside NumPyro models: declared, fitted and exported with their normalisers."""
 
 from ebm_ppl.arviz import to_arviz
+from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.distribution import EnergyDistribution
-from ebm_ppl.errors import NonFiniteError, UnknownNormalizerError
+from ebm_ppl.errors import NonFiniteError, UncertifiedNormalizerError, UnknownNormalizerError
 from ebm_ppl.jarzynski import Jarzynski, JarzynskiState
 from ebm_ppl.kernels import MALA, ULA
-from ebm_ppl.normalizer import LogNormalizer, log_normalizer
+from ebm_ppl.normalized import normalized
+from ebm_ppl.normalizer import log_normalizer
 from ebm_ppl.resampling import multinomial, systematic
+from ebm_ppl.sampling import sample
 from ebm_ppl.training import Fit
 from ebm_ppl.walkers import Walkers
 
@@ -21,10 +24,13 @@ __all__ = [
     "JarzynskiState",
     "LogNormalizer",
     "NonFiniteError",
+    "UncertifiedNormalizerError",
     "UnknownNormalizerError",
     "Walkers",
     "log_normalizer",
     "multinomial",
+    "normalized",
+    "sample",
     "systematic",
     "to_arviz",
 ]

@@ -7,15 +7,20 @@ each island's Ẑ is unbiased, its own ESS-triggered resampling included (Neal 2
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
+from jax.typing import ArrayLike
 
 from ebm_ppl.kernels import Kernel, KernelState, adapt_step_size, move
 from ebm_ppl.resampling import Resampling
 from ebm_ppl.weights import conditional_ess_fraction, ess_fraction, log_mean_exp
+
+# Moves of the pilot at every temperature, so that it stays near equilibrium and its step sizes settle.
+NUM_SETTLING_MOVES = 20
 
 
 class Path(NamedTuple):
@@ -26,10 +31,23 @@ class Path(NamedTuple):
 
 
 class Ladder(NamedTuple):
-    """A fixed protocol: inverse temperatures ``(num_temperatures,)``, step sizes ``(num_temperatures, *batch)``."""
+    """A fixed protocol from ``start`` on.
 
+    Attributes:
+        start: Inverse temperature at which walkers begin, a scalar.
+        betas: Inverse temperatures, ``(num_temperatures,)``.
+        step_sizes: Of the moves at these temperatures, ``(num_temperatures, *batch)``.
+    """
+
+    start: Array
     betas: Array
     step_sizes: Array
+
+    def reverse(self) -> "Ladder":
+        """The same temperatures from the last one down, ending at this ladder's start."""
+        below = jnp.concatenate([self.start[None], self.betas[:-1]])
+        step_sizes = jnp.concatenate([self.step_sizes[:1], self.step_sizes[:-1]])
+        return Ladder(self.betas[-1], below[::-1], step_sizes[::-1])
 
 
 class Pilot(NamedTuple):
@@ -84,15 +102,13 @@ def resample_islands(rng_key: Array, ensemble: Ensemble, low: Array, resampling:
     )
 
 
-def _evaluate(path: Path, beta: Array) -> Callable[[Array], KernelState]:
-    def evaluate(position: Array) -> KernelState:
-        start, start_pull = jax.vjp(path.start, position)
-        difference, difference_pull = jax.vjp(path.difference, position)
-        ones = jnp.ones_like(start)
-        aux = (start, difference, start_pull(ones)[0], difference_pull(ones)[0])
-        return at_temperature(KernelState(position, start, aux[2], aux), beta)
-
-    return evaluate
+def evaluate_path(path: Path, position: Array, beta: Array) -> KernelState:
+    """Potential and gradient under U_β; its parts are kept in ``aux``."""
+    start, start_pull = jax.vjp(path.start, position)
+    difference, difference_pull = jax.vjp(path.difference, position)
+    ones = jnp.ones_like(start)
+    aux = (start, difference, start_pull(ones)[0], difference_pull(ones)[0])
+    return at_temperature(KernelState(position, start, aux[2], aux), beta)
 
 
 def at_temperature(state: KernelState, beta: Array) -> KernelState:
@@ -103,13 +119,28 @@ def at_temperature(state: KernelState, beta: Array) -> KernelState:
 
 def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensemble:
     # A difference of +inf (outside the energy's domain) weighs nothing; 0 · inf must not become NaN.
-    return ensemble._replace(log_weight=ensemble.log_weight - jnp.where(beta_step > 0, beta_step * state.aux[1], 0.0))
+    return ensemble._replace(log_weight=ensemble.log_weight - jnp.where(beta_step != 0, beta_step * state.aux[1], 0.0))
 
 
-def _initial(path: Path, position: Array) -> tuple[Ensemble, KernelState]:
-    state = _evaluate(path, jnp.zeros(()))(position)
+class Climb(NamedTuple):
+    """A run along a ladder, under way: what the next temperature needs.
+
+    Attributes:
+        ensemble: The walkers and their weights.
+        state: Their potentials and gradients, in parts.
+        acceptance: Sum over the temperatures so far of the mean acceptance, of the batch shape.
+    """
+
+    ensemble: Ensemble
+    state: KernelState
+    acceptance: Array
+
+
+def begin_climb(path: Path, position: Array, beta: Array) -> Climb:
+    """Equally weighted walkers at ``position``, ``(num_chains, num_walkers, *batch, *event)``, under U_β."""
+    state = evaluate_path(path, position, beta)
     zeros = jnp.zeros_like(state.potential)
-    return Ensemble(position, state.potential, zeros, zeros[:, 0]), state
+    return Climb(Ensemble(position, state.potential, zeros, zeros[:, 0]), state, zeros[0, 0])
 
 
 def _advance(
@@ -123,10 +154,12 @@ def _advance(
     step_size: Array,
     options: "AnnealingOptions",
 ) -> tuple[Ensemble, KernelState, Array]:
-    """Reweight, resample where the ESS is low, move under U_β; returns the mean acceptance too."""
+    """Resample where the ESS is low, reweight, move under U_β; returns the mean acceptance too.
+
+    Resampling comes first: after the last temperature it would only replace weights by ties.
+    """
     key_resample, key_move = random.split(rng_key)
-    ensemble = _reweight(ensemble, state, beta_step)
-    evaluate = _evaluate(path, beta)
+    evaluate = partial(evaluate_path, path, beta=beta)
     low = ess_fraction(ensemble.log_weight, axis=1) < options.ess_threshold
 
     def resample() -> tuple[Ensemble, KernelState]:
@@ -134,6 +167,7 @@ def _advance(
         return resampled, evaluate(resampled.position)
 
     ensemble, state = lax.cond(jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta)))
+    ensemble = _reweight(ensemble, state, beta_step)
     state, info = move(kernel, key_move, state, evaluate, step_size, options.num_kernel_steps)
     ensemble = ensemble._replace(
         position=state.position, potential=state.potential, log_weight=ensemble.log_weight + info.log_weight
@@ -174,7 +208,7 @@ def run_pilot(
         max_rungs: Where to give up; ``ladder.betas`` then ends below 1.
         ess_target: Conditional ESS fraction of one step.
     """
-    ensemble, state = _initial(path, position)
+    ensemble, state, _ = begin_climb(path, position, jnp.zeros(()))
 
     def next_beta(ensemble: Ensemble, state: KernelState, beta: Array) -> Array:
         def enough(candidate: Array) -> Array:
@@ -196,20 +230,27 @@ def run_pilot(
         rung, beta = carry[0], carry[1]
         return (rung < max_rungs) & (beta < 1.0)
 
+    def settle(carry: tuple[KernelState, Array], key: Array, beta: Array) -> tuple[tuple[KernelState, Array], None]:
+        state, step_size = carry
+        state, info = kernel.step(key, state, partial(evaluate_path, path, beta=beta), step_size)
+        return (state, adapt_step_size(kernel, step_size, jnp.mean(info.acceptance, axis=(0, 1)), gain=0.5)), None
+
     def climb(carry: tuple) -> tuple:
         rung, beta, step_size, rng_key, ensemble, state, ladder = carry
-        rng_key, key = random.split(rng_key)
+        rng_key, key, key_settle = random.split(rng_key, 3)
         target = next_beta(ensemble, state, beta)
-        ensemble, state, acceptance = _advance(
-            kernel, key, path, ensemble, state, target, target - beta, step_size, options
+        ensemble, state, _ = _advance(kernel, key, path, ensemble, state, target, target - beta, step_size, options)
+        keys = random.split(key_settle, NUM_SETTLING_MOVES)
+        (state, step_size), _ = lax.scan(partial(settle, beta=target), (state, step_size), keys)
+        ensemble = ensemble._replace(position=state.position, potential=state.potential)
+        ladder = ladder._replace(
+            betas=ladder.betas.at[rung].set(target), step_sizes=ladder.step_sizes.at[rung].set(step_size)
         )
-        ladder = Ladder(ladder.betas.at[rung].set(target), ladder.step_sizes.at[rung].set(step_size))
-        step_size = adapt_step_size(kernel, step_size, acceptance, gain=0.5)
         return rung + 1, target, step_size, rng_key, ensemble, state, ladder
 
     dtype = state.potential.dtype
     step_size = jnp.asarray(step_size, dtype)
-    ladder = Ladder(jnp.ones(max_rungs, dtype), jnp.ones((max_rungs, *step_size.shape), dtype))
+    ladder = Ladder(jnp.zeros((), dtype), jnp.ones(max_rungs, dtype), jnp.ones((max_rungs, *step_size.shape), dtype))
     carry = (jnp.zeros((), jnp.int32), jnp.zeros((), dtype), step_size, rng_key, ensemble, state, ladder)
     rung, *_, ladder = lax.while_loop(climbing, climb, carry)
     return Pilot(ladder, rung)
@@ -228,33 +269,59 @@ def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
     )
     log_h = jnp.log(pilot.ladder.step_sizes).reshape(known.shape[0], -1)
     step_sizes = jax.vmap(lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1)(log_h)
-    return Ladder(betas.at[-1].set(1.0), step_sizes.reshape(num_temperatures, *pilot.ladder.step_sizes.shape[1:]))
+    step_sizes = step_sizes.reshape(num_temperatures, *pilot.ladder.step_sizes.shape[1:])
+    return Ladder(pilot.ladder.start, betas.at[-1].set(1.0), step_sizes)
+
+
+def climb(
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    climb: Climb,
+    ladder: Ladder,
+    options: AnnealingOptions,
+    first: ArrayLike,
+    last: ArrayLike,
+) -> Climb:
+    """Carry walkers over the temperatures ``first`` to ``last − 1`` of a fixed ladder.
+
+    Args:
+        kernel: Any kernel; its own log weights are added.
+        rng_key: A JAX PRNG key, the same for all pieces of one climb.
+        path: U_start and D.
+        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or from the piece before.
+        ladder: From :func:`refine_ladder`, or reversed.
+        options: See :class:`AnnealingOptions`.
+        first: Index of the first temperature; may be traced.
+        last: Index after the last one.
+    """
+    steps = jnp.diff(ladder.betas, prepend=ladder.start)
+
+    def body(rung: Array, climb: Climb) -> Climb:
+        ensemble, state, acceptance = _advance(
+            kernel,
+            random.fold_in(rng_key, rung),
+            path,
+            climb.ensemble,
+            climb.state,
+            ladder.betas[rung],
+            steps[rung],
+            ladder.step_sizes[rung],
+            options,
+        )
+        return Climb(ensemble, state, climb.acceptance + acceptance)
+
+    return lax.fori_loop(first, last, body, climb)
 
 
 def anneal(
     kernel: Kernel, rng_key: Array, path: Path, position: Array, ladder: Ladder, options: AnnealingOptions
 ) -> tuple[Ensemble, Array]:
-    """Carry fresh walkers along a fixed ladder.
-
-    Args:
-        kernel: Any kernel; its own log weights are added.
-        rng_key: A JAX PRNG key.
-        path: U_start and D.
-        position: Exact draws from the start, ``(num_chains, num_walkers, *batch, *event)``.
-        ladder: From :func:`refine_ladder`.
-        options: See :class:`AnnealingOptions`.
+    """Carry walkers along a whole ladder: :func:`climb` from exact draws at ``ladder.start``.
 
     Returns:
-        The :class:`Ensemble` at β = 1, and the acceptance per temperature, ``(num_temperatures, *batch)``.
+        The ensemble at the ladder's end and the mean acceptance, of the batch shape.
     """
-    ensemble, state = _initial(path, position)
-
-    def body(carry: tuple[Ensemble, KernelState], rung: tuple) -> tuple[tuple[Ensemble, KernelState], Array]:
-        key, beta, beta_step, step_size = rung
-        ensemble, state, acceptance = _advance(kernel, key, path, *carry, beta, beta_step, step_size, options)
-        return (ensemble, state), acceptance
-
-    steps = jnp.diff(ladder.betas, prepend=jnp.zeros(1, ladder.betas.dtype))
-    keys = random.split(rng_key, ladder.betas.shape[0])
-    (ensemble, _), acceptance = lax.scan(body, (ensemble, state), (keys, ladder.betas, steps, ladder.step_sizes))
-    return ensemble, acceptance
+    start, num_temperatures = begin_climb(path, position, ladder.start), ladder.betas.shape[0]
+    end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)
+    return end.ensemble, end.acceptance / num_temperatures

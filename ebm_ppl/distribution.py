@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
@@ -16,9 +15,10 @@ from jax.typing import ArrayLike
 from numpyro.distributions.transforms import Transform, biject_to
 
 from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
+from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
 from ebm_ppl.geometry import log_abs_det, standardizing_transform
-from ebm_ppl.kernels import MALA, initial_step_size
+from ebm_ppl.kernels import MALA, KernelState, initial_step_size
 from ebm_ppl.resampling import multinomial, systematic
 
 Energy = Callable[[Array], Array]
@@ -49,14 +49,16 @@ class EnergyDistribution(dist.Distribution):
         base: Any NumPyro distribution, its batch shape included.  ``ImproperUniform`` gives the plain ``exp(−E)``.
         start: A proper distribution over the same space, for walkers to start from.  Needed only with an improper
             base; log Z is anchored there.
-        log_normalizer: log Z of base·exp(−E), a scalar or ``batch_shape``, where it is known.  It makes this an
-            ordinary normalised distribution.  A *constant* serves while parameters are fixed (an energy prior on
-            a latent x); while parameters inside the energy or the base are differentiated, a constant raises.
+        log_normalizer: log Z of base·exp(−E), a scalar or ``batch_shape``, or a certified :class:`LogNormalizer` of
+            one site, where it is known.  It makes this an ordinary normalised distribution.  A *constant* serves while
+            parameters are fixed (an energy prior on a latent x); while parameters inside the energy or the base are
+            differentiated, a constant raises.
         validate_args: As for every NumPyro distribution.
 
     Raises:
         TypeError: ``energy`` is not callable, or ``base`` is not a distribution.
         ValueError: The shapes of ``start`` or ``log_normalizer`` do not fit the base.
+        UncertifiedNormalizerError: ``log_normalizer`` has flags.
     """
 
     arg_constraints: dict[str, Any] = {}
@@ -68,7 +70,7 @@ class EnergyDistribution(dist.Distribution):
         base: dist.Distribution,
         *,
         start: dist.Distribution | None = None,
-        log_normalizer: ArrayLike | None = None,
+        log_normalizer: ArrayLike | LogNormalizer | None = None,
         validate_args: bool | None = None,
     ) -> None:
         named = dict(energy) if isinstance(energy, Mapping) else {"energy": energy}
@@ -244,9 +246,17 @@ class EnergyDistribution(dist.Distribution):
         return find_site_name(self, unwrap)
 
 
-def _as_log_normalizer(value: ArrayLike | None, batch_shape: tuple[int, ...]) -> Array | None:
+def _as_log_normalizer(value: ArrayLike | LogNormalizer | None, batch_shape: tuple[int, ...]) -> Array | None:
     if value is None:
         return None
+    if isinstance(value, LogNormalizer):
+        if len(value.estimate) != 1 or value.batch_ndims:
+            raise ValueError(
+                f"log_normalizer has sites {sorted(value.estimate)} and {value.batch_ndims} axes of draws; expected "
+                "one site at one parameter value. Give the number of this site: log_normalizer=log_z.estimate[name]."
+            )
+        value.require_certified()
+        (value,) = value.estimate.values()
     array = jnp.asarray(value, dtype=jnp.result_type(float) if isinstance(value, int) else None)
     if jnp.broadcast_shapes(array.shape, batch_shape) != batch_shape:
         raise ValueError(
@@ -320,23 +330,31 @@ def starting_distribution(distribution: EnergyDistribution, name: str | None) ->
     return start
 
 
+def points_in_support(distribution: EnergyDistribution, rng_key: Array, num_points: int) -> Array:
+    """Scattered points of the base's support, ``(num_points, *batch, *event)``, whether or not it can be sampled."""
+    base = distribution.base
+    if base.support.is_discrete:
+        return base.sample(rng_key, (num_points,))
+    transform = biject_to(base.support)
+    shape = transform.inverse_shape(base.batch_shape + base.event_shape)
+    return transform(3.0 * random.normal(rng_key, (num_points, *shape)))
+
+
 def check_start_covers(distribution: EnergyDistribution, name: str | None) -> None:
     """Refuse a ``start`` that cannot reach all of the base's support: log Z would be that of a smaller set.
 
     Raises:
         ValueError: Points of the base's support lie outside the start's.
     """
-    start, base = distribution.start, distribution.base
-    if start is None or base.support.is_discrete:
+    start = distribution.start
+    if start is None:
         return
-    shape = biject_to(base.support).inverse_shape(base.batch_shape + base.event_shape)
-    points = biject_to(base.support)(jnp.asarray(3.0 * np.random.default_rng(0).normal(size=(256, *shape))))
-    inside = start.support(points)
+    inside = start.support(points_in_support(distribution, random.key(0), 256))
     if not isinstance(inside, jax.core.Tracer) and not bool(jnp.all(inside)):
         raise ValueError(
             f"The start of the energy{at_site(name)} has support {start.support}, which leaves out part of the base's, "
-            f"{base.support}: log Z would be that of the smaller set. Name a start over the whole support, or a base "
-            "with the smaller one."
+            f"{distribution.support}: log Z would be that of the smaller set. Name a start over the whole support, or "
+            "a base with the smaller one."
         )
 
 
@@ -350,6 +368,13 @@ def potential_at(distribution: EnergyDistribution, transform: Transform, positio
     """``U_u(u) = U(T(u)) − log|det T'(u)|``, of shape ``(..., *batch_shape)``; T maps onto the support."""
     value = transform(position)
     return distribution._unchecked_potential(value) - log_abs_det(transform, position, value)
+
+
+def evaluate_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> KernelState:
+    """Potential and gradient of every walker: one forward and one backward pass."""
+    potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
+    (grad,) = pull(jnp.ones_like(potential))
+    return KernelState(position, potential, grad)
 
 
 def annealing_path(distribution: EnergyDistribution, start: dist.Distribution, transform: Transform) -> Path:

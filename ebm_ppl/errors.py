@@ -12,6 +12,10 @@ class UnknownNormalizerError(NotImplementedError):
     """
 
 
+class UncertifiedNormalizerError(ValueError):
+    """A log Z was to be used as known, but the checks that come with it say that it may be wrong."""
+
+
 class NonFiniteError(FloatingPointError):
     """A training step gave a NaN or an infinity; ``fit`` holds the last good state.
 

@@ -16,7 +16,13 @@ from numpyro.distributions.transforms import Transform, biject_to
 from numpyro.infer import init_to_median
 from numpyro.infer.util import transform_fn
 
-from ebm_ppl.distribution import EnergyDistribution, check_start_covers, starting_distribution, unwrap
+from ebm_ppl.distribution import (
+    EnergyDistribution,
+    check_start_covers,
+    points_in_support,
+    starting_distribution,
+    unwrap,
+)
 from ebm_ppl.model import Arguments, BoundModel, EnergySites, Model, Params
 
 
@@ -210,36 +216,52 @@ def _refuse_rows(name: str, wrapped: Any, good: np.ndarray, finding: str, remedy
         )
 
 
+def check_params(bound: BoundModel, params: Params) -> None:
+    """Refuse parameters that the model does not have, lacks, or that do not decide the energies alone.
+
+    Raises:
+        ValueError: The message names them.
+    """
+    recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
+    trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
+        *bound.arguments.args, **bound.arguments.kwargs
+    )
+    unknown = set(params) - set(trace)
+    missing = {name for name, site in trace.items() if site["type"] == "param"} - set(params)
+    if unknown or missing:
+        raise ValueError(
+            f"params lacks {sorted(missing)} and holds {sorted(unknown)}, which the model does not have; expected "
+            "every parameter of the model by its site's name, such as fit.params."
+        )
+    _check_repeatable(bound.rng_key, bound, params)
+
+
 def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None:
     """An energy must be one function of its parameters: not of a random key, nor of the rows of a mini-batch."""
     key_params, key_start, key_other = random.split(rng_key, 3)
     # A last layer of zeros would hide what the layers before it do.
     leaves, treedef = jax.tree.flatten(params)
-    noise = [
-        random.normal(k, leaf.shape) for k, leaf in zip(random.split(key_params, len(leaves)), leaves, strict=True)
+    moved = [
+        leaf + 0.1 * random.normal(key, jnp.shape(leaf)).astype(jnp.result_type(leaf))
+        for key, leaf in zip(random.split(key_params, len(leaves)), leaves, strict=True)
     ]
-    moved = jax.tree.unflatten(
-        treedef, [leaf + 0.1 * eps.astype(leaf.dtype) for leaf, eps in zip(leaves, noise, strict=True)]
-    )
-    other = replace(bound, rng_key=key_other)
-
-    @jax.jit
-    def energies(bound: BoundModel) -> dict[str, Array]:
-        found = bound.energies(moved)
-        return {
-            name: energy.energy(starting_distribution(energy, name).sample(key_start, (8,)))
-            for name, energy in found.items()
-        }
-
-    first, second = energies(bound), energies(other)
+    params = jax.tree.unflatten(treedef, moved)
+    first = _energies_at_points(bound, params, key_start)
+    second = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
     for name, values in first.items():
         if not np.array_equal(np.asarray(values), np.asarray(second[name]), equal_nan=True):
             raise ValueError(
-                f"The energy at site '{name}' changes with the random key. Either it is stochastic (dropout: "
-                "switch it off, "
-                "deterministic=True), or it depends on the rows of a subsampled plate (then give the base their batch "
-                "shape, without subsampling): walkers need one energy per parameter value."
+                f"The energy at site '{name}' changes with the random key. Either it is stochastic (dropout: switch it "
+                "off, deterministic=True), or it depends on a latent site that has no value here, or on the rows of a "
+                "subsampled plate (then give the base their batch shape, without subsampling): walkers need one energy "
+                "per parameter value."
             )
+
+
+@jax.jit
+def _energies_at_points(bound: BoundModel, params: Params, rng_key: Array) -> dict[str, Array]:
+    found = bound.energies(params)
+    return {name: energy.energy(points_in_support(energy, rng_key, 8)) for name, energy in found.items()}
 
 
 def unmasked_rows(wrapped: Any) -> np.ndarray:

@@ -16,8 +16,9 @@ import optax
 from jax import Array, lax, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.annealing import AnnealingOptions, resample_islands
-from ebm_ppl.distribution import EnergyDistribution, starting_distribution
+from ebm_ppl.annealing import AnnealingOptions, Ensemble, resample_islands
+from ebm_ppl.certificate import Evidence, LogNormalizer, certify
+from ebm_ppl.distribution import EnergyDistribution, evaluate_at, starting_distribution
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import inspect_model
 from ebm_ppl.kernels import MALA, Kernel, KernelState, adapt_step_size, initial_step_size, move
@@ -25,8 +26,8 @@ from ebm_ppl.model import Arguments, BoundModel, Model, Params
 from ebm_ppl.placement import SiteAtParams, anneal_site
 from ebm_ppl.resampling import Resampling, systematic
 from ebm_ppl.training import Fit, run
-from ebm_ppl.walkers import Walkers, evaluate_at, initial_gradient, switch, training_mean_potential
-from ebm_ppl.weights import ess_fraction
+from ebm_ppl.walkers import Walkers, initial_gradient, switch, training_mean_potential
+from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp
 
 
 @partial(
@@ -53,6 +54,20 @@ class JarzynskiState:
     walkers: dict[str, Walkers]
     update_scale: Array
     rng_key: Array
+
+    def constrained_params(self) -> Params:
+        """Values at the model's ``param`` and unobserved sample sites."""
+        return {name: self.transforms[name](value) for name, value in self.params.items()}
+
+    def log_normalizer(self, tolerance: float = 1.0) -> LogNormalizer:
+        """The running log Z of the held-out islands, with flags where it should not be used.
+
+        Unbiased at any time, but its variance grows with the run: where the 95% interval passes ``tolerance`` (nats),
+        :meth:`Jarzynski.refresh` re-anchors it, and :func:`ebm_ppl.log_normalizer` estimates it afresh.
+        """
+        remedy = "re-anchor it with Jarzynski.refresh(...), or estimate it afresh with ebm_ppl.log_normalizer(...)"
+        sites = {name: certify(Evidence(w.held_out()), tolerance, remedy) for name, w in self.walkers.items()}
+        return LogNormalizer.from_sites(sites, "held-out islands", params=self.constrained_params())
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +101,7 @@ class Jarzynski:
         ess_threshold: ESS fraction under which an island resamples.
         resampling: :func:`systematic`, :func:`multinomial`, or any function of that signature.
         num_temperatures: Rungs of the annealing from the start to the initial parameters, where these are not the
-            start already.  None takes four times the number a pilot needed, at least 128.
+            start already.  None takes 32 times the number a pilot needed, at least 128.
 
     Raises:
         ValueError: Numbers of walkers or islands that cannot work.
@@ -259,7 +274,7 @@ class Jarzynski:
 
     def get_params(self, state: JarzynskiState) -> Params:
         """Constrained values at the model's ``param`` and unobserved sample sites."""
-        return {name: state.transforms[name](value) for name, value in state.params.items()}
+        return state.constrained_params()
 
     def refresh(
         self, rng_key: Array, state: JarzynskiState, *args: Any, num_temperatures: int = 1000, **kwargs: Any
@@ -313,7 +328,7 @@ class Jarzynski:
             transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, params, transform)
         kernel = MALA(self.kernel.step_size) if self.kernel.target_acceptance is None else self.kernel
-        ensemble, step_size = anneal_site(
+        ensemble, ladder, _ = anneal_site(
             rng_key,
             site,
             kernel,
@@ -322,6 +337,8 @@ class Jarzynski:
             num_walkers=self.num_walkers,
             num_temperatures=num_temperatures,
         )
+        _warn_where_islands_disagree(name, ensemble)
+        step_size = ladder.step_sizes[-1]
         if self.kernel.target_acceptance is None:
             step_size = jnp.full_like(step_size, initial_step_size(self.kernel, site.dimension))
         walkers = Walkers(ensemble, step_size, transform, None, self.num_holdout_chains)
@@ -425,6 +442,17 @@ class Jarzynski:
             kept[name] = replace(site, ensemble=ensemble)
             resampled[name] = jnp.sum(low)
         return kept, resampled
+
+
+def _warn_where_islands_disagree(name: str, ensemble: Ensemble) -> None:
+    stderr = float(jnp.max(jackknife_log_mean_exp(ensemble.log_normalizers)[1]))
+    if not stderr < 1.0:
+        warnings.warn(
+            f"Annealing to energy site '{name}': its islands disagree about log Z (standard error {stderr:.2g} nats), "
+            "so no number that rests on it can be trusted. Take more temperatures or walkers, or a base nearer to the "
+            "energy; if nothing helps, the energy may not be bounded below.",
+            stacklevel=4,
+        )
 
 
 def _as_strong_array(leaf: Any) -> Array:

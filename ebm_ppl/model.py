@@ -48,18 +48,19 @@ class EnergySites(Messenger):
             msg["value"] = jnp.zeros(msg["fn"].shape())
 
 
-class _Normalized(Messenger):
-    """Replace every energy site by a copy with ``normalizer(name, distribution)`` as its log Z."""
+class KnownNormalizers(Messenger):
+    """Give every energy site whose log Z is unknown ``normalizer(name, distribution)`` for it."""
 
     def __init__(self, fn: Model, normalizer: Normalizer) -> None:
         super().__init__(fn)
         self.normalizer = normalizer
 
     def process_message(self, msg: dict) -> None:
+        """Called by NumPyro at every site."""
         if msg["type"] != "sample":
             return
         energy = unwrap(msg["fn"])
-        if energy is not None:
+        if energy is not None and energy.log_normalizer is None:
             known = energy.with_log_normalizer(self.normalizer(msg["name"], energy))
             # On the whole space a support check only finds NaN and infinity, and those reach the loss anyway.
             if _is_unbounded(energy.support):
@@ -137,7 +138,7 @@ class BoundModel:
         Sample sites among the parameters enter by their prior density at the constrained value, without a
         Jacobian: the convention of ``AutoDelta``.
         """
-        model = _Normalized(handlers.seed(self.model, self.rng_key), normalizer)
+        model = KnownNormalizers(handlers.seed(self.model, self.rng_key), normalizer)
         log_joint, _ = log_density(model, self.arguments.args, self.arguments.kwargs, self.constrain(params))
         return -log_joint
 

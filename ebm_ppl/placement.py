@@ -1,23 +1,62 @@
 """Fresh walkers of an energy site at given parameters: exact draws of its start, annealed to the energy."""
 
 import math
-import warnings
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.annealing import AnnealingOptions, Ensemble, Ladder, Path, Pilot, anneal, refine_ladder, run_pilot
-from ebm_ppl.distribution import EnergyDistribution, annealing_path, potential_at, starting_distribution
-from ebm_ppl.kernels import Kernel, initial_step_size
+from ebm_ppl.annealing import (
+    AnnealingOptions,
+    Climb,
+    Ensemble,
+    Ladder,
+    Path,
+    Pilot,
+    begin_climb,
+    climb,
+    refine_ladder,
+    resample_islands,
+    run_pilot,
+)
+from ebm_ppl.distribution import (
+    EnergyDistribution,
+    annealing_path,
+    evaluate_at,
+    potential_at,
+    starting_distribution,
+)
+from ebm_ppl.kernels import MALA, Kernel, initial_step_size, move
 from ebm_ppl.model import BoundModel, Params
-from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp
+from ebm_ppl.resampling import systematic
+from ebm_ppl.weights import ess_fraction
 
 NUM_PILOT_WALKERS = 256
 MAX_PILOT_RUNGS = 1000
+SECONDS_PER_PIECE = 0.5
+
+Progress = Callable[[int, int], object]
+"""Told how many temperatures were just done, and how many the whole pass has."""
+
+
+class Annealed(NamedTuple):
+    """Where a ladder led.
+
+    Attributes:
+        ensemble: The walkers at the ladder's end.
+        ladder: The ladder that they followed.
+        acceptance: Mean acceptance over temperatures and walkers, of the site's batch shape.
+    """
+
+    ensemble: Ensemble
+    ladder: Ladder
+    acceptance: Array
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["bound", "params", "transform"], meta_fields=["name"])
@@ -59,30 +98,91 @@ def anneal_site(
     num_chains: int,
     num_walkers: int,
     num_temperatures: int | None,
-) -> tuple[Ensemble, Array]:
+    progress: Progress | None = None,
+) -> Annealed:
     """Fresh walkers at the site's parameters, from exact draws of its starting distribution.
 
     A pilot decides the temperatures and step sizes; where the starting distribution already is the energy
     (conditional ESS over 0.9999) there is nothing to anneal.
 
-    Returns:
-        The ensemble and a step size of the site's batch shape.
+    Args:
+        rng_key: A JAX PRNG key.
+        site: The site.
+        kernel: How walkers move.
+        options: How many moves a temperature gets, and when islands resample.
+        num_chains: Islands.
+        num_walkers: Walkers per island.
+        num_temperatures: Rungs; None takes 32 times the number the pilot needed, at least 128.
+        progress: Called with the number of temperatures just done and of all, about twice a second.
     """
     key_pilot, key_start, key_run = random.split(rng_key, 3)
     if bool(_at_start(site, key_pilot)):
         step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
-        return _exact_start(site, key_start, (num_chains, num_walkers)), step_size
+        ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
+        trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
+        return Annealed(ensemble, trivial, jnp.ones_like(step_size))
     pilot = _pilot(site, kernel, options, key_pilot)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
         raise ValueError(_why_annealing_stopped(site, key_pilot, pilot.ladder.betas[rungs - 1], rungs))
     if num_temperatures is None:
         # Powers of two, so that a few compiled lengths serve every call.
-        num_temperatures = max(128, 2 ** math.ceil(math.log2(4 * rungs)))
+        num_temperatures = max(128, 2 ** math.ceil(math.log2(32 * rungs)))
     ladder = _refine(pilot, num_temperatures)
-    ensemble = _anneal(site, kernel, options, key_run, key_start, (num_chains, num_walkers), ladder)
-    _check_islands_agree(site.name, ensemble)
-    return ensemble, ladder.step_sizes[-1]
+    start = _draw(site, key_start, (num_chains, num_walkers))
+    return follow(key_run, site, kernel, options, ladder, start, progress)
+
+
+def follow(
+    rng_key: Array,
+    site: SiteAtParams,
+    kernel: Kernel,
+    options: AnnealingOptions,
+    ladder: Ladder,
+    position: Array,
+    progress: Progress | None = None,
+) -> Annealed:
+    """Walkers at ``position``, draws under U at ``ladder.start``, carried along the ladder in compiled pieces.
+
+    ``position`` is donated.
+    """
+    climb, total = _begin(site, position, ladder.start), ladder.betas.shape[0]
+    done, length = 0, total if progress is None else 1
+    while done < total:
+        length = min(length, total - done)
+        began = time.perf_counter()
+        climb = _climb(site, kernel, options, rng_key, climb, ladder, done, done + length)
+        done += length
+        if progress is not None:
+            jax.block_until_ready(climb)
+            progress(length, total)
+            # The first piece compiles and says nothing about speed.
+            length = 16 if done == 1 else max(1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began)))
+    return Annealed(climb.ensemble, ladder, climb.acceptance / total)
+
+
+def resampled(rng_key: Array, annealed: Annealed) -> Array:
+    """Positions with equal weights: every island resampled by its weights, copies next to each other."""
+    ensemble = annealed.ensemble
+    everywhere = jnp.ones(ensemble.log_normalizer.shape, bool)
+    return resample_islands(rng_key, ensemble, everywhere, systematic).position
+
+
+@partial(jax.jit, static_argnames=("num_moves",))
+def settle(
+    site: SiteAtParams, rng_key: Array, position: Array, step_size: Array, num_moves: int
+) -> tuple[Array, Array]:
+    """Move walkers on under the energy itself, by MALA.
+
+    Returns:
+        Positions, and how much the moves changed every island's mean ``|u|²``, ``(num_chains, *batch)``: zero in
+        expectation for walkers that were the energy's.
+    """
+    evaluate = partial(evaluate_at, site.distribution, site.transform)
+    start = evaluate(position)
+    after = move(MALA(), rng_key, start, evaluate, step_size, num_moves)[0].position
+    event_axes = tuple(range(start.potential.ndim, position.ndim))
+    return after, jnp.mean(jnp.sum(after**2 - position**2, axis=event_axes), axis=1)
 
 
 def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rungs: int) -> str:
@@ -100,17 +200,6 @@ def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rung
         "below: rescale it, start from smaller parameters (a last layer of zeros starts at the base itself), or name a "
         "closer start=."
     )
-
-
-def _check_islands_agree(name: str, ensemble: Ensemble) -> None:
-    stderr = float(jnp.max(jackknife_log_mean_exp(ensemble.log_normalizers)[1]))
-    if not stderr < 1.0:
-        warnings.warn(
-            f"Annealing to energy site '{name}': its islands disagree about log Z (standard error {stderr:.2g} "
-            "nats), so no number that rests on it can be trusted. Take more temperatures or walkers, or a base nearer "
-            "to the energy; if nothing helps, the energy may not be bounded below.",
-            stacklevel=4,
-        )
 
 
 @jax.jit
@@ -138,14 +227,25 @@ def _exact_start(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> 
 _refine = jax.jit(refine_ladder, static_argnames=("num_temperatures",))
 
 
-@partial(jax.jit, static_argnames=("kernel", "options", "shape"))
-def _anneal(
+@partial(jax.jit, static_argnames=("shape",))
+def _draw(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Array:
+    return site.draw(rng_key, shape)
+
+
+@partial(jax.jit, donate_argnames=("position",))
+def _begin(site: SiteAtParams, position: Array, beta: Array) -> Climb:
+    return begin_climb(site.path(), position, beta)
+
+
+@partial(jax.jit, static_argnames=("kernel", "options"), donate_argnames=("state",))
+def _climb(
     site: SiteAtParams,
     kernel: Kernel,
     options: AnnealingOptions,
     rng_key: Array,
-    key_start: Array,
-    shape: tuple[int, int],
+    state: Climb,
     ladder: Ladder,
-) -> Ensemble:
-    return anneal(kernel, rng_key, site.path(), site.draw(key_start, shape), ladder, options)[0]
+    first: int,
+    last: int,
+) -> Climb:
+    return climb(kernel, rng_key, site.path(), state, ladder, options, first, last)

@@ -10,6 +10,7 @@ from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.annealing import Ensemble
+from ebm_ppl.certificate import Pass, pass_of
 from ebm_ppl.distribution import EnergyDistribution, potential_at
 from ebm_ppl.kernels import KernelState
 from ebm_ppl.model import BoundModel, Params
@@ -59,6 +60,12 @@ class Walkers:
         """Held-out log Z and its jackknife standard error, each of the site's batch shape."""
         return jackknife_log_mean_exp(self.ensemble.log_normalizers[self.num_training_chains :])
 
+    def held_out(self) -> Pass:
+        """What the held-out islands say about log Z."""
+        split = self.num_training_chains
+        ensemble = jax.tree.map(lambda leaf: leaf[split:], self.ensemble)
+        return pass_of(ensemble, jnp.ones(self.log_weight.shape[2:]))
+
     def training_log_normalizer(self) -> Array:
         """Log Z as the training islands claim it: biased by every update they made."""
         islands = self.ensemble.log_normalizers[: self.num_training_chains]
@@ -97,13 +104,6 @@ def initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
 def merge_islands(value: Array) -> Array:
     """``(num_chains, num_walkers, ...)`` to ``(num_chains * num_walkers, ...)``."""
     return value.reshape(-1, *value.shape[2:])
-
-
-def evaluate_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> KernelState:
-    """Potential and gradient of every walker: one forward and one backward pass."""
-    potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
-    (grad,) = pull(jnp.ones_like(potential))
-    return KernelState(position, potential, grad)
 
 
 def switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tuple[Walkers, KernelState, Array]:

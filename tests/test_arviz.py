@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import arviz as az
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def untrained(model, *args, history=(), **options):
 
 def test_groups_of_a_point_fit(exported):
     assert type(exported).__name__ in ("InferenceData", "DataTree")
-    assert groups(exported) == {"posterior_predictive", "sample_stats", "observed_data", "training"}
+    assert groups(exported) == {"posterior_predictive", "sample_stats", "islands", "observed_data", "training"}
 
 
 def test_only_what_each_group_is_for_and_no_auxiliary_site(exported, fit):
@@ -202,7 +203,7 @@ def test_the_same_fit_gives_the_same_draws(exported, fit):
 
 
 def test_the_running_log_normalizer_is_the_held_out_one(exported, fit):
-    assert exported.attrs["log_normalizer_source"] == "running held-out islands"
+    assert exported.attrs["log_normalizer_source"] == "held-out islands"
     assert json.loads(exported.attrs["holdout_chains"]) == [2, 3, 4, 5]
     assert exported.attrs["log_normalizer"] == fit.history["log_normalizer"]["x"][-1]
     assert exported.attrs["log_normalizer_stderr"] == fit.history["log_normalizer_stderr"]["x"][-1]
@@ -217,9 +218,10 @@ def test_log_normalizer_and_mean_log_density_against_the_closed_form(exported, f
 
 
 def test_an_annealed_log_normalizer_replaces_the_running_one(fit):
-    log_z = ebm.log_normalizer(random.key(1), model, fit.params, X, Y, num_temperatures=32, num_walkers=32)
+    options = {"num_temperatures": 32, "num_walkers": 32, "progress_bar": False}
+    log_z = ebm.log_normalizer(random.key(1), model, fit.params, X, Y, **options)
     data = ebm.to_arviz(fit, model, X, Y, log_normalizer=log_z)
-    assert data.attrs["log_normalizer_source"] == "annealing of fresh walkers"
+    assert data.attrs["log_normalizer_source"] == "bracket"
     assert data.attrs["log_normalizer"] == float(log_z.estimate["x"])
     stderr = data.attrs["log_normalizer_stderr"]
     assert stderr == float(log_z.stderr["x"])
@@ -229,21 +231,124 @@ def test_an_annealed_log_normalizer_replaces_the_running_one(fit):
     assert abs(data.attrs["mean_log_density"] - exact_mean_log_density(fit.params)) < T15_9999 * stderr
 
 
-def known_log_normalizer(**estimates):
-    values = {name: jnp.asarray(value) for name, value in estimates.items()}
-    zeros = {name: jnp.zeros_like(value) for name, value in values.items()}
-    return ebm.LogNormalizer(estimate=values, stderr=zeros, ess=zeros, log_normalizers=zeros)
-
-
 def test_mean_log_density_with_the_exact_log_normalizer_is_exact(fit):
-    log_z = known_log_normalizer(x=exact_log_normalizer(fit.params))
+    log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(fit.params)}, fit.params)
     data = ebm.to_arviz(fit, model, X, Y, log_normalizer=log_z)
     assert data.attrs["mean_log_density"] == pytest.approx(exact_mean_log_density(fit.params), rel=1e-5)
 
 
 def test_a_log_normalizer_of_other_sites(fit):
-    with pytest.raises(ValueError, match=r"sites \['z'\], but the fit has energy site 'x'.*ebm_ppl.log_normalizer"):
-        ebm.to_arviz(fit, model, X, Y, log_normalizer=known_log_normalizer(z=0.0))
+    with pytest.raises(ValueError, match=r"sites \['z'\], but the model has energy site 'x'.*ebm_ppl.log_normalizer"):
+        ebm.to_arviz(fit, model, X, Y, log_normalizer=ebm.LogNormalizer.exact({"z": 0.0}))
+
+
+def test_a_log_normalizer_of_other_parameters(fit):
+    elsewhere = fit.params | {"r": fit.params["r"] + 0.1}
+    log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(elsewhere)}, elsewhere)
+    with pytest.raises(ValueError, match=r"belongs to other parameters: 'r' differs"):
+        ebm.to_arviz(fit, model, X, Y, log_normalizer=log_z)
+
+
+def flagged_log_normalizer(fit):
+    log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(fit.params)}, fit.params)
+    return replace(log_z, flags={"x": ("for a test.",)})
+
+
+def test_a_flagged_log_normalizer_writes_no_density(fit):
+    with pytest.warns(UserWarning, match=r"mean_log_density is left out.*site 'x': for a test"):
+        data = ebm.to_arviz(fit, model, X, Y, log_normalizer=flagged_log_normalizer(fit))
+    assert "mean_log_density" not in data.attrs
+    assert json.loads(data.attrs["log_normalizer_flags"]) == ["for a test."]
+
+
+def test_a_flagged_log_normalizer_writes_a_density_where_allowed(fit):
+    data = ebm.to_arviz(fit, model, X, Y, log_normalizer=flagged_log_normalizer(fit), allow_uncertified=True)
+    assert data.attrs["mean_log_density"] == pytest.approx(exact_mean_log_density(fit.params), rel=1e-5)
+    assert json.loads(data.attrs["log_normalizer_flags"]) == ["for a test."]
+
+
+def test_a_running_log_normalizer_past_its_tolerance_is_flagged(fit):
+    assert fit.state.log_normalizer(tolerance=1.0).is_certified
+    (flag,) = fit.state.log_normalizer(tolerance=1e-3).flags["x"]
+    assert "nats wide" in flag
+    assert "refresh" in flag
+
+
+def test_islands_are_judged_one_by_one(exported, fit):
+    islands = dataset(exported, "islands")
+    log_weight = np.asarray(fit.state.walkers["x"].log_weight, float)
+    weights = np.exp(log_weight)
+    np.testing.assert_allclose(islands["ess"], weights.sum(1) ** 2 / (weights**2).sum(1) / 100, rtol=1e-4)
+    np.testing.assert_array_equal(islands["held_out"], [0, 0, 1, 1, 1, 1])
+    assert islands["khat"].dims == ("chain",)
+    assert np.isfinite(islands["khat"]).all()
+
+
+def test_draws_replace_the_walkers(fit):
+    draws = RNG.normal(size=(3, 7, 2))
+    data = ebm.to_arviz(fit, model, X, Y, draws={"x": draws}, dims={"x": ["feature"]})
+    found = dataset(data, "posterior_predictive")["x"]
+    assert found.dims == ("chain", "draw", "feature")
+    np.testing.assert_array_equal(found, draws)
+
+
+# Posterior draws of the parameters
+
+DRAWS = {"a": RNG.normal([1.0, -0.5], 0.1, size=(2, 50, 2)), "r": RNG.uniform(0.5, 1.5, size=(2, 50))}
+
+
+def exact_log_likelihood():
+    a, r = DRAWS["a"][:, :, None], DRAWS["r"][..., None]
+    residual = X - a / (1 + r[..., None])
+    return -0.5 * (1 + r) * (residual**2).sum(-1) + np.log1p(r) - np.log(2 * np.pi)
+
+
+@pytest.fixture(scope="module")
+def at_draws():
+    return ebm.log_normalizer(None, model, DRAWS, X, Y, batch_ndims=2, method="quadrature")
+
+
+def test_posterior_draws_have_a_log_likelihood_of_their_own_normalisers(at_draws):
+    data = ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=at_draws)
+    assert groups(data) == {"posterior", "log_likelihood", "observed_data"}
+    np.testing.assert_array_equal(dataset(data, "posterior")["a"], DRAWS["a"])
+    found = dataset(data, "log_likelihood")
+    assert found["x"].dims == ("chain", "draw", "rows")
+    np.testing.assert_allclose(found["x"], exact_log_likelihood(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found["y"], -0.5 * (Y - DRAWS["a"].sum(-1)[..., None]) ** 2 - 0.5 * np.log(2 * np.pi), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_posterior_draws_go_through_loo(at_draws):
+    data = ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=at_draws)
+    found = az.loo(data, var_name="x", pointwise=True, reff=1.0)
+    exact = exact_log_likelihood().reshape(100, -1)
+    # Draws this close together: LOO is nearly the mean log density.
+    elpd = found.elpd if hasattr(found, "elpd") else found.elpd_loo
+    assert abs(elpd - exact.mean(0).sum()) < 4 * exact.var(0).sum()
+
+
+def test_flagged_draws_write_no_log_likelihood(at_draws):
+    flagged = replace(at_draws, flags={"x": ("for a test.",)})
+    with pytest.warns(UserWarning, match=r"log_likelihood is left out.*for a test"):
+        data = ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=flagged)
+    assert groups(data) == {"posterior", "observed_data"}
+    allowed = ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=flagged, allow_uncertified=True)
+    assert "log_likelihood" in groups(allowed)
+    assert json.loads(allowed.attrs["log_normalizer_flags"]) == ["for a test."]
+
+
+def test_draws_with_the_log_normalizer_of_one_point(fit):
+    """One log Z for all draws would be the silent error again."""
+    log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(fit.params)}, fit.params)
+    with pytest.raises(ValueError, match=r"belongs to other parameters.*batch_ndims=2"):
+        ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=log_z)
+
+
+def test_draws_with_a_log_normalizer_that_names_no_parameters():
+    with pytest.raises(ValueError, match="0 axes of draws; expected 2"):
+        ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=ebm.LogNormalizer.exact({"x": 0.0}))
 
 
 # Other models

@@ -1,0 +1,376 @@
+"""What is known about log Z: an estimate, limits on either side, and every reason to doubt them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from scipy.stats import t as student_t
+
+from ebm_ppl.annealing import Ensemble
+from ebm_ppl.errors import UncertifiedNormalizerError
+from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp, pareto_khat
+
+# Each limit is one-sided at 97.5%, so that both hold together with 95%.
+LIMIT_LEVEL = 0.975
+MAX_KHAT = 0.7
+MIN_ESS = 0.05
+MIN_ACCEPTANCE = 0.1
+# The share of data rows that annealing may fail to reach, and how improbable (in nats) a row that it misses is.
+MAX_UNREACHED = 0.02
+UNREACHED_NATS = 10.0
+# How often walkers at equilibrium may be said to drift.
+MAX_DRIFT_PROBABILITY = 0.003
+MORE_TEMPERATURES = "take more temperatures (or budget=) or walkers, or a base nearer to the energy"
+
+
+class Pass(NamedTuple):
+    """One direction of annealing.
+
+    Attributes:
+        log_ratios: Every island's log Ẑ (forward) or log of an estimate of 1/Z (reverse), ``(num_chains, *batch)``.
+        log_weights: The terms that they average, past resamplings included, ``(num_chains, num_walkers, *batch)``.
+        acceptance: Mean acceptance of its moves, ``batch``.
+        log_island_weights: Log weights of the islands, like ``log_ratios``; None where they count equally.  Islands
+            that start from a forward pass's endpoints weigh by its Ẑ_c: E[Ẑ_c f(x_c)] = Z E[f] holds for each.
+    """
+
+    log_ratios: Array
+    log_weights: Array
+    acceptance: Array
+    log_island_weights: Array | None = None
+
+    def limit(self) -> tuple[Array, Array, Array]:
+        """Jackknifed log mean, its standard error, and its lower limit at :data:`LIMIT_LEVEL`."""
+        estimate, stderr = jackknife_log_mean_exp(self.log_ratios, self.log_island_weights)
+        quantile = float(student_t.ppf(LIMIT_LEVEL, self.log_ratios.shape[0] - 1))
+        return estimate, stderr, estimate - quantile * stderr
+
+    def ess(self) -> Array:
+        """ESS fraction of all terms together."""
+        return ess_fraction(self._terms(), axis=0)
+
+    def khat(self) -> Array:
+        """Pareto k̂ of all terms together."""
+        return pareto_khat(self._terms())
+
+    def _terms(self) -> Array:
+        terms = self.log_weights
+        if self.log_island_weights is not None:
+            terms = terms + self.log_island_weights[:, None]
+        return terms.reshape(-1, *terms.shape[2:])
+
+
+def pass_of(ensemble: Ensemble, acceptance: Array, log_island_weights: Array | None = None) -> Pass:
+    """What an ensemble at the end of a ladder says."""
+    log_weights = ensemble.log_normalizer[:, None] + ensemble.log_weight
+    return Pass(ensemble.log_normalizers, log_weights, acceptance, log_island_weights)
+
+
+class Bridge(NamedTuple):
+    """Steps from reference parameters to draws of them; every array leads with the draws' axis.
+
+    Attributes:
+        log_ratios: Every island's log Ẑ_θ/Z_reference, ``(num_draws, num_chains, *batch)``.
+        ess: ESS fraction of the terms, ``(num_draws, *batch)``.
+        khat: Their Pareto k̂.
+        acceptance: Mean acceptance.
+    """
+
+    log_ratios: Array
+    ess: Array
+    khat: Array
+    acceptance: Array
+
+
+class Evidence(NamedTuple):
+    """All that :func:`certify` looks at, for one energy site.
+
+    Attributes:
+        forward: Annealing from the start to the energy, if it was run.
+        reverse: And back, if it was run.
+        drift: Change of every island's mean ``|u|²`` while the reverse pass's starting points moved on under the
+            energy itself, ``(num_chains, *batch)``.
+        unreached: Share of data rows that forward annealing does not reach, ``batch``; see ``log_normalizer``.
+    """
+
+    forward: Pass | None = None
+    reverse: Pass | None = None
+    drift: Array | None = None
+    unreached: Array | None = None
+
+
+class SiteCertificate(NamedTuple):
+    """Fields of :class:`LogNormalizer` for one site."""
+
+    estimate: Array
+    stderr: Array
+    lower: Array
+    upper: Array
+    ess: Array
+    khat: Array
+    log_normalizers: Array
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LogNormalizer:
+    """log Z per energy site, what bounds it, and why not to believe it.
+
+    Every field but the last four is a dict by site name; arrays have the site's batch shape, after the axes of the
+    draws where parameters were given as draws.
+
+    Attributes:
+        estimate: log Z.  Jackknifed log-mean-exp over islands, each of whose Ẑ is unbiased (for ``reverse``, of 1/Z).
+        stderr: Its jackknife standard error; 0 for exact methods.
+        lower: One-sided 97.5% limit from forward annealing; −inf where none was run.
+        upper: One-sided 97.5% limit from reverse annealing, as good as the model draws that it started from; +inf
+            where none was run.  Where the two limits cross, both stand back to what either pass allows for.
+        ess: Effective sample size of the weights over their number, the smaller of the two directions'.
+        khat: Pareto k̂ of the weights, the larger of the two directions'.
+        log_normalizers: Islands' log Ẑ_c, with a leading axis ``num_chains``; of length 1 for exact methods.
+        flags: Reasons why the numbers may be wrong; empty where they are certified.
+        method: How log Z was found.
+        num_evaluations: Energy evaluations (with their gradients, where walkers move).
+        params: The (constrained) parameters that it belongs to.
+        batch_ndims: Number of leading axes of parameter draws; 0 for one point.
+    """
+
+    estimate: dict[str, Array]
+    stderr: dict[str, Array]
+    lower: dict[str, Array]
+    upper: dict[str, Array]
+    ess: dict[str, Array]
+    khat: dict[str, Array]
+    log_normalizers: dict[str, Array]
+    flags: dict[str, tuple[str, ...]]
+    method: str
+    num_evaluations: int = 0
+    params: dict[str, Any] = field(default_factory=dict, repr=False)
+    batch_ndims: int = 0
+
+    @classmethod
+    def from_sites(cls, sites: dict[str, SiteCertificate], method: str, **options: Any) -> "LogNormalizer":
+        """Collect sites' certificates."""
+        columns: dict[str, Any] = {
+            name: {site: getattr(certificate, name) for site, certificate in sites.items()}
+            for name in SiteCertificate._fields
+        }
+        return cls(**columns, method=method, **options)
+
+    @classmethod
+    def exact(cls, estimate: Mapping[str, ArrayLike], params: Mapping[str, Any] | None = None) -> "LogNormalizer":
+        """Log Z in closed form, by site name, and the parameters that it belongs to."""
+        sites = {name: exact_certificate(jnp.asarray(value, float), ()) for name, value in estimate.items()}
+        return cls.from_sites(sites, "closed form", params={} if params is None else dict(params))
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether no site has a flag."""
+        return not any(self.flags.values())
+
+    @property
+    def markov_lower(self) -> dict[str, Array]:
+        """``log Ẑ − log 20`` by site: below log Z with 95%, by Markov's inequality and nothing else (forward only)."""
+        return {name: self.estimate[name] - jnp.log(20.0) for name in self.estimate}
+
+    def interval(self, level: float = 0.9) -> dict[str, tuple[Array, Array]]:
+        """Two-sided Student-t interval on (number of islands − 1) degrees of freedom, by site."""
+        out = {}
+        for name, estimate in self.estimate.items():
+            degrees = self.log_normalizers[name].shape[0] - 1
+            quantile = float(student_t.ppf(0.5 + level / 2, degrees)) if degrees else 0.0
+            half = quantile * self.stderr[name]
+            out[name] = (estimate - half, estimate + half)
+        return out
+
+    @property
+    def samples(self) -> dict[str, Any]:
+        """``params`` with log Z beside them, under ``<site>_log_normalizer``: posterior samples for NumPyro.
+
+        ``numpyro.infer.log_likelihood(normalized(model, log_z), log_z.samples, ...)`` then has one log Z per draw.
+        """
+        return self.params | {log_normalizer_site(name): value for name, value in self.estimate.items()}
+
+    def require_certified(self) -> None:
+        """Raise where a site has a flag.
+
+        Raises:
+            UncertifiedNormalizerError: The message holds every flag.
+        """
+        if not self.is_certified:
+            reasons = "; ".join(f"site '{name}': {flag}" for name, flags in self.flags.items() for flag in flags)
+            raise UncertifiedNormalizerError(
+                f"log Z by method '{self.method}' is not certified: {reasons} To use it all the same, give the number "
+                "itself (log_normalizer=log_z.estimate[site]) or allow_uncertified=True where that is offered."
+            )
+
+    def __str__(self) -> str:
+        """One line per site, and one per flag."""
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        for name, estimate in self.estimate.items():
+            verdict = "certified" if not self.flags[name] else "NOT certified"
+            if not np.any(self.stderr[name]):
+                yield f"{name}: log Z = {np.asarray(estimate)}, exact ({self.method}): {verdict}"
+                yield from (f"  - {flag}" for flag in self.flags[name])
+                continue
+            if np.ndim(estimate):
+                shape = " x ".join(map(str, np.shape(estimate)))
+                head = f"{name}: {shape} values of log Z, standard error at most {np.max(self.stderr[name]):.3g}"
+            else:
+                head = f"{name}: log Z = {float(estimate):.4f} ± {float(self.stderr[name]):.4f}"
+                head += f", bracket [{float(self.lower[name]):.4f}, {float(self.upper[name]):.4f}]"
+            yield (
+                f"{head}, ESS {float(np.min(self.ess[name])):.2f}, k̂ {float(np.max(self.khat[name])):.2f} "
+                f"({self.method}): {verdict}"
+            )
+            yield from (f"  - {flag}" for flag in self.flags[name])
+
+
+def log_normalizer_site(name: str) -> str:
+    """Name of the parameter that holds an energy site's log Z in a normalised model."""
+    return f"{name}_log_normalizer"
+
+
+def exact_certificate(estimate: Array, flags: tuple[str, ...]) -> SiteCertificate:
+    """Log Z by quadrature or enumeration: no sampling error."""
+    zeros = jnp.zeros_like(estimate)
+    return SiteCertificate(
+        estimate, zeros, estimate, estimate, zeros + 1.0, zeros - jnp.inf, estimate[None], flags=flags
+    )
+
+
+def flags_of_exact(estimate: Array) -> tuple[str, ...]:
+    """Flags of exact values found under a trace, where NaN stands for any doubt."""
+    return _flag(
+        ~jnp.isfinite(estimate),
+        "the exact method cannot tell{where}: take more num_points, or a base nearer to the energy.",
+    )
+
+
+def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURES) -> SiteCertificate:
+    """Estimate log Z, bound it, and flag whatever speaks against it.
+
+    Args:
+        evidence: At least one direction.
+        tolerance: Widest acceptable bracket (or, with one direction only, two-sided 95% interval), in nats.
+        remedy: What a user should do about noisy weights.
+    """
+    forward, reverse, drift, unreached = evidence
+    passes = [p for p in (forward, reverse) if p is not None]
+    shape = passes[0].log_ratios.shape[1:]
+    lower, upper = jnp.full(shape, -jnp.inf), jnp.full(shape, jnp.inf)
+    if reverse is not None:
+        inverse, stderr, limit = reverse.limit()
+        estimate, upper = -inverse, -limit
+        log_normalizers = -reverse.log_ratios
+    if forward is not None:
+        estimate, stderr, lower = forward.limit()
+        log_normalizers = forward.log_ratios
+    ess = jnp.min(jnp.stack([p.ess() for p in passes]), axis=0)
+    khat = jnp.max(jnp.stack([p.khat() for p in passes]), axis=0)
+    acceptance = jnp.min(jnp.stack([p.acceptance for p in passes]), axis=0)
+    crossing = jnp.full(shape, -jnp.inf)
+    if forward is None or reverse is None:
+        width, what = 2.0 * jnp.abs(estimate - (lower if reverse is None else upper)), "95% interval"
+    else:
+        crossed = lower > upper
+        crossing = lower - upper - jnp.hypot(stderr, reverse.limit()[1])
+        # Limits that cross contradict each other: fall back on all that either pass allows for.
+        lowest, highest = jnp.minimum(lower, 2 * -inverse - upper), jnp.maximum(upper, 2 * estimate - lower)
+        lower, upper = jnp.where(crossed, lowest, lower), jnp.where(crossed, highest, upper)
+        width, what = upper - lower, "bracket"
+    flags = _flags_of_weights(estimate + stderr, width, what, ess, khat, acceptance, tolerance, remedy)
+    flags += _flag(
+        crossing > 0,
+        "the forward pass's lower limit lies above the reverse pass's upper one{where}: the draws that the reverse "
+        "pass started from are not the model's. Take more temperatures, or other samples=.",
+    )
+    if drift is not None:
+        flags += _flag(
+            jnp.abs(_t_statistic(drift)) > student_t.ppf(1.0 - 0.5 * MAX_DRIFT_PROBABILITY, drift.shape[0] - 1),
+            f"walkers still drift at the energy itself (t = {_worst(jnp.abs(_t_statistic(drift))):.1f} over "
+            "islands){where}, so they had not reached equilibrium: take more temperatures, a base nearer to the "
+            "energy, or other samples=.",
+        )
+    if unreached is not None:
+        flags += _flag(
+            unreached > MAX_UNREACHED,
+            f"{_worst(unreached):.0%} of the data rows lie where annealing from the base does not lead{{where}}: a "
+            "mode is missing from log Z. Take a base (or start=) that covers the data, or more temperatures.",
+        )
+    return SiteCertificate(estimate, stderr, lower, upper, ess, khat, log_normalizers, flags)
+
+
+def certify_bridges(reference: SiteCertificate, bridge: Bridge, tolerance: float) -> SiteCertificate:
+    """Log Z at every draw: the reference's, plus the ratio, with both uncertainties."""
+    islands = jnp.moveaxis(bridge.log_ratios, 1, 0)
+    ratio, ratio_stderr = jackknife_log_mean_exp(islands)
+    reach = float(student_t.ppf(LIMIT_LEVEL, islands.shape[0] - 1)) * ratio_stderr
+    estimate, stderr = reference.estimate + ratio, jnp.hypot(reference.stderr, ratio_stderr)
+    lower, upper = reference.lower + ratio - reach, reference.upper + ratio + reach
+    one_sided = not bool(jnp.all(jnp.isfinite(upper - lower)))
+    width = 2.0 * jnp.where(jnp.isfinite(lower), estimate - lower, upper - estimate) if one_sided else upper - lower
+    what = "95% interval" if one_sided else "bracket"
+    ess, khat = jnp.minimum(bridge.ess, reference.ess), jnp.maximum(bridge.khat, reference.khat)
+    flags = _flags_of_weights(
+        estimate + stderr, width, what, ess, khat, bridge.acceptance, tolerance, MORE_TEMPERATURES
+    )
+    log_normalizers = reference.log_normalizers[:, None] + islands
+    # What is wrong at the reference is wrong everywhere.
+    at_reference = tuple(f"at the draw in the middle: {flag}" for flag in reference.flags)
+    return SiteCertificate(estimate, stderr, lower, upper, ess, khat, log_normalizers, at_reference + flags)
+
+
+def _flags_of_weights(
+    value: Array,
+    width: Array,
+    what: str,
+    ess: Array,
+    khat: Array,
+    acceptance: Array,
+    tolerance: float,
+    remedy: str,
+) -> tuple[str, ...]:
+    return (
+        _flag(~jnp.isfinite(value), "log Z is not finite{where}: check that the energy is.")
+        + _flag(
+            ~(width <= tolerance),
+            f"the {what} is {_worst(width):.2g} nats wide{{where}}, over the tolerance of {tolerance:g}: {remedy}.",
+        )
+        + _flag(
+            ~(khat <= MAX_KHAT),
+            f"Pareto k̂ = {_worst(khat):.2f} > {MAX_KHAT}{{where}}, so a few walkers carry the estimate: {remedy}.",
+        )
+        + _flag(
+            ~(ess >= MIN_ESS),
+            f"the effective sample size is {float(jnp.min(ess)):.1%} of the walkers{{where}}: {remedy}.",
+        )
+        + _flag(
+            ~(acceptance >= MIN_ACCEPTANCE),
+            f"only {float(jnp.min(acceptance)):.1%} of the moves were accepted{{where}}: lower the kernel's step_size, "
+            "or let it adapt (MALA()).",
+        )
+    )
+
+
+def _t_statistic(values: Array) -> Array:
+    """Mean over islands by its standard error; 0 where nothing moves."""
+    error = jnp.std(values, axis=0, ddof=1) / jnp.sqrt(values.shape[0])
+    return jnp.where(error > 0, jnp.mean(values, axis=0) / error, 0.0)
+
+
+def _worst(values: Array) -> float:
+    return float(jnp.max(values))
+
+
+def _flag(found: Array, message: str) -> tuple[str, ...]:
+    count, size = int(jnp.sum(found)), int(np.prod(found.shape))
+    if not count:
+        return ()
+    return (message.format(where="" if size == 1 else f" in {count} of {size} elements"),)

@@ -1,0 +1,97 @@
+"""Models whose normalisers are known: ordinary NumPyro models, on which all of NumPyro and ArviZ is right."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpyro
+from jax import Array
+from numpyro.primitives import Messenger
+
+from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
+from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.errors import UnknownNormalizerError
+from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.model import KnownNormalizers, Model, Normalizer, Params
+
+
+class _Fixed(Messenger):
+    """Fix parameters; sample sites among them become deterministic, so that their priors leave the density."""
+
+    def __init__(self, fn: Callable, params: Params) -> None:
+        super().__init__(fn)
+        self.params = params
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] in ("param", "sample") and msg["name"] in self.params:
+            if msg["type"] == "sample":
+                msg["type"] = "deterministic"
+            msg["value"] = self.params[msg["name"]]
+
+
+def normalized(
+    model: Model,
+    log_normalizer: LogNormalizer | None = None,
+    *,
+    num_points: int | None = None,
+    allow_uncertified: bool = False,
+) -> Model:
+    """Return ``model`` with known normalisers at its energy sites.
+
+    NUTS, SVI, ``log_likelihood``, ``Predictive``, ``az.from_numpyro``, ``az.loo`` and ``az.compare`` are right on it.
+
+    - Without ``log_normalizer``: log Z is found inside the model by quadrature (one or two dimensions) or enumeration
+      (finite supports), as a differentiable function of the parameters, which stay free.
+    - With one from :func:`log_normalizer` at a point: the parameters are fixed at that point, log Z is the
+      constant that belongs to it, and other latent sites stay free.
+    - With one over parameter draws: give ``log_normalizer.samples`` as the posterior samples, to
+      ``log_likelihood`` or ``Predictive``; each draw then has its own log Z.
+
+    Args:
+        model: A NumPyro model with energy sites.
+        log_normalizer: From :func:`log_normalizer`.
+        num_points: Of the quadrature; see :func:`log_normalizer`.
+        allow_uncertified: Accept a ``log_normalizer`` that has flags.
+
+    Raises:
+        UncertifiedNormalizerError: ``log_normalizer`` has flags.
+        ValueError: (When the model runs) a site that neither quadrature nor enumeration serves, or that
+            ``log_normalizer`` lacks.
+    """
+    if log_normalizer is None:
+        return KnownNormalizers(model, lambda name, distribution: _exact(name, distribution, num_points))
+    if not allow_uncertified:
+        log_normalizer.require_certified()
+    if log_normalizer.batch_ndims:
+        return KnownNormalizers(model, _from_samples)
+    return _Fixed(KnownNormalizers(model, _constant(log_normalizer)), log_normalizer.params)
+
+
+def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) -> Array:
+    if distribution.support.is_discrete:
+        return enumeration(distribution, name)[0]
+    log_z, flags = quadrature(distribution, name, num_points)
+    if flags:
+        raise UnknownNormalizerError(f"Quadrature at energy site '{name}' cannot be trusted: {' '.join(flags)}")
+    return log_z
+
+
+def _constant(log_normalizer: LogNormalizer) -> Normalizer:
+    def constant(name: str, distribution: EnergyDistribution) -> Array:
+        if name not in log_normalizer.estimate:
+            raise ValueError(
+                f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the model has energy site '{name}'; "
+                "estimate it with ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
+            )
+        return log_normalizer.estimate[name]
+
+    return constant
+
+
+def _from_samples(name: str, distribution: EnergyDistribution) -> Array:
+    value: Any = numpyro.param(log_normalizer_site(name), None)
+    if value is None:
+        raise UnknownNormalizerError(
+            f"Energy site '{name}' has one log Z per parameter draw, and this run was given none: pass "
+            "log_normalizer.samples as the posterior samples of log_likelihood or Predictive."
+        )
+    return value
