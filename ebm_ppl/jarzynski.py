@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax, random
 from numpyro.distributions.transforms import Transform
+from scipy.stats import t as student_t
 
 from ebm_ppl.annealing import AnnealingOptions, Ensemble, resample_islands
 from ebm_ppl.certificate import Evidence, LogNormalizer, certify
@@ -281,7 +282,8 @@ class Jarzynski:
     ) -> JarzynskiState:
         """Re-anchor log Z: fresh held-out islands, annealed from the start to the current parameters.
 
-        Long runs need it: held-out weights keep log Z unbiased, but their variance grows.
+        Long runs need it: held-out weights keep log Z unbiased, but their variance grows.  A warning says where the
+        running value had gone further astray than its standard error allows.
 
         Args:
             rng_key: A JAX PRNG key.
@@ -309,6 +311,7 @@ class Jarzynski:
                 fresh.ensemble,
             )
             walkers[name] = replace(old, ensemble=ensemble)
+            _warn_where_log_z_drifted(name, old, walkers[name])
         return replace(state, walkers=walkers)
 
     def _place(
@@ -452,6 +455,19 @@ def _warn_where_islands_disagree(name: str, ensemble: Ensemble) -> None:
             "so no number that rests on it can be trusted. Take more temperatures or walkers, or a base nearer to the "
             "energy; if nothing helps, the energy may not be bounded below.",
             stacklevel=4,
+        )
+
+
+def _warn_where_log_z_drifted(name: str, old: Walkers, fresh: Walkers) -> None:
+    (was, was_error), (now, now_error) = old.log_normalizer(), fresh.log_normalizer()
+    ratios = jnp.abs(was - now) / jnp.hypot(was_error, now_error)
+    worst = float(jnp.max(ratios))
+    if worst > student_t.ppf(0.995, old.num_holdout_chains - 1):
+        gap = float(jnp.ravel(was - now)[jnp.argmax(ratios)])
+        warnings.warn(
+            f"The running log Z of energy site '{name}' had drifted by {gap:+.2g} nats, {worst:.1f} standard errors: "
+            "do not use what the history says of the steps before. Refresh more often, or lower the learning rate.",
+            stacklevel=3,
         )
 
 

@@ -85,7 +85,7 @@ class _Annealing:
     num_chains: int
     num_walkers: int
     num_temperatures: int | None
-    tolerance: float
+    num_settling_moves: int
 
 
 def log_normalizer(
@@ -132,7 +132,8 @@ def log_normalizer(
         num_chains: Independent islands, at least 2; the standard error and its t quantiles rest on them.
         num_walkers: Walkers per island.
         num_temperatures: Rungs of each pass; None takes 32 times what the pilot needed.
-        budget: Energy evaluations to spend, instead of ``num_temperatures``.
+        budget: Energy evaluations to spend on the walkers of all sites, instead of ``num_temperatures``; the pilot and
+            the data rows come on top.
         num_kernel_steps: Moves per rung.
         kernel: :class:`MALA` or :class:`ULA`; None takes MALA with adapted steps.
         samples: Draws of the model by site name, ``(num_chains, num_walkers, *batch_shape, *event_shape)``, to start
@@ -170,9 +171,10 @@ def log_normalizer(
         return _collect(exact, lead, method, params=params)
     if rng_key is None:
         raise ValueError(f"method = {method!r} is stochastic; expected a PRNG key such as jax.random.key(0).")
+    num_settling_moves = NUM_SETTLING_MOVES
     if budget is not None:
-        passes = 2 if method == "bracket" else 1
-        num_temperatures = budget // (passes * num_chains * num_walkers * num_kernel_steps * len(found))
+        per_move = num_chains * num_walkers * len(found)
+        num_temperatures, num_settling_moves = _spread(budget // per_move, method, num_kernel_steps)
         if num_temperatures < 2:
             raise ValueError(
                 f"budget = {budget} pays for {num_temperatures} temperatures of {num_chains} x {num_walkers} walkers; "
@@ -185,7 +187,7 @@ def log_normalizer(
         num_chains,
         num_walkers,
         num_temperatures,
-        tolerance,
+        num_settling_moves,
     )
     rows = _data_rows(bound, one)
     sites, num_evaluations = {}, 0
@@ -216,6 +218,16 @@ def log_normalizer(
             )
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
     return _collect(sites, lead, method, params=params, num_evaluations=num_evaluations)
+
+
+def _spread(num_moves: int, method: str, num_kernel_steps: int) -> tuple[int, int]:
+    """How many temperatures a pass gets, and how many settling moves (no more than that), out of a walker's moves."""
+    if method == "forward":
+        return num_moves // num_kernel_steps, 0
+    num_temperatures = num_moves // (2 * num_kernel_steps + 1)
+    if num_temperatures > NUM_SETTLING_MOVES:
+        num_temperatures = (num_moves - NUM_SETTLING_MOVES) // (2 * num_kernel_steps)
+    return num_temperatures, min(num_temperatures, NUM_SETTLING_MOVES)
 
 
 def _flatten_draws(params: Params, batch_ndims: int) -> tuple[Params | None, tuple[int, ...]]:
@@ -317,8 +329,8 @@ def _anneal_both_ways(
     if annealing.method != "forward":
         down = forward.ladder.reverse()
         start = resampled(key_resample, forward) if samples is None else site.transform.inv(samples)
-        position, drift = settle(site, key_settle, start, forward.ladder.step_sizes[-1], NUM_SETTLING_MOVES)
-        spent += NUM_SETTLING_MOVES * num_walkers
+        position, drift = settle(site, key_settle, start, forward.ladder.step_sizes[-1], annealing.num_settling_moves)
+        spent += annealing.num_settling_moves * num_walkers
         backward = follow(key_reverse, site, kernel, options, down, position, progress)
         spent += per_pass
         weights = forward.ensemble.log_normalizers if samples is None else None

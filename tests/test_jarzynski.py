@@ -256,6 +256,17 @@ def test_refresh_replaces_the_held_out_islands_alone():
     assert np.isfinite(backend.update(fresh, SKEWED_DATA)[1]["loss"])
 
 
+def test_refresh_says_where_log_z_had_drifted():
+    """Held-out islands that overstate Z by a factor of e^5."""
+    backend = ebm.Jarzynski(skewed_model, optax.adam(0.02), num_walkers=100)
+    state = backend.init(random.key(0), SKEWED_DATA, (1.0, 2.0))
+    site = state.walkers["x"]
+    ensemble = site.ensemble._replace(log_normalizer=site.ensemble.log_normalizer + 5.0)
+    astray = replace(state, walkers={"x": replace(site, ensemble=ensemble)})
+    with pytest.warns(UserWarning, match=r"site 'x' had drifted by \+[45].* standard errors"):
+        backend.refresh(random.key(1), astray, SKEWED_DATA, (1.0, 2.0), num_temperatures=100)
+
+
 def test_two_energy_sites_share_a_parameter():
     """x ~ N(0, 1/λ), y ~ N(0, 1/(2λ)): one λ from both, each site with its own log Z."""
     y = np.random.default_rng(4).normal(size=60) * 0.4
