@@ -8,6 +8,7 @@ from ebm_ppl.jarzynski import Jarzynski, JarzynskiState
 from ebm_ppl.kernels import MALA, ULA
 from ebm_ppl.normalized import normalized
 from ebm_ppl.normalizer import log_normalizer
+from ebm_ppl.plots import plot_energies, plot_energy_surface, plot_training
 from ebm_ppl.resampling import multinomial, systematic
 from ebm_ppl.sampling import sample
 from ebm_ppl.training import Fit
@@ -30,6 +31,9 @@ __all__ = [
     "log_normalizer",
     "multinomial",
     "normalized",
+    "plot_energies",
+    "plot_energy_surface",
+    "plot_training",
     "sample",
     "systematic",
     "to_arviz",

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
 from numpyro import handlers
@@ -214,6 +215,31 @@ def _refuse_rows(name: str, wrapped: Any, good: np.ndarray, finding: str, remedy
             f"Data at energy site '{name}' {finding} in {int(bad.sum())} of {bad.size} rows "
             f"(first: row {first}). {remedy}"
         )
+
+
+def _energy_alone(distribution: EnergyDistribution) -> None:
+    """The model of a bare distribution; one function, so that equal shapes share executables."""
+    numpyro.sample("x", distribution)
+
+
+def bind(
+    rng_key: Array, model: Model | EnergyDistribution, params: Params, args: tuple, kwargs: dict
+) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
+    """A model on its data and its energies at ``params``; a bare distribution becomes the model of a site 'x'.
+
+    Raises:
+        ValueError: Parameters that are missing or unknown, or no energy site.
+    """
+    if isinstance(model, EnergyDistribution):
+        if params or args or kwargs:
+            raise ValueError("A bare EnergyDistribution holds its parameters; expected no params and no arguments.")
+        return BoundModel(_energy_alone, {}, rng_key, Arguments((model,))), {"x": model}
+    bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
+    check_params(bound, params)
+    found = bound.energies(params)
+    if not found:
+        raise ValueError("The model has no energy site: declare one with numpyro.sample('x', EnergyDistribution(...)).")
+    return bound, found
 
 
 def check_params(bound: BoundModel, params: Params) -> None:

@@ -1,91 +1,31 @@
 """log Z of energies at fixed parameters: annealing in both directions, quadrature, enumeration."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro
 from jax import Array, lax, random
 from jax.typing import ArrayLike
 from tqdm.auto import tqdm
 
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.bridge import Reference, bridge_to_draws
-from ebm_ppl.certificate import (
-    UNREACHED_NATS,
-    Evidence,
-    LogNormalizer,
-    SiteCertificate,
-    certify,
-    exact_certificate,
-    flags_of_exact,
-    pass_of,
-)
-from ebm_ppl.distribution import EnergyDistribution, check_start_covers, starting_distribution, unwrap
+from ebm_ppl.certificate import LogNormalizer, SiteCertificate, certify, exact_certificate, flags_of_exact
+from ebm_ppl.distribution import EnergyDistribution, check_start_covers, starting_distribution
+from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
 from ebm_ppl.exact import enumeration, quadrature
 from ebm_ppl.geometry import standardizing_transform
-from ebm_ppl.inspection import check_params, unmasked_rows
+from ebm_ppl.inspection import bind
 from ebm_ppl.kernels import MALA, Kernel
-from ebm_ppl.model import Arguments, BoundModel, Model, Params, observations
-from ebm_ppl.placement import (
-    NUM_PILOT_WALKERS,
-    Annealed,
-    Progress,
-    SiteAtParams,
-    anneal_site,
-    follow,
-    resampled,
-    settle,
-)
+from ebm_ppl.model import BoundModel, Model, Params
+from ebm_ppl.placement import SiteAtParams, resampled, settle
 from ebm_ppl.resampling import systematic
-from ebm_ppl.weights import jackknife_log_mean_exp
 
 METHODS = ("bracket", "forward", "reverse", "quadrature", "enumeration")
-MAX_DATA_ROWS = 256
 # Moves under the energy itself: resampled copies part, and a drift shows.
 NUM_SETTLING_MOVES = 1024
-
-
-def _energy_alone(distribution: EnergyDistribution) -> None:
-    """The model of a bare distribution; one function, so that equal shapes share executables."""
-    numpyro.sample("x", distribution)
-
-
-def bind(
-    rng_key: Array, model: Model | EnergyDistribution, params: Params, args: tuple, kwargs: dict
-) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
-    """A model on its data and its energies at ``params``; a bare distribution becomes the model of a site 'x'.
-
-    Raises:
-        ValueError: Parameters that are missing or unknown, or no energy site.
-    """
-    if isinstance(model, EnergyDistribution):
-        if params or args or kwargs:
-            raise ValueError("A bare EnergyDistribution holds its parameters; expected no params and no arguments.")
-        return BoundModel(_energy_alone, {}, rng_key, Arguments((model,))), {"x": model}
-    bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
-    check_params(bound, params)
-    found = bound.energies(params)
-    if not found:
-        raise ValueError("The model has no energy site: declare one with numpyro.sample('x', EnergyDistribution(...)).")
-    return bound, found
-
-
-@dataclass(frozen=True)
-class _Annealing:
-    """How :func:`log_normalizer` anneals."""
-
-    method: str
-    kernel: Kernel
-    options: AnnealingOptions
-    num_chains: int
-    num_walkers: int
-    num_temperatures: int | None
-    num_settling_moves: int
 
 
 def log_normalizer(
@@ -180,7 +120,7 @@ def log_normalizer(
                 f"budget = {budget} pays for {num_temperatures} temperatures of {num_chains} x {num_walkers} walkers; "
                 "expected at least 2. Spend more, or take fewer walkers."
             )
-    annealing = _Annealing(
+    plan = Plan(
         method,
         MALA() if kernel is None else kernel,
         AnnealingOptions(num_kernel_steps, ess_threshold=0.5, resampling=systematic),
@@ -189,7 +129,7 @@ def log_normalizer(
         num_temperatures,
         num_settling_moves,
     )
-    rows = _data_rows(bound, one)
+    rows = data_rows(bound, one)
     sites, num_evaluations = {}, 0
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
@@ -201,10 +141,10 @@ def log_normalizer(
         transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, one, transform)
         key_site = random.fold_in(rng_key, index)
-        given = None if samples is None else _given_samples(site, samples, num_chains, num_walkers)
+        given = None if samples is None else given_samples(site, samples, num_chains, num_walkers)
         with tqdm(desc=f"log Z[{name}]", unit="temperature", delay=1.0, disable=not progress_bar) as bar:
-            evidence, forward, spent = _anneal_both_ways(
-                key_site, site, annealing, given, rows.get(name), partial(_report, bar, method)
+            evidence, forward, spent = gather(
+                key_site, site, plan, given, rows.get(name), partial(_report, bar, method)
             )
         sites[name] = certify(evidence, tolerance)
         num_evaluations += spent
@@ -213,9 +153,7 @@ def log_normalizer(
             step_size = forward.ladder.step_sizes[-1]
             position, _ = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
             reference = Reference(site, sites[name], position, step_size)
-            sites[name], spent = bridge_to_draws(
-                key_bridge, reference, draws, annealing.kernel, annealing.options, tolerance
-            )
+            sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan.kernel, plan.options, tolerance)
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
     return _collect(sites, lead, method, params=params, num_evaluations=num_evaluations)
 
@@ -297,93 +235,3 @@ def _exactly_at_draws(
 
     estimate = at_draws(bound, draws)
     return exact_certificate(estimate, flags_of_exact(estimate))
-
-
-def _anneal_both_ways(
-    rng_key: Array,
-    site: SiteAtParams,
-    annealing: _Annealing,
-    samples: Array | None,
-    rows: Array | None,
-    progress: Progress,
-) -> tuple[Evidence, Annealed, int]:
-    """The passes that the method asks for, the forward one's walkers, and the cost in energy evaluations."""
-    key_forward, key_resample, key_settle, key_reverse, key_data = random.split(rng_key, 5)
-    kernel, options = annealing.kernel, annealing.options
-    num_walkers = annealing.num_chains * annealing.num_walkers
-    # A reverse pass from given draws needs the forward pass for its ladder alone.
-    forward = anneal_site(
-        key_forward,
-        site,
-        kernel,
-        options,
-        num_chains=annealing.num_chains,
-        num_walkers=annealing.num_walkers,
-        num_temperatures=annealing.num_temperatures,
-        progress=progress,
-    )
-    num_temperatures = forward.ladder.betas.shape[0]
-    per_pass = num_temperatures * num_walkers * options.num_kernel_steps
-    spent = per_pass + NUM_PILOT_WALKERS
-    reverse = drift = None
-    if annealing.method != "forward":
-        down = forward.ladder.reverse()
-        start = resampled(key_resample, forward) if samples is None else site.transform.inv(samples)
-        position, drift = settle(site, key_settle, start, forward.ladder.step_sizes[-1], annealing.num_settling_moves)
-        spent += annealing.num_settling_moves * num_walkers
-        backward = follow(key_reverse, site, kernel, options, down, position, progress)
-        spent += per_pass
-        weights = forward.ensemble.log_normalizers if samples is None else None
-        reverse = pass_of(backward.ensemble, backward.acceptance, weights)
-    unreached = None
-    if rows is not None and annealing.method != "reverse":
-        alone = options._replace(ess_threshold=0.0)
-        back = follow(key_data, site, kernel, alone, forward.ladder.reverse(), site.transform.inv(rows))
-        unreached = _share_unreached(back, forward)
-        spent += num_temperatures * rows.shape[1] * options.num_kernel_steps
-    forward_pass = None if annealing.method == "reverse" else pass_of(forward.ensemble, forward.acceptance)
-    return Evidence(forward_pass, reverse, drift, unreached), forward, spent
-
-
-def _share_unreached(back: Annealed, forward: Annealed) -> Array:
-    """Share of data rows where annealing from the base arrives far more rarely than the model says.
-
-    A trajectory that ends at a row and is followed back to the base weighs, on average, the density of forward
-    annealing's unweighted endpoints there over base·exp(−E); times Ẑ this is about 1 wherever annealing leads.
-    """
-    log_z, _ = jackknife_log_mean_exp(forward.ensemble.log_normalizers)
-    ratio = back.ensemble.log_weight[0] + log_z
-    return jnp.mean(ratio < -UNREACHED_NATS, axis=0)
-
-
-def _given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chains: int, num_walkers: int) -> Array:
-    if site.name not in samples:
-        raise ValueError(f"samples has sites {sorted(samples)}; expected energy site '{site.name}' among them.")
-    distribution = site.distribution
-    given = jnp.asarray(samples[site.name])
-    expected = (num_chains, num_walkers, *distribution.batch_shape, *distribution.event_shape)
-    if given.shape != expected:
-        raise ValueError(
-            f"samples['{site.name}'] has shape {given.shape}; expected (num_chains, num_walkers, *batch_shape, "
-            f"*event_shape) = {expected}. Pass num_chains= and num_walkers=, or reshape the draws."
-        )
-    return given
-
-
-def _data_rows(bound: BoundModel, params: Params) -> dict[str, Array]:
-    """Up to :data:`MAX_DATA_ROWS` usable rows of every observed energy site, ``(1, rows, *batch, *event)``."""
-    rows = {}
-    for name, found in observations(bound.rng_key, bound.model, params, bound.arguments).items():
-        energy = unwrap(found.distribution)
-        if energy is None or isinstance(found.value, jax.core.Tracer) or energy.support.is_discrete:
-            continue
-        own_shape = energy.batch_shape + energy.event_shape
-        values = np.asarray(found.value).reshape(-1, *own_shape)
-        num_rows = len(values)
-        checks = (np.isfinite(values), np.asarray(energy.support(values)), unmasked_rows(found.distribution))
-        values = values[np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)]
-        if not len(values):
-            continue
-        chosen = np.unique(np.linspace(0, len(values) - 1, MAX_DATA_ROWS).astype(int))
-        rows[name] = jnp.asarray(values[chosen])[None]
-    return rows

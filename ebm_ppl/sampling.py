@@ -11,9 +11,9 @@ from numpyro.infer import MCMC, NUTS
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.distribution import EnergyDistribution, evaluate_at, potential_at, starting_distribution
 from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.inspection import bind
 from ebm_ppl.kernels import MALA
 from ebm_ppl.model import Model, Params
-from ebm_ppl.normalizer import bind
 from ebm_ppl.placement import SiteAtParams, anneal_site, resampled, settle
 from ebm_ppl.resampling import systematic
 

@@ -113,7 +113,7 @@ def accuracy_baselines(x_train, y_train, chosen, x_test, y_test, steps):
     }
 
 
-def draw_figures(idata, x_train, base, net, folder):
+def draw_figures(fit, idata, x_train, base, net, folder):
     walkers = idata["posterior_predictive"]["x"].values.reshape(-1, 64)
     rng = np.random.default_rng(0)
 
@@ -131,26 +131,7 @@ def draw_figures(idata, x_train, base, net, folder):
     figure.tight_layout()
     figure.savefig(folder / "samples.png", dpi=120, bbox_inches="tight")
 
-    training = idata["training"]
-    figure, panels = plt.subplots(1, 3, figsize=(13, 3.6))
-    step, loss = training["step"].values, training["loss"].values
-    window = max(1, len(loss) // 100)
-    panels[0].plot(step[window - 1 :], np.convolve(loss, np.ones(window) / window, "valid"))
-    panels[0].set_title("negative log joint (running mean)")
-    panels[1].plot(step, training["ess"].values, label="training islands")
-    panels[1].plot(step, training["ess_holdout"].values, label="held-out islands")
-    panels[1].set_ylim(0, 1)
-    panels[1].set_title("effective sample size / walkers")
-    panels[1].legend()
-    centre, error = training["log_normalizer"].values, training["log_normalizer_stderr"].values
-    panels[2].plot(step, centre, label="held-out islands, ± 2 se")
-    panels[2].fill_between(step, centre - 2 * error, centre + 2 * error, alpha=0.3)
-    panels[2].plot(step, training["log_normalizer_training"].values, label="training islands (biased)")
-    panels[2].set_title("running log Z")
-    panels[2].legend()
-    for panel in panels:
-        panel.set_xlabel("update")
-    figure.tight_layout()
+    figure = ebm.plot_training(fit)[0].figure
     figure.savefig(folder / "training.png", dpi=120, bbox_inches="tight")
 
     figure, panel = plt.subplots(figsize=(6, 4))
@@ -215,9 +196,10 @@ def main(arguments=None):
     running = float(fit.history["log_normalizer"]["x"][-1])
     running_error = float(fit.history["log_normalizer_stderr"]["x"][-1])
     training = float(fit.history["log_normalizer_training"]["x"][-1])
+    print(f"\nlog Z\n  {log_z}")
     print(
-        f"  log Z: {estimate:.2f} ± {stderr:.2f} by annealing, {running:.2f} ± {running_error:.2f} running on held-out "
-        f"islands, {training:.2f} claimed by the training islands"
+        f"  running on held-out islands: {running:.2f} ± {running_error:.2f}; claimed by the training islands: "
+        f"{training:.2f}"
     )
     print(f"\nTest accuracy from {LABELS_PER_CLASS} labels per class")
     joint = float((net(2 * (x_test + 0.5) / 17 - 1).argmax(-1) == y_test).mean())
@@ -225,7 +207,7 @@ def main(arguments=None):
     for name, value in {"joint energy model": joint, **baselines}.items():
         print(f"  {name:35s} {100 * value:5.1f}%")
 
-    draw_figures(idata, x_train, base, net, options.output)
+    draw_figures(fit, idata, x_train, base, net, options.output)
     idata.to_netcdf(str(options.output / "digits.nc"))
     print(f"\nWrote samples.png, training.png, energies.png and digits.nc to {options.output}\n")
     summary = az.summary(idata, group="posterior_predictive", var_names=["x"])

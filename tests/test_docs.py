@@ -1,10 +1,12 @@
-"""The README, the tutorial and the examples run."""
+"""The README, the pages of the documentation and the examples run."""
 
 import importlib.util
 import pathlib
 import re
 
 import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 matplotlib.use("Agg")
@@ -15,17 +17,63 @@ def python_blocks(path):
     return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
-def test_pages_run_from_top_to_bottom(page):
+def tutorial_is_right(scope):
+    assert scope["nuts_mean"](scope["factor_model"]) < 0.5
+    assert float(scope["fit"].params["lam"]) == pytest.approx(2.590, rel=0.01)
+
+
+def checking_is_right(scope):
+    history, log_z = scope["fit"].history, scope["log_z"]
+    for key in ("ess", "ess_holdout"):
+        assert history[key]["x"][-100:].mean() > 0.5
+    assert history["acceptance"]["x"][-100:].mean() == pytest.approx(0.57, abs=0.05)
+    assert scope["islands"]["khat"].max() < 0.7
+    assert log_z.upper["x"] - log_z.lower["x"] < 0.2
+    assert round(scope["claimed"] - float(log_z.estimate["x"])) == -2
+    gain = scope["gain"]
+    assert float(gain.mean()) == pytest.approx(3.3, abs=0.2)
+    assert gain.std() / np.sqrt(len(gain)) < 0.15
+    fitted, x, x_test = scope["fitted"], scope["x"], scope["x_test"]
+    assert float(fitted.log_prob(x).mean() - fitted.log_prob(x_test).mean()) == pytest.approx(0.5, abs=0.2)
+    assert scope["summary"]["r_hat"].max() < 1.05
+    assert scope["summary"]["ess_bulk"].min() > 500
+    assert float(fitted.energy(x).mean() - scope["level"]) == pytest.approx(-0.5, abs=0.25)
+    assert abs(fitted.energy(x_test).mean() - scope["level"]) < 0.25
+
+
+def comparing_is_right(scope):
+    elpds = {name: elpd(loo) for name, loo in scope["loos"].items()} | {"over draws": elpd(scope["loo"])}
+    expected = {"normal": -34.24, "energy": -34.24, "Laplace energy": -35.5, "over draws": -34.24}
+    assert elpds == pytest.approx(expected, abs=0.2)
+    assert scope["table"].index[-1] == "Laplace energy"
+    assert np.abs(scope["log_z"].estimate["x"] - scope["exact"]).max() < 0.03
+    assert 40 * np.median(scope["log_z"].stderr["x"]) == pytest.approx(0.1, abs=0.05)
+    assert "nats wide in 200 of 200 elements, over the tolerance of 0.001" in scope["strict"].flags["x"][-1]
+
+
+def elpd(loo):
+    return loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo
+
+
+@pytest.mark.parametrize(
+    ("page", "is_right"),
+    [
+        ("README.md", None),
+        ("docs/tutorial.md", tutorial_is_right),
+        ("docs/checking.md", checking_is_right),
+        ("docs/comparing.md", comparing_is_right),
+    ],
+)
+def test_pages_run_from_top_to_bottom(page, is_right):
     blocks = python_blocks(page)
     assert blocks
     scope = {}
     for block in blocks:
         exec(compile(block, page, "exec"), scope)
-    if page == "docs/tutorial.md":
-        # What the comments in it claim.
-        assert scope["nuts_mean"](scope["factor_model"]) < 0.5
-        assert float(scope["fit"].params["lam"]) == pytest.approx(2.590, rel=0.01)
+    plt.close("all")
+    # What the comments in it claim.
+    if is_right is not None:
+        is_right(scope)
 
 
 def test_the_readme_model_is_short():

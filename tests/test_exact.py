@@ -17,6 +17,7 @@ from scipy.stats import norm
 import ebm_ppl as ebm
 from ebm_ppl.exact import enumeration, quadrature
 
+NORMAL = dist.Normal(0.0, 1.0)
 FLAT = dist.ImproperUniform(constraints.real, (), ())
 
 
@@ -31,7 +32,9 @@ def gaussian_case():
     """E = ½ λ v² − b v over N(m, s²)."""
     rate, tilt, loc, scale = 3.0, 1.5, 0.5, 2.0
     precision = 1 / scale**2 + rate
-    exact = 0.5 * (loc / scale**2 + tilt) ** 2 / precision - 0.5 * loc**2 / scale**2 - 0.5 * np.log(scale**2 * precision)
+    exact = (
+        0.5 * (loc / scale**2 + tilt) ** 2 / precision - 0.5 * loc**2 / scale**2 - 0.5 * np.log(scale**2 * precision)
+    )
     return ebm.EnergyDistribution(lambda v: 0.5 * rate * v**2 - tilt * v, dist.Normal(loc, scale)), exact
 
 
@@ -294,7 +297,10 @@ DOUBTS = {
         lambda: ebm.EnergyDistribution(lambda v: jnp.where(v > 0.2, 0.0, jnp.inf), dist.Normal(0.0, 1.0)),
         "half the points",
     ),
-    "too narrow": (lambda: ebm.EnergyDistribution(lambda v: 5e5 * (v - 0.3) ** 2, dist.Normal(0, 1)), "half the points"),
+    "too narrow": (
+        lambda: ebm.EnergyDistribution(lambda v: 5e5 * (v - 0.3) ** 2, dist.Normal(0, 1)),
+        "half the points",
+    ),
     "nan": (lambda: ebm.EnergyDistribution(lambda v: jnp.sqrt(v), dist.Normal(0.0, 1.0)), "not finite"),
 }
 
@@ -371,7 +377,9 @@ def test_quadrature_of_a_discrete_support():
         ebm.log_normalizer(None, distribution, method="quadrature")
 
 
-@pytest.mark.parametrize("base", [dist.Normal(0.0, 1.0), dist.Poisson(3.0), FLAT], ids=["normal", "poisson", "improper"])
+@pytest.mark.parametrize(
+    "base", [dist.Normal(0.0, 1.0), dist.Poisson(3.0), FLAT], ids=["normal", "poisson", "improper"]
+)
 def test_enumeration_of_an_infinite_support(base):
     with pytest.raises(ValueError, match=r"site 'x' has support .*cannot be enumerated.*method='bracket'"):
         ebm.log_normalizer(None, ebm.EnergyDistribution(lambda v: 0.1 * v, base), method="enumeration")

@@ -1,5 +1,7 @@
 """The energy site: values against closed forms, NumPyro's wrappers, and the guard against silent wrong answers."""
 
+from dataclasses import replace
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -593,3 +595,28 @@ def test_nets_of_every_library_are_trained(library):
         )
         assert len(jax.tree.leaves(change)) == 3
         assert all(0 < c < np.inf for c in jax.tree.leaves(change))
+
+
+# A certificate as the normaliser
+
+
+def certificate(flags=(), **estimates):
+    found = ebm.LogNormalizer.exact(estimates)
+    return replace(found, flags=dict.fromkeys(estimates, flags))
+
+
+def test_a_certified_log_normalizer_is_accepted():
+    energy = lambda v: 0.5 * v**2  # noqa: E731
+    base = dist.Normal(0, 1)
+    known = ebm.EnergyDistribution(energy, base, log_normalizer=certificate(x=-0.5 * np.log(2.0)))
+    np.testing.assert_allclose(known.log_prob(0.7), dist.Normal(0, 0.5**0.5).log_prob(0.7), rtol=1e-6)
+
+
+def test_a_flagged_log_normalizer_is_refused():
+    with pytest.raises(ebm.UncertifiedNormalizerError, match=r"site 'x': too wide.*log_z\.estimate"):
+        ebm.EnergyDistribution(jnp.square, dist.Normal(0, 1), log_normalizer=certificate(("too wide.",), x=0.0))
+
+
+def test_a_log_normalizer_of_two_sites_is_refused():
+    with pytest.raises(ValueError, match=r"sites \['x', 'y'\].*expected one site"):
+        ebm.EnergyDistribution(jnp.square, dist.Normal(0, 1), log_normalizer=certificate(x=0.0, y=0.0))
