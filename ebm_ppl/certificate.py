@@ -22,7 +22,7 @@ MIN_ACCEPTANCE = 0.1
 # The share of data rows that annealing may fail to reach, and how improbable (in nats) a row that it misses is.
 MAX_UNREACHED = 0.02
 UNREACHED_NATS = 10.0
-# How often walkers at equilibrium may be said to drift.
+# How often a site whose walkers are at equilibrium may be said to drift.
 MAX_DRIFT_PROBABILITY = 0.003
 MORE_TEMPERATURES = "take more temperatures (or budget=) or walkers, or a base nearer to the energy"
 
@@ -292,8 +292,10 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         "pass started from are not the model's. Take more temperatures, or other samples=.",
     )
     if drift is not None:
+        # All elements together are flagged by chance as rarely as one would be.
+        probability = MAX_DRIFT_PROBABILITY / drift[0].size
         flags += _flag(
-            jnp.abs(_t_statistic(drift)) > student_t.ppf(1.0 - 0.5 * MAX_DRIFT_PROBABILITY, drift.shape[0] - 1),
+            jnp.abs(_t_statistic(drift)) > student_t.ppf(1.0 - 0.5 * probability, drift.shape[0] - 1),
             f"walkers still drift at the energy itself (t = {_worst(jnp.abs(_t_statistic(drift))):.1f} over "
             "islands){where}, so they had not reached equilibrium: take more temperatures, a base nearer to the "
             "energy, or other samples=.",

@@ -16,7 +16,6 @@ from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.kernels import Kernel
 from ebm_ppl.model import BoundModel, Params, observations
 from ebm_ppl.placement import (
-    NUM_PILOT_WALKERS,
     Annealed,
     Progress,
     SiteAtParams,
@@ -68,7 +67,7 @@ def gather(
     )
     num_temperatures = forward.ladder.betas.shape[0]
     per_pass = num_temperatures * num_walkers * options.num_kernel_steps
-    spent = per_pass + NUM_PILOT_WALKERS
+    spent = per_pass + forward.num_pilot_evaluations
     reverse = drift = None
     if plan.method != "forward":
         down = forward.ladder.reverse()

@@ -331,7 +331,7 @@ class Jarzynski:
             transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, params, transform)
         kernel = MALA(self.kernel.step_size) if self.kernel.target_acceptance is None else self.kernel
-        ensemble, ladder, _ = anneal_site(
+        annealed = anneal_site(
             rng_key,
             site,
             kernel,
@@ -340,8 +340,8 @@ class Jarzynski:
             num_walkers=self.num_walkers,
             num_temperatures=num_temperatures,
         )
+        ensemble, step_size = annealed.ensemble, annealed.ladder.step_sizes[-1]
         _warn_where_islands_disagree(name, ensemble)
-        step_size = ladder.step_sizes[-1]
         if self.kernel.target_acceptance is None:
             step_size = jnp.full_like(step_size, initial_step_size(self.kernel, site.dimension))
         walkers = Walkers(ensemble, step_size, transform, None, self.num_holdout_chains)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpyro
 from jax import Array
 from numpyro.primitives import Messenger
@@ -15,7 +16,7 @@ from ebm_ppl.model import KnownNormalizers, Model, Normalizer, Params
 
 
 class _Fixed(Messenger):
-    """Fix parameters; sample sites among them become deterministic, so that their priors leave the density."""
+    """Fix parameters, whatever handlers outside say: they become deterministic, without a prior."""
 
     def __init__(self, fn: Callable, params: Params) -> None:
         super().__init__(fn)
@@ -23,9 +24,11 @@ class _Fixed(Messenger):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] in ("param", "sample") and msg["name"] in self.params:
-            if msg["type"] == "sample":
-                msg["type"] = "deterministic"
             msg["value"] = self.params[msg["name"]]
+            # Another value from outside would meet the log Z of this one.
+            msg["stop"] = True
+            if jax.tree_util.all_leaves([msg["value"]]):  # a net's tree of weights is nothing to report
+                numpyro.deterministic(msg["name"], msg["value"])
 
 
 def normalized(

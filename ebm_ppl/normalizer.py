@@ -95,6 +95,13 @@ def log_normalizer(
         raise ValueError(f"method = {method!r}; expected one of {', '.join(METHODS)}.")
     if num_chains < 2:
         raise ValueError(f"num_chains = {num_chains}; expected at least 2 for a standard error.")
+    for option, value in (
+        ("num_walkers", num_walkers),
+        ("num_kernel_steps", num_kernel_steps),
+        ("num_temperatures", num_temperatures),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} = {value}; expected at least 1.")
     if budget is not None and num_temperatures is not None:
         raise ValueError("Both budget and num_temperatures are given; expected one of them.")
     params = {} if params is None else dict(params)

@@ -13,6 +13,7 @@ from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.annealing import (
+    NUM_SETTLING_MOVES,
     AnnealingOptions,
     Climb,
     Ensemble,
@@ -52,11 +53,13 @@ class Annealed(NamedTuple):
         ensemble: The walkers at the ladder's end.
         ladder: The ladder that they followed.
         acceptance: Mean acceptance over temperatures and walkers, of the site's batch shape.
+        num_pilot_evaluations: Energy evaluations of the pilot that chose the ladder.
     """
 
     ensemble: Ensemble
     ladder: Ladder
     acceptance: Array
+    num_pilot_evaluations: int = 0
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["bound", "params", "transform"], meta_fields=["name"])
@@ -120,7 +123,7 @@ def anneal_site(
         step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
         ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
         trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
-        return Annealed(ensemble, trivial, jnp.ones_like(step_size))
+        return Annealed(ensemble, trivial, jnp.ones_like(step_size), NUM_PILOT_WALKERS)
     pilot = _pilot(site, kernel, options, key_pilot)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
@@ -130,7 +133,9 @@ def anneal_site(
         num_temperatures = max(128, 2 ** math.ceil(math.log2(32 * rungs)))
     ladder = _refine(pilot, num_temperatures)
     start = _draw(site, key_start, (num_chains, num_walkers))
-    return follow(key_run, site, kernel, options, ladder, start, progress)
+    annealed = follow(key_run, site, kernel, options, ladder, start, progress)
+    per_rung = options.num_kernel_steps + NUM_SETTLING_MOVES
+    return annealed._replace(num_pilot_evaluations=NUM_PILOT_WALKERS * (1 + rungs * per_rung))
 
 
 def follow(

@@ -34,6 +34,8 @@ def checking_is_right(scope):
     assert float(gain.mean()) == pytest.approx(3.3, abs=0.2)
     assert gain.std() / np.sqrt(len(gain)) < 0.15
     fitted, x, x_test = scope["fitted"], scope["x"], scope["x_test"]
+    assert float(fitted.log_prob(x_test).mean()) == pytest.approx(-8, abs=0.3)
+    assert float(scope["base"].log_prob(x_test).mean()) == pytest.approx(-11.4, abs=0.05)
     assert float(fitted.log_prob(x).mean() - fitted.log_prob(x_test).mean()) == pytest.approx(0.5, abs=0.2)
     assert scope["summary"]["r_hat"].max() < 1.05
     assert scope["summary"]["ess_bulk"].min() > 500
