@@ -170,7 +170,10 @@ def _advance(
     ensemble = _reweight(ensemble, state, beta_step)
     state, info = move(kernel, key_move, state, evaluate, step_size, options.num_kernel_steps)
     ensemble = ensemble._replace(
-        position=state.position, potential=state.potential, log_weight=ensemble.log_weight + info.log_weight
+        position=state.position,
+        potential=state.potential,
+        # A walker without weight keeps none, wherever it moves.
+        log_weight=jnp.where(ensemble.log_weight == -jnp.inf, -jnp.inf, ensemble.log_weight + info.log_weight),
     )
     return ensemble, state, jnp.mean(info.acceptance, axis=(0, 1))
 

@@ -19,7 +19,7 @@ from numpyro.infer import log_likelihood
 from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.distribution import EnergyDistribution, rewrap
 from ebm_ppl.inspection import unmasked_rows
-from ebm_ppl.model import Arguments, BoundModel, Model, Observation, observations
+from ebm_ppl.model import Arguments, BoundModel, FullPlates, Model, Observation, observations
 from ebm_ppl.normalized import normalized
 from ebm_ppl.resampling import systematic
 from ebm_ppl.training import Fit
@@ -60,7 +60,8 @@ def to_arviz(
     - ``training``: ``Fit.history`` over ``step``.
 
     A point fit has no posterior draws of the parameters, so there is no ``posterior`` and no
-    ``log_likelihood`` (LOO needs both).  The data's normalised mean log density goes to the attributes.  With several
+    ``log_likelihood`` (LOO needs both).  With a ``log_normalizer`` the data's normalised mean log density goes to the
+    attributes.  With several
     energy sites, variables that every site has end in ``_<site>``.
 
     Posterior draws, a dict of arrays ``(chain, draw, ...)``, give ``posterior``, ``observed_data`` and, with a
@@ -72,8 +73,8 @@ def to_arviz(
         source: From :meth:`Jarzynski.run`, or parameter draws by site name.
         model: The model that was fitted.
         args: Its positional arguments.
-        log_normalizer: From :func:`log_normalizer` at ``fit.params`` or at the draws; for a fit, None takes the running
-            held-out value, ``fit.state.log_normalizer()``.
+        log_normalizer: From :func:`log_normalizer` at ``fit.params`` or at the draws.  Without it there are no
+            normalised numbers; a fit's attributes then hold the running held-out log Z, for what it is worth.
         draws: Draws of x by site name, ``(chain, draw, ...)``, from :func:`sample`: ``posterior_predictive`` is then
             made of them.
         allow_uncertified: Write numbers that rest on an uncertified log Z; the flags go to the attributes.
@@ -92,7 +93,6 @@ def to_arviz(
     arguments = Arguments(args, kwargs)
     if isinstance(source, Fit):
         rng_key, params = source.state.rng_key, source.params
-        log_normalizer = source.state.log_normalizer() if log_normalizer is None else log_normalizer
     else:
         rng_key, params = random.key(0), dict(source)
     key_model, key_resample = random.split(rng_key)
@@ -105,7 +105,8 @@ def to_arviz(
         _check_belongs(log_normalizer, energies, params)
     usable = log_normalizer is not None and (log_normalizer.is_certified or allow_uncertified)
     groups: dict[str, dict[str, Variable]] = {"posterior_predictive": {}}
-    attributes = _attributes(log_normalizer, energies)
+    reported = source.state.log_normalizer() if isinstance(source, Fit) and log_normalizer is None else log_normalizer
+    attributes = _attributes(reported, energies)
     if isinstance(source, Fit):
         groups |= {"sample_stats": {}, "islands": {}, "training": _training(source.history)}
         for index, (name, site) in enumerate(source.state.walkers.items()):
@@ -158,7 +159,7 @@ def _check_belongs(log_normalizer: LogNormalizer, energies: dict[str, Any], para
                 f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the model has energy site '{name}'; "
                 "estimate it with ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
             )
-    for name in set(log_normalizer.params) | (set(params) if log_normalizer.params else set()):
+    for name in set(log_normalizer.params) | set(params):
         ours, theirs = (jax.tree.leaves(where.get(name)) for where in (params, log_normalizer.params))
         same = len(ours) == len(theirs) and all(
             np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-8)
@@ -223,13 +224,14 @@ def _log_likelihood(
             f"log_normalizer has {log_normalizer.batch_ndims} axes of draws; expected 2, one log Z for every (chain, "
             "draw): ebm_ppl.log_normalizer(..., batch_ndims=2)."
         )
-    found = log_likelihood(
-        normalized(model, log_normalizer, allow_uncertified=True),
-        log_normalizer.samples,
-        *arguments.args,
-        batch_ndims=2,
-        **arguments.kwargs,
-    )
+    with FullPlates():
+        found = log_likelihood(
+            normalized(model, log_normalizer, allow_uncertified=True),
+            log_normalizer.samples,
+            *arguments.args,
+            batch_ndims=2,
+            **arguments.kwargs,
+        )
     return {
         _plain(name): (("chain", "draw", *data[name].dims), np.array(value))
         for name, value in found.items()

@@ -59,7 +59,8 @@ def bridge_to_draws(
     num_temperatures = 2
     while num_temperatures**2 < 10 * worst and num_temperatures < MAX_TEMPERATURES:
         num_temperatures *= 2
-    bridges = _bridges(site, position, draws, reference.step_size, rng_key, kernel, options, num_temperatures)
+    islands = reference.certificate.log_normalizers
+    bridges = _bridges(site, position, draws, reference.step_size, islands, rng_key, kernel, options, num_temperatures)
     num_draws = jax.tree.leaves(draws)[0].shape[0]
     per_draw = position.shape[0] * position.shape[1] * (1 + num_temperatures * options.num_kernel_steps)
     return certify_bridges(reference.certificate, bridges, tolerance), num_draws * per_draw
@@ -83,6 +84,7 @@ def _bridges(
     position: Array,
     draws: Params,
     step_size: Array,
+    log_island_weights: Array,
     rng_key: Array,
     kernel: Kernel,
     options: AnnealingOptions,
@@ -96,8 +98,10 @@ def _bridges(
         path = Path(
             lambda u: potential_at(site.distribution, site.transform, u), lambda u: _difference(site, params, u)
         )
-        found = pass_of(*anneal(kernel, key, path, position, ladder, options))
-        return Bridge(found.log_ratios, found.ess(), found.khat(), found.acceptance)
+        ends = anneal(kernel, key, path, position, ladder, options)
+        found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
+        # The tail is judged inside islands' terms: their weights, tied inside an island, would hide it.
+        return Bridge(found.log_ratios, weighted.ess(), found.khat(), found.acceptance)
 
     num_draws = jax.tree.leaves(draws)[0].shape[0]
     return lax.map(bridge, (draws, random.split(rng_key, num_draws)))

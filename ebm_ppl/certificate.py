@@ -12,18 +12,19 @@ from scipy.stats import t as student_t
 
 from ebm_ppl.annealing import Ensemble
 from ebm_ppl.errors import UncertifiedNormalizerError
-from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp, pareto_khat
+from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp, log_mean_exp, pareto_khat
 
 # Each limit is one-sided at 97.5%, so that both hold together with 95%.
 LIMIT_LEVEL = 0.975
 MAX_KHAT = 0.7
 MIN_ESS = 0.05
 MIN_ACCEPTANCE = 0.1
-# The share of data rows that annealing may fail to reach, and how improbable (in nats) a row that it misses is.
+# The share of data rows that annealing may fail to reach, and how many walkers should be expected where a row is.
 MAX_UNREACHED = 0.02
-UNREACHED_NATS = 10.0
+EXPECTED_VISITS = 10.0
 # How often a site whose walkers are at equilibrium may be said to drift.
 MAX_DRIFT_PROBABILITY = 0.003
+EXACT_METHODS = ("quadrature", "enumeration", "closed form")
 MORE_TEMPERATURES = "take more temperatures (or budget=) or walkers, or a base nearer to the energy"
 
 
@@ -116,7 +117,7 @@ class SiteCertificate(NamedTuple):
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LogNormalizer:
     """log Z per energy site, what bounds it, and why not to believe it.
 
@@ -164,7 +165,8 @@ class LogNormalizer:
     @classmethod
     def exact(cls, estimate: Mapping[str, ArrayLike], params: Mapping[str, Any] | None = None) -> "LogNormalizer":
         """Log Z in closed form, by site name, and the parameters that it belongs to."""
-        sites = {name: exact_certificate(jnp.asarray(value, float), ()) for name, value in estimate.items()}
+        arrays = {name: jnp.asarray(value, float) for name, value in estimate.items()}
+        sites = {name: exact_certificate(value, flags_of_exact(value)) for name, value in arrays.items()}
         return cls.from_sites(sites, "closed form", params={} if params is None else dict(params))
 
     @property
@@ -174,8 +176,15 @@ class LogNormalizer:
 
     @property
     def markov_lower(self) -> dict[str, Array]:
-        """``log Ẑ − log 20`` by site: below log Z with 95%, by Markov's inequality and nothing else (forward only)."""
-        return {name: self.estimate[name] - jnp.log(20.0) for name in self.estimate}
+        """``log Ẑ − log 20`` by site, Ẑ the islands' plain mean: below log Z with 95%, by Markov's inequality alone.
+
+        −inf where log Z rests on a reverse pass, which says nothing of the kind; log Z itself where it is exact.
+        """
+        if self.method in EXACT_METHODS:
+            return dict(self.estimate)
+        if self.method == "reverse":
+            return {name: jnp.full_like(value, -jnp.inf) for name, value in self.estimate.items()}
+        return {name: log_mean_exp(islands, axis=0) - jnp.log(20.0) for name, islands in self.log_normalizers.items()}
 
     def interval(self, level: float = 0.9) -> dict[str, tuple[Array, Array]]:
         """Two-sided Student-t interval on (number of islands − 1) degrees of freedom, by site."""
@@ -193,7 +202,11 @@ class LogNormalizer:
 
         ``numpyro.infer.log_likelihood(normalized(model, log_z), log_z.samples, ...)`` then has one log Z per draw.
         """
-        return self.params | {log_normalizer_site(name): value for name, value in self.estimate.items()}
+        values = {log_normalizer_site(name): value for name, value in self.estimate.items()}
+        clash = sorted(set(values) & set(self.params))
+        if clash:
+            raise ValueError(f"The model has sites {clash}, names that log Z is given under; rename them in the model.")
+        return self.params | values
 
     def require_certified(self) -> None:
         """Raise where a site has a flag.
@@ -215,7 +228,7 @@ class LogNormalizer:
     def _lines(self) -> Iterator[str]:
         for name, estimate in self.estimate.items():
             verdict = "certified" if not self.flags[name] else "NOT certified"
-            if not np.any(self.stderr[name]):
+            if self.method in EXACT_METHODS:
                 yield f"{name}: log Z = {np.asarray(estimate)}, exact ({self.method}): {verdict}"
                 yield from (f"  - {flag}" for flag in self.flags[name])
                 continue
@@ -249,7 +262,8 @@ def flags_of_exact(estimate: Array) -> tuple[str, ...]:
     """Flags of exact values found under a trace, where NaN stands for any doubt."""
     return _flag(
         ~jnp.isfinite(estimate),
-        "the exact method cannot tell{where}: take more num_points, or a base nearer to the energy.",
+        "log Z is not a finite number{where}: check the energy; for quadrature take more num_points, or a base nearer "
+        "to the energy.",
     )
 
 
@@ -295,14 +309,14 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         # All elements together are flagged by chance as rarely as one would be.
         probability = MAX_DRIFT_PROBABILITY / drift[0].size
         flags += _flag(
-            jnp.abs(_t_statistic(drift)) > student_t.ppf(1.0 - 0.5 * probability, drift.shape[0] - 1),
+            ~(jnp.abs(_t_statistic(drift)) <= student_t.ppf(1.0 - 0.5 * probability, drift.shape[0] - 1)),
             f"walkers still drift at the energy itself (t = {_worst(jnp.abs(_t_statistic(drift))):.1f} over "
             "islands){where}, so they had not reached equilibrium: take more temperatures, a base nearer to the "
             "energy, or other samples=.",
         )
     if unreached is not None:
         flags += _flag(
-            unreached > MAX_UNREACHED,
+            ~(unreached <= MAX_UNREACHED),
             f"{_worst(unreached):.0%} of the data rows lie where annealing from the base does not lead{{where}}: a "
             "mode is missing from log Z. Take a base (or start=) that covers the data, or more temperatures.",
         )
@@ -311,22 +325,26 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
 
 def certify_bridges(reference: SiteCertificate, bridge: Bridge, tolerance: float) -> SiteCertificate:
     """Log Z at every draw: the reference's, plus the ratio, with both uncertainties."""
-    islands = jnp.moveaxis(bridge.log_ratios, 1, 0)
-    ratio, ratio_stderr = jackknife_log_mean_exp(islands)
-    reach = float(student_t.ppf(LIMIT_LEVEL, islands.shape[0] - 1)) * ratio_stderr
-    estimate, stderr = reference.estimate + ratio, jnp.hypot(reference.stderr, ratio_stderr)
-    lower, upper = reference.lower + ratio - reach, reference.upper + ratio + reach
-    one_sided = not bool(jnp.all(jnp.isfinite(upper - lower)))
-    width = 2.0 * jnp.where(jnp.isfinite(lower), estimate - lower, upper - estimate) if one_sided else upper - lower
+    ratios = jnp.moveaxis(bridge.log_ratios, 1, 0)
+    # Both come from the same walkers: each island's product Ẑ_c R_c is unbiased, and their mean is what is estimated.
+    islands = reference.log_normalizers[:, None] + ratios
+    quantile = float(student_t.ppf(LIMIT_LEVEL, islands.shape[0] - 1))
+    estimate, stderr = jackknife_log_mean_exp(islands)
+    ratio, ratio_stderr = jackknife_log_mean_exp(
+        ratios, jnp.broadcast_to(reference.log_normalizers[:, None], ratios.shape)
+    )
+    lower, upper = estimate - quantile * stderr, reference.upper + ratio + quantile * ratio_stderr
+    lower, upper = jnp.minimum(lower, upper), jnp.maximum(lower, upper)
+    one_sided = bool(jnp.any(jnp.isinf(reference.upper)))
+    width = 2.0 * (estimate - lower) if one_sided else upper - lower
     what = "95% interval" if one_sided else "bracket"
     ess, khat = jnp.minimum(bridge.ess, reference.ess), jnp.maximum(bridge.khat, reference.khat)
     flags = _flags_of_weights(
         estimate + stderr, width, what, ess, khat, bridge.acceptance, tolerance, MORE_TEMPERATURES
     )
-    log_normalizers = reference.log_normalizers[:, None] + islands
     # What is wrong at the reference is wrong everywhere.
     at_reference = tuple(f"at the draw in the middle: {flag}" for flag in reference.flags)
-    return SiteCertificate(estimate, stderr, lower, upper, ess, khat, log_normalizers, at_reference + flags)
+    return SiteCertificate(estimate, stderr, lower, upper, ess, khat, islands, at_reference + flags)
 
 
 def _flags_of_weights(
@@ -364,7 +382,7 @@ def _flags_of_weights(
 def _t_statistic(values: Array) -> Array:
     """Mean over islands by its standard error; 0 where nothing moves."""
     error = jnp.std(values, axis=0, ddof=1) / jnp.sqrt(values.shape[0])
-    return jnp.where(error > 0, jnp.mean(values, axis=0) / error, 0.0)
+    return jnp.where(error == 0, 0.0, jnp.mean(values, axis=0) / error)
 
 
 def _worst(values: Array) -> float:

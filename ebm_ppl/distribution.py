@@ -12,7 +12,8 @@ from jax import Array, random
 from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from numpyro.distributions.transforms import Transform, biject_to
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import IdentityTransform, IndependentTransform, Transform, biject_to
 
 from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
 from ebm_ppl.certificate import LogNormalizer
@@ -208,6 +209,7 @@ class EnergyDistribution(dist.Distribution):
                 f"Drawing from the energy{at_site(name)} needs its normaliser, which is unknown. {_WAY_OUT}"
             )
         start = starting_distribution(self, name)
+        check_start_covers(self, name)
         if self.support.is_discrete:
             raise UnknownNormalizerError(
                 f"The energy{at_site(name)} has a discrete support; Langevin moves need a continuous one."
@@ -217,7 +219,7 @@ class EnergyDistribution(dist.Distribution):
         for size in shape:
             count *= size
         assert key is not None
-        key_pilot, key_start, key_run, key_pick = random.split(key, 4)
+        key_pilot, key_start, key_run, key_pick, key_order = random.split(key, 5)
         transform = standardizing_transform(start)
         path = annealing_path(self, start, transform)
         options = AnnealingOptions(num_kernel_steps=1, ess_threshold=0.5, resampling=systematic)
@@ -237,7 +239,7 @@ class EnergyDistribution(dist.Distribution):
         values = transform(ensemble.position[0])
         log_weight = jnp.moveaxis(ensemble.log_weight[0], 0, -1).reshape(-1, values.shape[0])
         picked = jax.vmap(multinomial)(random.split(key_pick, log_weight.shape[0]), log_weight)
-        picked = jax.vmap(random.permutation)(random.split(key_start, log_weight.shape[0]), picked)[:, :count]
+        picked = jax.vmap(random.permutation)(random.split(key_order, log_weight.shape[0]), picked)[:, :count]
         picked = jnp.moveaxis(picked.reshape((*self.batch_shape, count)), -1, 0)
         indices = picked.reshape(picked.shape + (1,) * self.event_dim)
         return jnp.take_along_axis(values, indices, axis=0).reshape(shape + self.batch_shape + self.event_shape)
@@ -257,6 +259,11 @@ def _as_log_normalizer(value: ArrayLike | LogNormalizer | None, batch_shape: tup
             )
         value.require_certified()
         (value,) = value.estimate.values()
+        if value.shape != batch_shape:
+            raise ValueError(
+                f"log_normalizer has log Z of shape {value.shape}; expected the base's batch shape {batch_shape}. "
+                "Estimate it for this very distribution."
+            )
     array = jnp.asarray(value, dtype=jnp.result_type(float) if isinstance(value, int) else None)
     if jnp.broadcast_shapes(array.shape, batch_shape) != batch_shape:
         raise ValueError(
@@ -337,7 +344,23 @@ def points_in_support(distribution: EnergyDistribution, rng_key: Array, num_poin
         return base.sample(rng_key, (num_points,))
     transform = biject_to(base.support)
     shape = transform.inverse_shape(base.batch_shape + base.event_shape)
-    return transform(3.0 * random.normal(rng_key, (num_points, *shape)))
+    key_scale, key_points = random.split(rng_key)
+    # Over the scales that a bijector's image can tell from its ends, and further where nothing ends.
+    inner = transform
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    reach = 1e4 if isinstance(inner, IdentityTransform) else 3.0
+    scales = reach ** random.uniform(key_scale, (num_points, *(1,) * len(shape)))
+    return transform(scales * random.normal(key_points, (num_points, *shape)))
+
+
+def same_support(one: constraints.Constraint, other: constraints.Constraint) -> bool:
+    """Whether two constraints are the same one, however their dimensions are called; False where that is not known."""
+    while isinstance(one, constraints.independent):
+        one = one.base_constraint
+    while isinstance(other, constraints.independent):
+        other = other.base_constraint
+    return one is other
 
 
 def check_start_covers(distribution: EnergyDistribution, name: str | None) -> None:
@@ -347,7 +370,7 @@ def check_start_covers(distribution: EnergyDistribution, name: str | None) -> No
         ValueError: Points of the base's support lie outside the start's.
     """
     start = distribution.start
-    if start is None:
+    if start is None or same_support(start.support, distribution.support):
         return
     inside = start.support(points_in_support(distribution, random.key(0), 256))
     if not isinstance(inside, jax.core.Tracer) and not bool(jnp.all(inside)):

@@ -10,11 +10,11 @@ from jax import Array, random
 from jax.typing import ArrayLike
 
 from ebm_ppl.annealing import AnnealingOptions
-from ebm_ppl.certificate import UNREACHED_NATS, Evidence, pass_of
+from ebm_ppl.certificate import EXPECTED_VISITS, Evidence, pass_of
 from ebm_ppl.distribution import unwrap
 from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.kernels import Kernel
-from ebm_ppl.model import BoundModel, Params, observations
+from ebm_ppl.model import BoundModel, Observation, Params, observations
 from ebm_ppl.placement import (
     Annealed,
     Progress,
@@ -69,6 +69,12 @@ def gather(
     per_pass = num_temperatures * num_walkers * options.num_kernel_steps
     spent = per_pass + forward.num_pilot_evaluations
     reverse = drift = None
+    if plan.method == "reverse" and _misses_part_of_the_start(site, key_data):
+        raise ValueError(
+            f"The energy of site '{site.name}' is infinite on part of its base's support, where a reverse pass "
+            "never comes: 1/Ẑ would leave that part out. Use method='bracket' or 'forward', or a base with the smaller "
+            "support."
+        )
     if plan.method != "forward":
         down = forward.ladder.reverse()
         start = resampled(key_resample, forward) if samples is None else site.transform.inv(samples)
@@ -88,6 +94,10 @@ def gather(
     return Evidence(forward_pass, reverse, drift, unreached), forward, spent
 
 
+def _misses_part_of_the_start(site: SiteAtParams, rng_key: Array) -> bool:
+    return bool(jnp.any(jnp.isposinf(site.path().difference(site.draw(rng_key, (1, MAX_DATA_ROWS))))))
+
+
 def _share_unreached(back: Annealed, forward: Annealed) -> Array:
     """Share of data rows where annealing from the base arrives far more rarely than the model says.
 
@@ -96,7 +106,9 @@ def _share_unreached(back: Annealed, forward: Annealed) -> Array:
     """
     log_z, _ = jackknife_log_mean_exp(forward.ensemble.log_normalizers)
     ratio = back.ensemble.log_weight[0] + log_z
-    return jnp.mean(ratio < -UNREACHED_NATS, axis=0)
+    log_weight = forward.ensemble.log_weight
+    threshold = jnp.log(EXPECTED_VISITS / (log_weight.shape[0] * log_weight.shape[1]))
+    return jnp.mean(~(ratio >= threshold), axis=0)
 
 
 def given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chains: int, num_walkers: int) -> Array:
@@ -108,7 +120,7 @@ def given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chai
     if site.name not in samples:
         raise ValueError(f"samples has sites {sorted(samples)}; expected energy site '{site.name}' among them.")
     distribution = site.distribution
-    given = jnp.asarray(samples[site.name])
+    given = jnp.asarray(samples[site.name], float)
     expected = (num_chains, num_walkers, *distribution.batch_shape, *distribution.event_shape)
     if given.shape != expected:
         raise ValueError(
@@ -118,20 +130,32 @@ def given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chai
     return given
 
 
+def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
+    """Data with every plate at its full size, or, where a batch came in from outside, as they came."""
+    arguments = (bound.rng_key, bound.model, params, bound.arguments)
+    full = observations(*arguments)
+    try:
+        for found in full.values():
+            np.broadcast_shapes(jnp.shape(found.value), found.distribution.shape())
+    except ValueError:
+        return observations(*arguments, full_plates=False)
+    return full
+
+
 def data_rows(bound: BoundModel, params: Params) -> dict[str, Array]:
     """Up to :data:`MAX_DATA_ROWS` usable rows of every observed energy site, ``(1, rows, *batch, *event)``."""
     rows = {}
-    for name, found in observations(bound.rng_key, bound.model, params, bound.arguments).items():
+    for name, found in _observed(bound, params).items():
         energy = unwrap(found.distribution)
         if energy is None or isinstance(found.value, jax.core.Tracer) or energy.support.is_discrete:
             continue
         own_shape = energy.batch_shape + energy.event_shape
-        values = np.asarray(found.value).reshape(-1, *own_shape)
+        values = np.broadcast_to(np.asarray(found.value), found.distribution.shape()).reshape(-1, *own_shape)
         num_rows = len(values)
         checks = (np.isfinite(values), np.asarray(energy.support(values)), unmasked_rows(found.distribution))
         values = values[np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)]
         if not len(values):
             continue
         chosen = np.unique(np.linspace(0, len(values) - 1, MAX_DATA_ROWS).astype(int))
-        rows[name] = jnp.asarray(values[chosen])[None]
+        rows[name] = jnp.asarray(values[chosen], float)[None]
     return rows

@@ -232,13 +232,19 @@ def bind(
     """
     if isinstance(model, EnergyDistribution):
         if params or args or kwargs:
-            raise ValueError("A bare EnergyDistribution holds its parameters; expected no params and no arguments.")
+            raise ValueError(
+                "A bare EnergyDistribution holds its parameters; expected no params and no arguments, found "
+                f"{sorted(params)}, {len(args)} arguments and {sorted(kwargs)}."
+            )
+        check_start_covers(model, "x")
         return BoundModel(_energy_alone, {}, rng_key, Arguments((model,))), {"x": model}
     bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
     check_params(bound, params)
     found = bound.energies(params)
     if not found:
         raise ValueError("The model has no energy site: declare one with numpyro.sample('x', EnergyDistribution(...)).")
+    for name, distribution in found.items():
+        check_start_covers(distribution, name)
     return bound, found
 
 
@@ -252,7 +258,8 @@ def check_params(bound: BoundModel, params: Params) -> None:
     trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
         *bound.arguments.args, **bound.arguments.kwargs
     )
-    unknown = set(params) - set(trace)
+    # Data are not parameters: fixed, they would leave the likelihood.
+    unknown = {name for name in params if name not in trace or trace[name].get("is_observed") or name in recorder.found}
     missing = {name for name, site in trace.items() if site["type"] == "param"} - set(params)
     if unknown or missing:
         raise ValueError(
@@ -267,13 +274,22 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None
     key_params, key_start, key_other = random.split(rng_key, 3)
     # A last layer of zeros would hide what the layers before it do.
     leaves, treedef = jax.tree.flatten(params)
+    # In proportion, so that what is positive stays so.
+    keys = random.split(key_params, len(leaves))
+    steps = [0.1 * random.uniform(key, jnp.shape(leaf)) for key, leaf in zip(keys, leaves, strict=True)]
     moved = [
-        leaf + 0.1 * random.normal(key, jnp.shape(leaf)).astype(jnp.result_type(leaf))
-        for key, leaf in zip(random.split(key_params, len(leaves)), leaves, strict=True)
+        leaf + (jnp.where(leaf == 0, 1.0, leaf) * step).astype(jnp.result_type(leaf))
+        for leaf, step in zip(leaves, steps, strict=True)
     ]
-    params = jax.tree.unflatten(treedef, moved)
+    original, params = params, jax.tree.unflatten(treedef, moved)
     first = _energies_at_points(bound, params, key_start)
     second = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
+    for name, inside in _supports_agree(bound, original, params, key_start).items():
+        if not bool(inside):
+            raise ValueError(
+                f"The support of the base at site '{name}' changes with the parameters: walkers cannot follow it, and "
+                "∇log Z lacks what the moving boundary adds. Fix the base's support, or rescale x to a fixed one."
+            )
     for name, values in first.items():
         if not np.array_equal(np.asarray(values), np.asarray(second[name]), equal_nan=True):
             raise ValueError(
@@ -287,14 +303,33 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None
 @jax.jit
 def _energies_at_points(bound: BoundModel, params: Params, rng_key: Array) -> dict[str, Array]:
     found = bound.energies(params)
-    return {name: energy.energy(points_in_support(energy, rng_key, 8)) for name, energy in found.items()}
+    values = {}
+    for name, energy in found.items():
+        points = points_in_support(energy, rng_key, 8)
+        values[name] = energy.potential(points)
+        if energy.start is not None:
+            values[name] = jnp.stack([values[name], energy.start.log_prob(points)])
+    return values
+
+
+@jax.jit
+def _supports_agree(bound: BoundModel, params: Params, moved: Params, rng_key: Array) -> dict[str, Array]:
+    """Whether points of either support lie in the other, by site."""
+    there = bound.energies(moved)
+    return {
+        name: jnp.all(there[name].support(points_in_support(energy, rng_key, 64)))
+        & jnp.all(energy.support(points_in_support(there[name], rng_key, 64)))
+        for name, energy in bound.energies(params).items()
+    }
 
 
 def unmasked_rows(wrapped: Any) -> np.ndarray:
     """Which rows of an energy site count, a boolean array of its (plates and own) batch shape."""
-    mask = np.ones(wrapped.batch_shape, bool)
-    while not isinstance(wrapped, EnergyDistribution):
-        if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(wrapped._mask, jax.core.Tracer):
-            mask = mask & np.asarray(wrapped._mask)
-        wrapped = wrapped.base_dist
-    return mask
+    if isinstance(wrapped, EnergyDistribution):
+        return np.ones(wrapped.batch_shape, bool)
+    rows = unmasked_rows(wrapped.base_dist)
+    if isinstance(wrapped, dist.Independent):
+        return rows.all(tuple(range(-wrapped.reinterpreted_batch_ndims, 0)))
+    if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(wrapped._mask, jax.core.Tracer):
+        rows = rows & np.asarray(wrapped._mask)
+    return np.broadcast_to(rows, wrapped.batch_shape)

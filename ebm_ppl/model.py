@@ -5,6 +5,7 @@ itself with a known ``log_normalizer``, so plates, subsampling, scales, masks an
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,10 +75,11 @@ def _is_unbounded(support: constraints.Constraint) -> bool:
     return support is constraints.real
 
 
-class _FullPlates(Messenger):
+class FullPlates(Messenger):
     """Switch subsampling off: every plate has all its rows."""
 
     def process_message(self, msg: dict) -> None:
+        """Called by NumPyro at every site."""
         if msg["type"] == "plate" and msg["value"] is None:
             size = msg["args"][0]
             msg["args"] = (size, size)
@@ -152,9 +154,11 @@ class Observation:
     distribution: dist.Distribution
 
 
-def observations(rng_key: Array, model: Model, params: Params, arguments: Arguments) -> dict[str, Observation]:
-    """Data at the observed sample sites, auxiliary sites left out, every plate at its full size."""
-    with _FullPlates():
+def observations(
+    rng_key: Array, model: Model, params: Params, arguments: Arguments, *, full_plates: bool = True
+) -> dict[str, Observation]:
+    """Data at the observed sample sites, auxiliary sites left out, by default with every plate at its full size."""
+    with FullPlates() if full_plates else nullcontext():
         recorder = EnergySites(handlers.seed(model, rng_key))
         trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
             *arguments.args, **arguments.kwargs

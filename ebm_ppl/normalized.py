@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 from jax import Array
 from numpyro.primitives import Messenger
@@ -16,7 +17,7 @@ from ebm_ppl.model import KnownNormalizers, Model, Normalizer, Params
 
 
 class _Fixed(Messenger):
-    """Fix parameters, whatever handlers outside say: they become deterministic, without a prior."""
+    """Fix parameters: sample sites become deterministic, without a prior; any other value makes NaN."""
 
     def __init__(self, fn: Callable, params: Params) -> None:
         super().__init__(fn)
@@ -25,10 +26,14 @@ class _Fixed(Messenger):
     def process_message(self, msg: dict) -> None:
         if msg["type"] in ("param", "sample") and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
-            # Another value from outside would meet the log Z of this one.
-            msg["stop"] = True
-            if jax.tree_util.all_leaves([msg["value"]]):  # a net's tree of weights is nothing to report
-                numpyro.deterministic(msg["name"], msg["value"])
+            if msg["type"] == "sample":
+                msg["type"] = "deterministic"
+
+    def postprocess_message(self, msg: dict) -> None:
+        fixed = self.params.get(msg["name"])
+        if fixed is not None and msg["value"] is not fixed:
+            # A handler outside brought another value, which log Z does not belong to: equal, or nothing.
+            msg["value"] = jax.tree.map(lambda own, given: jnp.where(own == given, own, jnp.nan), fixed, msg["value"])
 
 
 def normalized(
@@ -70,11 +75,11 @@ def normalized(
 
 
 def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) -> Array:
-    if distribution.support.is_discrete:
-        return enumeration(distribution, name)[0]
-    log_z, flags = quadrature(distribution, name, num_points)
+    discrete = distribution.support.is_discrete
+    log_z, flags = enumeration(distribution, name) if discrete else quadrature(distribution, name, num_points)
     if flags:
-        raise UnknownNormalizerError(f"Quadrature at energy site '{name}' cannot be trusted: {' '.join(flags)}")
+        method = "Enumeration" if discrete else "Quadrature"
+        raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(flags)}")
     return log_z
 
 
@@ -85,7 +90,13 @@ def _constant(log_normalizer: LogNormalizer) -> Normalizer:
                 f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the model has energy site '{name}'; "
                 "estimate it with ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
             )
-        return log_normalizer.estimate[name]
+        estimate = log_normalizer.estimate[name]
+        if estimate.shape != distribution.batch_shape:
+            raise ValueError(
+                f"log_normalizer has log Z of shape {estimate.shape} at energy site '{name}', whose batch shape is now "
+                f"{distribution.batch_shape}; estimate it for the same arguments."
+            )
+        return estimate
 
     return constant
 

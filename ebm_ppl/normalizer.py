@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.bridge import Reference, bridge_to_draws
 from ebm_ppl.certificate import LogNormalizer, SiteCertificate, certify, exact_certificate, flags_of_exact
-from ebm_ppl.distribution import EnergyDistribution, check_start_covers, starting_distribution
+from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
 from ebm_ppl.exact import enumeration, quadrature
 from ebm_ppl.geometry import standardizing_transform
@@ -104,6 +104,8 @@ def log_normalizer(
             raise ValueError(f"{option} = {value}; expected at least 1.")
     if budget is not None and num_temperatures is not None:
         raise ValueError("Both budget and num_temperatures are given; expected one of them.")
+    if batch_ndims and method == "reverse":
+        raise ValueError("method = 'reverse' with batch_ndims: bridges start from forward walkers; use 'bracket'.")
     params = {} if params is None else dict(params)
     draws, lead = _flatten_draws(params, batch_ndims)
     one = params if draws is None else _draw_in_the_middle(draws)
@@ -137,17 +139,16 @@ def log_normalizer(
         num_settling_moves,
     )
     rows = data_rows(bound, one)
-    sites, num_evaluations = {}, 0
+    sites, num_evaluations, keys = {}, 0, random.split(rng_key, len(found))
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
             raise ValueError(
                 f"Energy site '{name}' has a discrete support; annealing moves walkers by Langevin steps, which need a "
                 "continuous one. A finite support can be summed: method='enumeration'."
             )
-        check_start_covers(distribution, name)
         transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, one, transform)
-        key_site = random.fold_in(rng_key, index)
+        key_site, key_resample, key_settle, key_bridge = random.split(keys[index], 4)
         given = None if samples is None else given_samples(site, samples, num_chains, num_walkers)
         with tqdm(desc=f"log Z[{name}]", unit="temperature", delay=1.0, disable=not progress_bar) as bar:
             evidence, forward, spent = gather(
@@ -156,7 +157,6 @@ def log_normalizer(
         sites[name] = certify(evidence, tolerance)
         num_evaluations += spent
         if draws is not None:
-            key_resample, key_settle, key_bridge = random.split(random.fold_in(key_site, 1), 3)
             step_size = forward.ladder.step_sizes[-1]
             position, _ = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
             reference = Reference(site, sites[name], position, step_size)

@@ -73,13 +73,13 @@ def sample(
             raise ValueError(f"{option} = {value}; expected at least 1.")
     params = {} if params is None else dict(params)
     bound, found = bind(rng_key, model, params, args, kwargs)
-    draws = {}
+    draws, keys = {}, random.split(rng_key, len(found))
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
             raise ValueError(
                 f"Energy site '{name}' has a discrete support; Langevin and Hamiltonian moves need a continuous one."
             )
-        key_anneal, key_resample, key_settle, key_run = random.split(random.fold_in(rng_key, index), 4)
+        key_anneal, key_resample, key_settle, key_pick, key_run = random.split(keys[index], 5)
         site = SiteAtParams(name, bound, params, standardizing_transform(starting_distribution(distribution, name)))
         annealed = anneal_site(
             key_anneal,
@@ -93,10 +93,12 @@ def sample(
         step_size = annealed.ladder.step_sizes[-1]
         num_moves = num_warmup if method == "mala" else 32
         position, _ = settle(site, key_settle, resampled(key_resample, annealed), step_size, num_moves)
+        # Resampled walkers are in order: any fixed place among them would favour one end of the weights.
+        picked = position[jnp.arange(num_chains), random.randint(key_pick, (num_chains,), 0, position.shape[1])]
         if method == "mala":
-            position = _mala(site, key_run, position[:, 0], step_size, num_draws, thinning)
+            position = _mala(site, key_run, picked, step_size, num_draws, thinning)
         elif method == "nuts":
-            position = _nuts(site, key_run, position[:, 0], num_draws, num_warmup, thinning)
+            position = _nuts(site, key_run, picked, num_draws, num_warmup, thinning)
         draws[name] = site.transform(position)
     return draws
 

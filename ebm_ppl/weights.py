@@ -62,6 +62,10 @@ def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) 
         ``(estimate, stderr)``, each of shape ``(...)``.
     """
     num = log_values.shape[0]
+    # The jackknife subtracts numbers close to each other: without their common size nothing is lost in float32.
+    size = jnp.max(log_values, axis=0)
+    size = jnp.where(jnp.isfinite(size), size, 0.0)
+    log_values = log_values - size
     left_out = jnp.eye(num, dtype=bool)[(...,) + (None,) * (log_values.ndim - 1)]
 
     def log_mean(excluded: Array) -> Array:
@@ -71,7 +75,7 @@ def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) 
 
     leave_one_out = log_mean(left_out)
     centre = leave_one_out.mean(axis=0)
-    estimate = num * log_mean(jnp.zeros((), bool)) - (num - 1) * centre
+    estimate = size + num * log_mean(jnp.zeros((), bool)) - (num - 1) * centre
     stderr = jnp.sqrt((num - 1) / num * jnp.sum((leave_one_out - centre) ** 2, axis=0))
     return estimate, stderr
 
