@@ -266,8 +266,9 @@ def test_bridged_log_z_is_that_of_every_draw(at_draws, posterior):
     assert at_draws.log_normalizers["x"].shape == (16, 2, 20)
     assert np.all(np.abs(error) < T15_9999 * np.asarray(at_draws.stderr["x"]))
     assert np.all(np.abs(error) < 0.05)
-    assert np.all(at_draws.lower["x"] < exact_log_z(rate))
-    assert np.all(at_draws.upper["x"] > exact_log_z(rate))
+    # Limits of 97.5%, their errors shared by neighbouring draws: a few may fail.
+    assert np.mean(at_draws.lower["x"] < exact_log_z(rate)) >= 0.9
+    assert np.mean(at_draws.upper["x"] > exact_log_z(rate)) >= 0.9
     # The bridges follow the draws: what is left of log Z's own spread is noise.
     assert error.std() < 0.1 * exact_log_z(rate).std()
 
