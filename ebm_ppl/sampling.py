@@ -68,9 +68,15 @@ def sample(
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}; expected one of {', '.join(METHODS)}.")
-    for option, value in (("num_chains", num_chains), ("num_draws", num_draws), ("thinning", thinning)):
-        if value < 1:
-            raise ValueError(f"{option} = {value}; expected at least 1.")
+    for option, value, least in (
+        ("num_chains", num_chains, 1),
+        ("num_draws", num_draws, 1),
+        ("thinning", thinning, 1),
+        ("num_temperatures", num_temperatures, 1),
+        ("num_warmup", num_warmup, 0),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option} = {value}; expected at least {least}.")
     params = {} if params is None else dict(params)
     bound, found = bind(rng_key, model, params, args, kwargs)
     draws, keys = {}, random.split(rng_key, len(found))

@@ -1,8 +1,13 @@
 """Settings that must be in place before the first import."""
 
 import os
+import pathlib
 
 os.environ["MPLBACKEND"] = "Agg"
 # Models here are tiny and compiled once: without optimisation the suite takes a third less time.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
+# Compiling is most of the time: workers, and Pythons with the same jaxlib, share what they compiled.
+CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
