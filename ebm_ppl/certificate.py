@@ -19,9 +19,10 @@ LIMIT_LEVEL = 0.975
 MAX_KHAT = 0.7
 MIN_ESS = 0.05
 MIN_ACCEPTANCE = 0.1
-# The share of data rows that annealing may fail to reach, and how many walkers should be expected where a row is.
+# The share of data rows that annealing may fail to reach, and how improbable (in nats) a row that it misses is: one
+# trajectory per row is noisy, by a few nats in 64 dimensions.
 MAX_UNREACHED = 0.02
-EXPECTED_VISITS = 10.0
+UNREACHED_NATS = 10.0
 # How often a site whose walkers are at equilibrium may be said to drift.
 MAX_DRIFT_PROBABILITY = 0.003
 EXACT_METHODS = ("quadrature", "enumeration", "closed form")

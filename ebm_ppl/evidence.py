@@ -10,7 +10,7 @@ from jax import Array, random
 from jax.typing import ArrayLike
 
 from ebm_ppl.annealing import AnnealingOptions
-from ebm_ppl.certificate import EXPECTED_VISITS, Evidence, pass_of
+from ebm_ppl.certificate import UNREACHED_NATS, Evidence, pass_of
 from ebm_ppl.distribution import unwrap
 from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.kernels import Kernel
@@ -106,9 +106,7 @@ def _share_unreached(back: Annealed, forward: Annealed) -> Array:
     """
     log_z, _ = jackknife_log_mean_exp(forward.ensemble.log_normalizers)
     ratio = back.ensemble.log_weight[0] + log_z
-    log_weight = forward.ensemble.log_weight
-    threshold = jnp.log(EXPECTED_VISITS / (log_weight.shape[0] * log_weight.shape[1]))
-    return jnp.mean(~(ratio >= threshold), axis=0)
+    return jnp.mean(~(ratio >= -UNREACHED_NATS), axis=0)
 
 
 def given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chains: int, num_walkers: int) -> Array:
