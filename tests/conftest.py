@@ -11,3 +11,11 @@ os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax  # noqa: E402
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drop a finished module's executables: each maps memory, of which Linux allows a process 65,530 pieces."""
+    if nextitem is None or nextitem.module is not item.module:
+        jax.clear_caches()
