@@ -122,25 +122,43 @@ def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensem
     return ensemble._replace(log_weight=ensemble.log_weight - jnp.where(beta_step != 0, beta_step * state.aux[1], 0.0))
 
 
+class Moves(NamedTuple):
+    """What the moves along a ladder amounted to, each of the batch shape.
+
+    Attributes:
+        acceptance: Mean acceptance.
+        turnover: Mean squared jump over the walkers' variance, summed over temperatures: about 1 when they have moved
+            as far as they are spread.
+    """
+
+    acceptance: Array
+    turnover: Array
+
+
+def unmoved(like: Array) -> Moves:
+    """Nothing had to move: no rejection, and no copies to part."""
+    return Moves(jnp.ones_like(like), jnp.full_like(like, jnp.inf))
+
+
 class Climb(NamedTuple):
     """A run along a ladder, under way: what the next temperature needs.
 
     Attributes:
         ensemble: The walkers and their weights.
         state: Their potentials and gradients, in parts.
-        acceptance: Sum over the temperatures so far of the mean acceptance, of the batch shape.
+        moves: Sums over the temperatures so far.
     """
 
     ensemble: Ensemble
     state: KernelState
-    acceptance: Array
+    moves: Moves
 
 
 def begin_climb(path: Path, position: Array, beta: Array) -> Climb:
     """Equally weighted walkers at ``position``, ``(num_chains, num_walkers, *batch, *event)``, under U_β."""
     state = evaluate_path(path, position, beta)
     zeros = jnp.zeros_like(state.potential)
-    return Climb(Ensemble(position, state.potential, zeros, zeros[:, 0]), state, zeros[0, 0])
+    return Climb(Ensemble(position, state.potential, zeros, zeros[:, 0]), state, Moves(zeros[0, 0], zeros[0, 0]))
 
 
 def _advance(
@@ -153,8 +171,8 @@ def _advance(
     beta_step: Array,
     step_size: Array,
     options: "AnnealingOptions",
-) -> tuple[Ensemble, KernelState, Array]:
-    """Resample where the ESS is low, reweight, move under U_β; returns the mean acceptance too.
+) -> tuple[Ensemble, KernelState, Moves]:
+    """Resample where the ESS is low, reweight, move under U_β; returns what the moves amounted to, too.
 
     Resampling comes first: after the last temperature it would only replace weights by ties.
     """
@@ -167,7 +185,7 @@ def _advance(
         return resampled, evaluate(resampled.position)
 
     ensemble, state = lax.cond(jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta)))
-    ensemble = _reweight(ensemble, state, beta_step)
+    ensemble, before = _reweight(ensemble, state, beta_step), state.position
     state, info = move(kernel, key_move, state, evaluate, step_size, options.num_kernel_steps)
     ensemble = ensemble._replace(
         position=state.position,
@@ -175,7 +193,15 @@ def _advance(
         # A walker without weight keeps none, wherever it moves.
         log_weight=jnp.where(ensemble.log_weight == -jnp.inf, -jnp.inf, ensemble.log_weight + info.log_weight),
     )
-    return ensemble, state, jnp.mean(info.acceptance, axis=(0, 1))
+    return ensemble, state, Moves(jnp.mean(info.acceptance, axis=(0, 1)), _turnover(before, state))
+
+
+def _turnover(before: Array, state: KernelState) -> Array:
+    """Mean squared jump of all walkers over their variance, of the batch shape; 0 where nothing moves."""
+    event_axes = tuple(range(state.potential.ndim - 2, state.position.ndim - 2))
+    jump = jnp.sum(jnp.mean((state.position - before) ** 2, axis=(0, 1)), axis=event_axes)
+    spread = jnp.sum(jnp.var(state.position, axis=(0, 1)), axis=event_axes)
+    return jnp.where(jump > 0, jump / spread, 0.0)
 
 
 class AnnealingOptions(NamedTuple):
@@ -301,7 +327,7 @@ def climb(
     steps = jnp.diff(ladder.betas, prepend=ladder.start)
 
     def body(rung: Array, climb: Climb) -> Climb:
-        ensemble, state, acceptance = _advance(
+        ensemble, state, moves = _advance(
             kernel,
             random.fold_in(rng_key, rung),
             path,
@@ -312,19 +338,19 @@ def climb(
             ladder.step_sizes[rung],
             options,
         )
-        return Climb(ensemble, state, climb.acceptance + acceptance)
+        return Climb(ensemble, state, jax.tree.map(jnp.add, climb.moves, moves))
 
     return lax.fori_loop(first, last, body, climb)
 
 
 def anneal(
     kernel: Kernel, rng_key: Array, path: Path, position: Array, ladder: Ladder, options: AnnealingOptions
-) -> tuple[Ensemble, Array]:
+) -> tuple[Ensemble, Moves]:
     """Carry walkers along a whole ladder: :func:`climb` from exact draws at ``ladder.start``.
 
     Returns:
-        The ensemble at the ladder's end and the mean acceptance, of the batch shape.
+        The ensemble at the ladder's end and what the moves amounted to.
     """
     start, num_temperatures = begin_climb(path, position, ladder.start), ladder.betas.shape[0]
     end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)
-    return end.ensemble, end.acceptance / num_temperatures
+    return end.ensemble, end.moves._replace(acceptance=end.moves.acceptance / num_temperatures)

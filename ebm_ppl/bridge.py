@@ -101,7 +101,7 @@ def _bridges(
         ends = anneal(kernel, key, path, position, ladder, options)
         found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
         # The tail is judged inside islands' terms: their weights, tied inside an island, would hide it.
-        return Bridge(found.log_ratios, weighted.ess(), found.khat(), found.acceptance)
+        return Bridge(found.log_ratios, weighted.ess(), found.khat(), found.moves.acceptance)
 
     num_draws = jax.tree.leaves(draws)[0].shape[0]
     return lax.map(bridge, (draws, random.split(rng_key, num_draws)))

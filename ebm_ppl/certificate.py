@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from scipy.stats import t as student_t
 
-from ebm_ppl.annealing import Ensemble
+from ebm_ppl.annealing import Ensemble, Moves
 from ebm_ppl.errors import UncertifiedNormalizerError
 from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp, log_mean_exp, pareto_khat
 
@@ -19,11 +19,13 @@ LIMIT_LEVEL = 0.975
 MAX_KHAT = 0.7
 MIN_ESS = 0.05
 MIN_ACCEPTANCE = 0.1
+# How far walkers that resample must move along the path, in units of their own spread.
+MIN_TURNOVER = 1.0
 # The share of data rows that annealing may fail to reach, and how improbable (in nats) a row that it misses is: one
 # trajectory per row is noisy, by a few nats in 64 dimensions.
 MAX_UNREACHED = 0.02
 UNREACHED_NATS = 10.0
-# How often a site whose walkers are at equilibrium may be said to drift.
+# How often a site whose walkers are at equilibrium may be said to drift in |u|², and in |u|.
 MAX_DRIFT_PROBABILITY = 0.003
 EXACT_METHODS = ("quadrature", "enumeration", "closed form")
 MORE_TEMPERATURES = "take more temperatures (or budget=) or walkers, or a base nearer to the energy"
@@ -35,14 +37,16 @@ class Pass(NamedTuple):
     Attributes:
         log_ratios: Every island's log Ẑ (forward) or log of an estimate of 1/Z (reverse), ``(num_chains, *batch)``.
         log_weights: The terms that they average, past resamplings included, ``(num_chains, num_walkers, *batch)``.
-        acceptance: Mean acceptance of its moves, ``batch``.
+        moves: What its moves amounted to.
+        resampled: Whether any island resampled on the way, ``batch``.
         log_island_weights: Log weights of the islands, like ``log_ratios``; None where they count equally.  Islands
             that start from a forward pass's endpoints weigh by its Ẑ_c: E[Ẑ_c f(x_c)] = Z E[f] holds for each.
     """
 
     log_ratios: Array
     log_weights: Array
-    acceptance: Array
+    moves: Moves
+    resampled: Array
     log_island_weights: Array | None = None
 
     def limit(self) -> tuple[Array, Array, Array]:
@@ -66,10 +70,11 @@ class Pass(NamedTuple):
         return terms.reshape(-1, *terms.shape[2:])
 
 
-def pass_of(ensemble: Ensemble, acceptance: Array, log_island_weights: Array | None = None) -> Pass:
+def pass_of(ensemble: Ensemble, moves: Moves, log_island_weights: Array | None = None) -> Pass:
     """What an ensemble at the end of a ladder says."""
     log_weights = ensemble.log_normalizer[:, None] + ensemble.log_weight
-    return Pass(ensemble.log_normalizers, log_weights, acceptance, log_island_weights)
+    resampled = jnp.any(ensemble.log_normalizer != 0, axis=0)
+    return Pass(ensemble.log_normalizers, log_weights, moves, resampled, log_island_weights)
 
 
 class Bridge(NamedTuple):
@@ -94,8 +99,8 @@ class Evidence(NamedTuple):
     Attributes:
         forward: Annealing from the start to the energy, if it was run.
         reverse: And back, if it was run.
-        drift: Change of every island's mean ``|u|²`` while the reverse pass's starting points moved on under the
-            energy itself, ``(num_chains, *batch)``.
+        drift: Change of every island's mean ``|u|²`` and ``|u|`` while the reverse pass's starting points moved on
+            under the energy itself, ``(num_chains, 2, *batch)``.
         unreached: Share of data rows that forward annealing does not reach, ``batch``; see ``log_normalizer``.
     """
 
@@ -130,7 +135,8 @@ class LogNormalizer:
         stderr: Its jackknife standard error; 0 for exact methods.
         lower: One-sided 97.5% limit from forward annealing; −inf where none was run.
         upper: One-sided 97.5% limit from reverse annealing, as good as the model draws that it started from; +inf
-            where none was run.  Where the two limits cross, both stand back to what either pass allows for.
+            where none was run.  Where it is under the estimate it stands back to what the forward pass allows for;
+            where the two limits cross, both stand back to what either pass does.
         ess: Effective sample size of the weights over their number, the smaller of the two directions'.
         khat: Pareto k̂ of the weights, the larger of the two directions'.
         log_normalizers: Islands' log Ẑ_c, with a leading axis ``num_chains``; of length 1 for exact methods.
@@ -289,7 +295,7 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         log_normalizers = forward.log_ratios
     ess = jnp.min(jnp.stack([p.ess() for p in passes]), axis=0)
     khat = jnp.max(jnp.stack([p.khat() for p in passes]), axis=0)
-    acceptance = jnp.min(jnp.stack([p.acceptance for p in passes]), axis=0)
+    acceptance = jnp.min(jnp.stack([p.moves.acceptance for p in passes]), axis=0)
     crossing = jnp.full(shape, -jnp.inf)
     if forward is None or reverse is None:
         width, what = 2.0 * jnp.abs(estimate - (lower if reverse is None else upper)), "95% interval"
@@ -299,8 +305,17 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         # Limits that cross contradict each other: fall back on all that either pass allows for.
         lowest, highest = jnp.minimum(lower, 2 * -inverse - upper), jnp.maximum(upper, 2 * estimate - lower)
         lower, upper = jnp.where(crossed, lowest, lower), jnp.where(crossed, highest, upper)
+        # Nor is an upper limit under the forward estimate to be believed further than that pass itself.
+        upper = jnp.where(upper < estimate, 2 * estimate - lower, upper)
         width, what = upper - lower, "bracket"
     flags = _flags_of_weights(estimate + stderr, width, what, ess, khat, acceptance, tolerance, remedy)
+    stuck = jnp.stack([p.resampled & ~(p.moves.turnover >= MIN_TURNOVER) for p in passes])
+    flags += _flag(
+        jnp.any(stuck, axis=0) & (acceptance >= MIN_ACCEPTANCE),
+        "resampled walkers hardly moved{where}, so their copies are counted as if they were independent and neither "
+        "error nor k̂ can be read: take larger steps (or let them adapt, MALA()), more temperatures or "
+        "num_kernel_steps.",
+    )
     flags += _flag(
         crossing > 0,
         "the forward pass's lower limit lies above the reverse pass's upper one{where}: the draws that the reverse "
@@ -308,10 +323,11 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
     )
     if drift is not None:
         # All elements together are flagged by chance as rarely as one would be.
-        probability = MAX_DRIFT_PROBABILITY / drift[0].size
+        probability = MAX_DRIFT_PROBABILITY / drift[0, 0].size
+        drifts = jnp.max(jnp.abs(_t_statistic(drift)), axis=0)
         flags += _flag(
-            ~(jnp.abs(_t_statistic(drift)) <= student_t.ppf(1.0 - 0.5 * probability, drift.shape[0] - 1)),
-            f"walkers still drift at the energy itself (t = {_worst(jnp.abs(_t_statistic(drift))):.1f} over "
+            ~(drifts <= student_t.ppf(1.0 - 0.5 * probability, drift.shape[0] - 1)),
+            f"walkers still drift at the energy itself (t = {_worst(drifts):.1f} over "
             "islands){where}, so they had not reached equilibrium: take more temperatures, a base nearer to the "
             "energy, or other samples=.",
         )

@@ -83,14 +83,14 @@ def gather(
         backward = follow(key_reverse, site, kernel, options, down, position, progress)
         spent += per_pass
         weights = forward.ensemble.log_normalizers if samples is None else None
-        reverse = pass_of(backward.ensemble, backward.acceptance, weights)
+        reverse = pass_of(backward.ensemble, backward.moves, weights)
     unreached = None
     if rows is not None and plan.method != "reverse":
         alone = options._replace(ess_threshold=0.0)
         back = follow(key_data, site, kernel, alone, forward.ladder.reverse(), site.transform.inv(rows))
         unreached = _share_unreached(back, forward)
         spent += num_temperatures * rows.shape[1] * options.num_kernel_steps
-    forward_pass = None if plan.method == "reverse" else pass_of(forward.ensemble, forward.acceptance)
+    forward_pass = None if plan.method == "reverse" else pass_of(forward.ensemble, forward.moves)
     return Evidence(forward_pass, reverse, drift, unreached), forward, spent
 
 

@@ -26,7 +26,7 @@ from ebm_ppl.kernels import MALA, Kernel, KernelState, adapt_step_size, initial_
 from ebm_ppl.model import Arguments, BoundModel, Model, Params
 from ebm_ppl.placement import SiteAtParams, anneal_site
 from ebm_ppl.resampling import Resampling, systematic
-from ebm_ppl.training import Fit, run
+from ebm_ppl.training import Fit, as_strong_array, run
 from ebm_ppl.walkers import Walkers, initial_gradient, switch, training_mean_potential
 from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp
 
@@ -194,7 +194,7 @@ class Jarzynski:
             update_scale=jnp.ones(()),
             rng_key=key_next,
         )
-        return jax.tree.map(_as_strong_array, state)
+        return jax.tree.map(as_strong_array, state)
 
     def update(self, state: JarzynskiState, *args: Any, **kwargs: Any) -> tuple[JarzynskiState, dict[str, Any]]:
         """One training step; pure, so it can be jitted, scanned and given another batch each time.
@@ -357,17 +357,17 @@ class Jarzynski:
     def _loss(self, bound: BoundModel, walkers: dict[str, Walkers], params: Params) -> Array:
         """Negative log joint; the value of log Z is held out, its gradient comes from the training islands."""
 
-        def normalizer(name: str, distribution: EnergyDistribution) -> Array:
+        def normalize(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
             site = walkers[name]
             value = lax.stop_gradient(site.log_normalizer()[0])
             if site.gradient is None:
                 surrogate = training_mean_potential(site, distribution)
-                return value - surrogate + lax.stop_gradient(surrogate)
+                return distribution.with_log_normalizer(value - surrogate + lax.stop_gradient(surrogate))
             # <∇log Z, θ> with the value removed: its derivative is the saved gradient.
             displacement = jax.tree.map(lambda p: p - lax.stop_gradient(p), params)
-            return value + optax.tree.vdot(site.gradient, displacement)
+            return distribution.with_log_normalizer(value + optax.tree.vdot(site.gradient, displacement))
 
-        return bound.negative_log_joint(params, normalizer)
+        return bound.negative_log_joint(params, normalize)
 
     def _controlled_switch(
         self, bound: BoundModel, state: JarzynskiState, updates: Params
@@ -474,13 +474,6 @@ def _warn_where_log_z_drifted(name: str, old: Walkers, fresh: Walkers) -> None:
             "do not use what the history says of the steps before. Refresh more often, or lower the learning rate.",
             stacklevel=3,
         )
-
-
-def _as_strong_array(leaf: Any) -> Array:
-    """Arrays of fixed type throughout, so that the second update finds the first one's executable."""
-    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return leaf
-    return lax.convert_element_type(leaf, jnp.result_type(leaf))
 
 
 def _without_ensembles(state: JarzynskiState) -> JarzynskiState:

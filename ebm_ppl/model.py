@@ -25,7 +25,8 @@ from ebm_ppl.distribution import EnergyDistribution, rewrap, unwrap
 
 Model = Callable[..., Any]
 Params = dict[str, Any]
-Normalizer = Callable[[str, EnergyDistribution], Array]
+Normalize = Callable[[str, EnergyDistribution], EnergyDistribution]
+"""An energy site's name and its distribution to the same with a known normaliser."""
 
 
 class EnergySites(Messenger):
@@ -50,11 +51,11 @@ class EnergySites(Messenger):
 
 
 class KnownNormalizers(Messenger):
-    """Give every energy site whose log Z is unknown ``normalizer(name, distribution)`` for it."""
+    """Put ``normalize(name, distribution)`` in the place of every energy whose log Z is unknown."""
 
-    def __init__(self, fn: Model, normalizer: Normalizer) -> None:
+    def __init__(self, fn: Model, normalize: Normalize) -> None:
         super().__init__(fn)
-        self.normalizer = normalizer
+        self.normalize = normalize
 
     def process_message(self, msg: dict) -> None:
         """Called by NumPyro at every site."""
@@ -62,7 +63,7 @@ class KnownNormalizers(Messenger):
             return
         energy = unwrap(msg["fn"])
         if energy is not None and energy.log_normalizer is None:
-            known = energy.with_log_normalizer(self.normalizer(msg["name"], energy))
+            known = self.normalize(msg["name"], energy)
             # On the whole space a support check only finds NaN and infinity, and those reach the loss anyway.
             if _is_unbounded(energy.support):
                 known._validate_args = False
@@ -134,13 +135,13 @@ class BoundModel:
         handlers.substitute(recorder, data=self.constrain(params))(*self.arguments.args, **self.arguments.kwargs)
         return recorder.found
 
-    def negative_log_joint(self, params: Params, normalizer: Normalizer) -> Array:
+    def negative_log_joint(self, params: Params, normalize: Normalize) -> Array:
         """NumPyro's negative log joint, sums, scales and masks included, with the normalisers given.
 
         Sample sites among the parameters enter by their prior density at the constrained value, without a
         Jacobian: the convention of ``AutoDelta``.
         """
-        model = KnownNormalizers(handlers.seed(self.model, self.rng_key), normalizer)
+        model = KnownNormalizers(handlers.seed(self.model, self.rng_key), normalize)
         log_joint, _ = log_density(model, self.arguments.args, self.arguments.kwargs, self.constrain(params))
         return -log_joint
 

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpyro
-from jax import Array
 from numpyro.primitives import Messenger
 
 from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
 from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.errors import UnknownNormalizerError
 from ebm_ppl.exact import enumeration, quadrature
-from ebm_ppl.model import KnownNormalizers, Model, Normalizer, Params
+from ebm_ppl.model import KnownNormalizers, Model, Normalize, Params
 
 
 class _Fixed(Messenger):
@@ -74,17 +73,17 @@ def normalized(
     return _Fixed(KnownNormalizers(model, _constant(log_normalizer)), log_normalizer.params)
 
 
-def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) -> Array:
+def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) -> EnergyDistribution:
     discrete = distribution.support.is_discrete
     log_z, flags = enumeration(distribution, name) if discrete else quadrature(distribution, name, num_points)
     if flags:
         method = "Enumeration" if discrete else "Quadrature"
         raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(flags)}")
-    return log_z
+    return distribution.with_log_normalizer(log_z)
 
 
-def _constant(log_normalizer: LogNormalizer) -> Normalizer:
-    def constant(name: str, distribution: EnergyDistribution) -> Array:
+def _constant(log_normalizer: LogNormalizer) -> Normalize:
+    def constant(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
         if name not in log_normalizer.estimate:
             raise ValueError(
                 f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the model has energy site '{name}'; "
@@ -96,16 +95,16 @@ def _constant(log_normalizer: LogNormalizer) -> Normalizer:
                 f"log_normalizer has log Z of shape {estimate.shape} at energy site '{name}', whose batch shape is now "
                 f"{distribution.batch_shape}; estimate it for the same arguments."
             )
-        return estimate
+        return distribution.with_log_normalizer(estimate)
 
     return constant
 
 
-def _from_samples(name: str, distribution: EnergyDistribution) -> Array:
+def _from_samples(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
     value: Any = numpyro.param(log_normalizer_site(name), None)
     if value is None:
         raise UnknownNormalizerError(
             f"Energy site '{name}' has one log Z per parameter draw, and this run was given none: pass "
             "log_normalizer.samples as the posterior samples of log_likelihood or Predictive."
         )
-    return value
+    return distribution.with_log_normalizer(value)

@@ -18,6 +18,7 @@ from ebm_ppl.annealing import (
     Climb,
     Ensemble,
     Ladder,
+    Moves,
     Path,
     Pilot,
     begin_climb,
@@ -25,6 +26,7 @@ from ebm_ppl.annealing import (
     refine_ladder,
     resample_islands,
     run_pilot,
+    unmoved,
 )
 from ebm_ppl.distribution import (
     EnergyDistribution,
@@ -52,13 +54,13 @@ class Annealed(NamedTuple):
     Attributes:
         ensemble: The walkers at the ladder's end.
         ladder: The ladder that they followed.
-        acceptance: Mean acceptance over temperatures and walkers, of the site's batch shape.
+        moves: What the moves amounted to.
         num_pilot_evaluations: Energy evaluations of the pilot that chose the ladder.
     """
 
     ensemble: Ensemble
     ladder: Ladder
-    acceptance: Array
+    moves: Moves
     num_pilot_evaluations: int = 0
 
 
@@ -123,7 +125,7 @@ def anneal_site(
         step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
         ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
         trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
-        return Annealed(ensemble, trivial, jnp.ones_like(step_size), NUM_PILOT_WALKERS)
+        return Annealed(ensemble, trivial, unmoved(step_size), NUM_PILOT_WALKERS)
     pilot = _pilot(site, kernel, options, key_pilot)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
@@ -163,7 +165,7 @@ def follow(
             progress(length, total)
             # The first piece compiles and says nothing about speed.
             length = 16 if done == 1 else max(1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began)))
-    return Annealed(climb.ensemble, ladder, climb.acceptance / total)
+    return Annealed(climb.ensemble, ladder, climb.moves._replace(acceptance=climb.moves.acceptance / total))
 
 
 def resampled(rng_key: Array, annealed: Annealed) -> Array:
@@ -180,14 +182,16 @@ def settle(
     """Move walkers on under the energy itself, by MALA.
 
     Returns:
-        Positions, and how much the moves changed every island's mean ``|u|²``, ``(num_chains, *batch)``: zero in
-        expectation for walkers that were the energy's.
+        Positions, and how much the moves changed every island's mean ``|u|²`` and ``|u|``, ``(num_chains, 2,
+        *batch)``: zero in expectation for walkers that were the energy's.
     """
     evaluate = partial(evaluate_at, site.distribution, site.transform)
     start = evaluate(position)
     after = move(MALA(), rng_key, start, evaluate, step_size, num_moves)[0].position
     event_axes = tuple(range(start.potential.ndim, position.ndim))
-    return after, jnp.mean(jnp.sum(after**2 - position**2, axis=event_axes), axis=1)
+    radii = [jnp.sqrt(jnp.sum(u**2, axis=event_axes)) for u in (position, after)]
+    changes = [jnp.mean(radii[1] ** power - radii[0] ** power, axis=1) for power in (2, 1)]
+    return after, jnp.stack(changes, axis=1)
 
 
 def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rungs: int) -> str:

@@ -46,6 +46,13 @@ class Fit:
     history: dict[str, Any]
 
 
+def as_strong_array(leaf: Any) -> Array:
+    """Arrays of fixed type throughout, so that the second update finds the first one's executable."""
+    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return lax.convert_element_type(leaf, jnp.result_type(leaf))
+
+
 def run(backend: Backend, init_state: Any, num_steps: int, arguments: Arguments, *, progress_bar: bool) -> Fit:
     """Run ``num_steps`` updates from ``init_state``, which is copied once; later buffers are donated.
 

@@ -9,7 +9,7 @@ import optax
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.annealing import Ensemble
+from ebm_ppl.annealing import Ensemble, unmoved
 from ebm_ppl.certificate import Pass, pass_of
 from ebm_ppl.distribution import EnergyDistribution, potential_at
 from ebm_ppl.kernels import KernelState
@@ -64,7 +64,7 @@ class Walkers:
         """What the held-out islands say about log Z."""
         split = self.num_training_chains
         ensemble = jax.tree.map(lambda leaf: leaf[split:], self.ensemble)
-        return pass_of(ensemble, jnp.ones(self.log_weight.shape[2:]))
+        return pass_of(ensemble, unmoved(jnp.ones(self.log_weight.shape[2:])))
 
     def training_log_normalizer(self) -> Array:
         """Log Z as the training islands claim it: biased by every update they made."""

@@ -16,6 +16,7 @@ from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
 from ebm_ppl import placement
+from ebm_ppl.annealing import Moves
 from ebm_ppl.certificate import Evidence, Pass, certify
 from ebm_ppl.weights import jackknife_log_mean_exp, pareto_khat
 
@@ -419,6 +420,18 @@ def test_walkers_that_have_not_arrived():
     flagged(log_z, "walkers still drift at the energy itself")
 
 
+def test_copies_that_never_part():
+    """Plain importance sampling is fine where the base is near; of a target twice as wide in ten dimensions, not."""
+    frozen = {"kernel": ebm.MALA(1e-8, target_acceptance=None), "num_temperatures": 8}
+    wide = ebm.EnergyDistribution(lambda v: -0.375 * (v**2).sum(-1), dist.Normal(0, 1).expand([10]).to_event(1))
+    for seed in range(3):
+        log_z = ebm.log_normalizer(random.key(seed), wide, progress_bar=False, **frozen)
+        flagged(log_z, "resampled walkers hardly moved")
+    near = quartic([0.0, 0.0, 0.1, 0.1, 0.0])
+    log_z = ebm.log_normalizer(random.key(0), near, progress_bar=False, **frozen)
+    assert log_z.is_certified, log_z
+
+
 NOT_THE_MODELS = "the draws that the reverse pass started from are not the model's"
 
 
@@ -461,7 +474,9 @@ def test_an_estimate_that_is_not_finite():
 def passes(log_ratios):
     """A pass of good weights whose islands said ``log_ratios``, ``(num_chains, *batch)``."""
     log_weights = jnp.asarray(log_ratios)[:, None] + 0.1 * random.normal(random.key(9), (16, 4, *log_ratios.shape[1:]))
-    return Pass(jnp.asarray(log_ratios), log_weights, jnp.full(log_ratios.shape[1:], 0.6))
+    shape = log_ratios.shape[1:]
+    moves = Moves(acceptance=jnp.full(shape, 0.6), turnover=jnp.full(shape, 30.0))
+    return Pass(jnp.asarray(log_ratios), log_weights, moves, resampled=jnp.ones(shape, bool))
 
 
 def test_doubts_about_some_batch_elements():
@@ -474,10 +489,20 @@ def test_doubts_about_some_batch_elements():
     assert "in 2 of 5 elements" in flags[0]
 
 
+def test_an_upper_limit_under_the_estimate_stands_back():
+    """Passes that differ by less than their errors allow: limits that do not cross, on one side of the estimate."""
+    there = 0.3 * np.random.default_rng(0).normal(size=(16,))
+    back = 0.001 * np.random.default_rng(1).normal(size=(16,)) - np.log(np.exp(there).mean()) + 0.06
+    certificate = certify(Evidence(forward=passes(there), reverse=passes(back)), tolerance=1.0)
+    assert not certificate.flags
+    assert certificate.lower < -back.mean() < certificate.estimate < certificate.upper
+    np.testing.assert_allclose(certificate.upper - certificate.estimate, certificate.estimate - certificate.lower, 1e-5)
+
+
 def test_drift_by_chance():
     """Walkers at equilibrium drift as chance has it: four hundred elements of them are hardly ever flagged."""
     there = passes(0.01 * np.random.default_rng(0).normal(size=(16, 400)))
-    drifts = np.random.default_rng(1).normal(size=(8, 16, 400)).astype(np.float32)
+    drifts = np.random.default_rng(1).normal(size=(8, 16, 2, 400)).astype(np.float32)
     flags = [certify(Evidence(forward=there, drift=jnp.asarray(drift)), tolerance=1.0).flags for drift in drifts]
     assert sum(map(bool, flags)) <= 1, flags
 
