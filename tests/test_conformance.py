@@ -38,6 +38,29 @@ def jarzynski(kernel, model, optim, *, num_walkers=16):
     return ebm.Jarzynski(model, optim, kernel=kernel, num_chains=6, num_walkers=num_walkers)
 
 
+VERA_HISTORY = {
+    "loss",
+    "generator_loss",
+    "entropy",
+    "log_normalizer_bound",
+    "at_bound",
+    "grad_norm",
+    "generator_grad_norm",
+}
+
+
+def generator():
+    """At the first step its draws have the base's density, N(0, I)."""
+    weight = numpyro.param("weight", 0.8 * jnp.eye(2))
+    bias = numpyro.param("bias", jnp.zeros(2))
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+    numpyro.sample("x", ebm.standardized_normal(BASE, weight @ z + bias, 0.6))
+
+
+def vera(model, optim, *, num_walkers=16):
+    return ebm.VERA(model, generator, optim, optax.adam(0.05), num_particles=num_walkers, gradient_penalty=0.0)
+
+
 class Entry(NamedTuple):
     """``make(model, optim)``, or with ``num_walkers=`` for precision; every model here has one energy site, 'x'."""
 
@@ -48,10 +71,11 @@ class Entry(NamedTuple):
 BACKENDS = {
     "jarzynski-mala": Entry(partial(jarzynski, ebm.MALA()), JARZYNSKI_HISTORY),
     "jarzynski-ula": Entry(partial(jarzynski, ebm.ULA(0.05)), JARZYNSKI_HISTORY),
+    "vera": Entry(vera, VERA_HISTORY),
 }
 
 # Those that differ in more than a kernel: what is costly and has no kernel in it is asked of these alone.
-DISTINCT = ["jarzynski-mala"]
+DISTINCT = ["jarzynski-mala", "vera"]
 
 X = np.random.default_rng(0).gamma(2.0, 0.5, size=(12, 2)).astype(np.float32)
 BASE = dist.Normal(0, 1).expand([2]).to_event(1)
@@ -406,7 +430,8 @@ def test_sample_sites_are_fitted_by_map(distinct):
     backend = distinct.make(with_prior, optax.sgd(0.002), num_walkers=400)
     fit = backend.run(random.PRNGKey(0), 60, x, init_params={"a": jnp.zeros(2)}, progress_bar=False)
     mode, likelihood = x.sum(0) / (len(x) + 100), x.mean(0)
-    assert fit.history["ess"]["x"][-1] > 0.5
+    if "ess" in fit.history:
+        assert fit.history["ess"]["x"][-1] > 0.5
     error = len(x) / (len(x) + 100) / np.sqrt(2 * 400 * 0.5)
     assert np.all(np.abs(fit.params["a"] - mode) < 5 * error)
     assert np.all(np.abs(likelihood - mode) > 20 * error)

@@ -30,6 +30,9 @@ ORDER = [
     "sampling",
     "training",
     "jarzynski",
+    "generator",
+    "score",
+    "vera",
     "arviz",
     "plots",
 ]
@@ -44,6 +47,8 @@ NUMPYRO_MODULES = {
     "walkers",
     "sampling",
     "jarzynski",
+    "generator",
+    "vera",
     "arviz",
 }
 
@@ -83,14 +88,19 @@ def test_public_names_are_pinned():
     assert ebm_ppl.__all__ == [
         "MALA",
         "ULA",
+        "VERA",
         "EnergyDistribution",
         "Fit",
+        "HMCScore",
+        "ImportanceScore",
         "Jarzynski",
         "JarzynskiState",
         "LogNormalizer",
         "NonFiniteError",
         "UncertifiedNormalizerError",
         "UnknownNormalizerError",
+        "VERAState",
+        "VariationalScore",
         "Walkers",
         "log_normalizer",
         "multinomial",
@@ -99,6 +109,7 @@ def test_public_names_are_pinned():
         "plot_energy_surface",
         "plot_training",
         "sample",
+        "standardized_normal",
         "systematic",
         "to_arviz",
     ]

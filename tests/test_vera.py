@@ -1,0 +1,318 @@
+"""VERA where everything is known: Gaussian energies with linear generators, whose densities have closed forms."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import random
+from jax.flatten_util import ravel_pytree
+from numpyro.distributions import constraints
+from numpyro.infer import Predictive
+
+import ebm_ppl as ebm
+
+BASE = dist.Normal(0, 1).expand([2]).to_event(1)
+# Skewed and correlated data of unequal scales.
+DATA = np.random.default_rng(0).gamma(2.0, 0.5, size=(300, 2)).astype(np.float32) @ np.array([[1, 0.5], [0, 1]], "f")
+WEIGHT, BIAS, SCALE = jnp.array([[0.9, 0.2], [-0.4, 0.7]]), jnp.array([0.5, -0.3]), 0.4
+
+
+def energy(slope, precision, v):
+    return (0.5 * precision * v**2 - slope * v).sum(-1)
+
+
+def model(x):
+    """N(slope / P, 1 / P) with P = 1 + precision, and log Z = ½ Σ slope² / P − log P."""
+    slope = numpyro.param("slope", jnp.zeros(2))
+    precision = numpyro.param("precision", jnp.zeros(2))
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", ebm.EnergyDistribution(partial(energy, slope, precision), BASE), obs=x)
+
+
+def log_z(params):
+    total = 1.0 + params["precision"]
+    return float(0.5 * jnp.sum(params["slope"] ** 2 / total - jnp.log(total)))
+
+
+def generator():
+    weight, bias = numpyro.param("weight", WEIGHT), numpyro.param("bias", BIAS)
+    scale = numpyro.param("scale", SCALE, constraint=constraints.interval(0.01, 1.0))
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+    numpyro.sample("x", ebm.standardized_normal(BASE, weight @ z + bias, scale))
+
+
+def moments(params):
+    """Mean and covariance of the generator's draws."""
+    return params["bias"], params["weight"] @ params["weight"].T + params["scale"] ** 2 * jnp.eye(2)
+
+
+def backend(*, optim=None, generator_optim=None, **options):
+    optim, generator_optim = optim or optax.sgd(0.0), generator_optim or optax.sgd(0.0)
+    return ebm.VERA(model, generator, optim, generator_optim, **options)
+
+
+AT = {"slope": jnp.array([1.0, -0.5]), "precision": jnp.array([0.5, 2.0])}
+
+
+# One update against closed forms
+
+
+def change_per_update(built, steps, *, generator_side):
+    """Mean and standard error, over ``steps`` updates from one state, of what plain gradient steps of 1 change.
+
+    The proposals are fitted first: 300 updates that leave all parameters alone.
+    """
+    settled = dataclasses.replace(built, optim=optax.sgd(0.0), generator_optim=optax.sgd(0.0))
+    state = settled.run(random.key(0), 300, DATA, init_params=AT, progress_bar=False).state
+
+    def one(key):
+        after, _ = built.update(dataclasses.replace(state, rng_key=key), DATA)
+        pick = "generator_params" if generator_side else "params"
+        return jax.tree.map(lambda new, old: old - new, getattr(after, pick), getattr(state, pick))
+
+    changes = jax.jit(partial(jax.lax.map, one))(random.split(random.key(1), steps))
+    changes = jax.vmap(lambda tree: ravel_pytree(tree)[0])(changes)
+    return np.asarray(changes.mean(0)), np.asarray(changes.std(0)) / np.sqrt(steps), state
+
+
+@pytest.mark.parametrize("entropy_weight", [1.0, 0.3])
+def test_the_generators_gradient(entropy_weight):
+    """E_q[U] − λ H(q) for Gaussians: ½ tr(P C) + ½ mᵀP m − slope·m − ½ λ log det C, P = 1 + precision."""
+    built = backend(generator_optim=optax.sgd(1.0), num_particles=500, entropy_weight=entropy_weight)
+    found, error, state = change_per_update(built, 400, generator_side=True)
+
+    def objective(unconstrained):
+        mean, covariance = moments(state.generator.constrain(unconstrained))
+        total = jnp.diag(1.0 + AT["precision"])
+        potential = 0.5 * jnp.trace(total @ covariance) + 0.5 * mean @ total @ mean - AT["slope"] @ mean
+        return potential - 0.5 * entropy_weight * jnp.linalg.slogdet(covariance)[1]
+
+    exact = ravel_pytree(jax.grad(objective)(state.generator_params))[0]
+    assert np.all(np.abs(found - exact) < 5 * error + 0.005)
+    assert np.all(np.abs(exact) > 0.03)
+    assert np.all(error < 0.02)
+
+
+def test_the_energys_gradient():
+    """N (E_data[∇U] − E_q[∇U]): moments of the data against those of the generator."""
+    built = backend(optim=optax.sgd(1.0), num_particles=500, gradient_penalty=0.0)
+    found, error, state = change_per_update(built, 200, generator_side=False)
+    mean, covariance = moments(state.constrained_generator_params())
+    squares = jnp.diagonal(covariance) + mean**2
+    exact = {"slope": -(DATA.mean(0) - mean), "precision": 0.5 * ((DATA**2).mean(0) - squares)}
+    exact = len(DATA) * ravel_pytree(exact)[0]
+    assert np.all(np.abs(found - exact) < 5 * error)
+    assert np.all(np.abs(exact) > 20 * error)
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        dist.Normal(jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])).to_event(1),
+        dist.MultivariateNormal(jnp.zeros(2), scale_tril=jnp.array([[2.0, 0.0], [1.0, 0.5]])),
+        dist.LogNormal(0.0, 0.5).expand([2]).to_event(1),
+    ],
+    ids=["normal", "multivariate", "positive"],
+)
+def test_the_gradient_penalty_is_in_base_standard_coordinates(base):
+    """½ γ Σ ‖∂E/∂u‖², with ∂E/∂u = T'(u)ᵀ ∂E/∂x, for every data row and with the plate's scale."""
+    from ebm_ppl.geometry import standardizing_transform
+
+    def skewed(x):
+        a = numpyro.param("a", 0.7)
+        with numpyro.plate("data", 60, subsample_size=len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * (v**3).sum(-1) / 6, base), obs=x)
+
+    def program():
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("x", ebm.standardized_normal(base, z * numpyro.param("w", 1.0), 0.5))
+
+    x = base.sample(random.key(3), (20,))
+    losses = []
+    for penalty in (0.0, 0.3):
+        built = ebm.VERA(skewed, program, optax.sgd(0.0), optax.sgd(0.0), gradient_penalty=penalty)
+        losses.append(built.update(built.init(random.key(0), x), x)[1]["loss"])
+    transform = standardizing_transform(base)
+    slopes = jax.vmap(jax.jacobian(transform))(transform.inv(x))
+    gradient = jnp.einsum("nij,ni->nj", slopes, 0.7 * x**2 / 2)
+    np.testing.assert_allclose(losses[1] - losses[0], 0.5 * 0.3 * (gradient**2).sum() * 60 / 20, rtol=1e-3)
+
+
+def test_entropy_and_bound_are_those_of_the_generator():
+    fit = backend(num_particles=500).run(random.key(0), 400, DATA, init_params=AT, progress_bar=False)
+    mean, covariance = moments(fit.state.constrained_generator_params())
+    entropy = float(0.5 * jnp.linalg.slogdet(2 * jnp.pi * jnp.e * covariance)[1])
+    found = fit.history["entropy"]["x"][200:]
+    assert abs(found.mean() - entropy) < 5 * found.std() / np.sqrt(len(found)) + 0.005
+    total = jnp.diag(1.0 + AT["precision"])
+    potential = 0.5 * jnp.trace(total @ covariance) + 0.5 * mean @ total @ mean - AT["slope"] @ mean
+    bound = entropy - float(potential) - np.log(2 * np.pi)
+    assert bound < log_z(AT) - 0.3
+    assert fit.history["log_normalizer_bound"]["x"][-1] == pytest.approx(bound, abs=0.05)
+
+
+# Fits
+
+
+def test_maximum_likelihood_of_a_gaussian():
+    """Moments match: precision 1/var − 1, slope mean/var; and the generator has the model's density, so its bound is
+    log Z.  Averages of the last thousand updates of plain Adam hold the noise of 64 draws each."""
+    rate = optax.cosine_decay_schedule(0.02, 3_000, 0.02)
+    built = backend(optim=optax.adam(rate), generator_optim=optax.adam(rate), gradient_penalty=0.0)
+    fit = built.run(random.key(0), 3_000, DATA, progress_bar=False)
+    precision, slope = 1 / DATA.var(0) - 1, DATA.mean(0) / DATA.var(0)
+    np.testing.assert_allclose(1 + fit.params["precision"], 1 + precision, rtol=0.05)
+    np.testing.assert_allclose(fit.params["slope"], slope, rtol=0.05)
+    mean, covariance = moments(fit.state.constrained_generator_params())
+    np.testing.assert_allclose(mean, DATA.mean(0), rtol=0.05)
+    np.testing.assert_allclose(jnp.diagonal(covariance), DATA.var(0), rtol=0.1)
+    assert fit.history["log_normalizer_bound"]["x"][-1] == pytest.approx(log_z(fit.params), abs=0.02)
+
+
+def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
+    """exp(−U/λ) has λ times the variance of exp(−U)."""
+    rate = optax.cosine_decay_schedule(0.03, 1_500, 0.02)
+    built = backend(generator_optim=optax.adam(rate), entropy_weight=0.25)
+    fit = built.run(random.key(0), 1_500, DATA, init_params=AT, progress_bar=False)
+    mean, covariance = moments(fit.state.constrained_generator_params())
+    np.testing.assert_allclose(mean, AT["slope"] / (1 + AT["precision"]), atol=0.05)
+    np.testing.assert_allclose(covariance, jnp.diag(0.25 / (1 + AT["precision"])), atol=0.03)
+    assert fit.state.entropy_weight == 0.25
+
+
+def test_several_steps_of_either_kind_per_update():
+    """Three generator steps of 0.1 move φ by three; two energy steps move θ by two."""
+    one = backend(optim=optax.sgd(1e-4), generator_optim=optax.sgd(1e-3), num_particles=4_000)
+    many = dataclasses.replace(one, num_generator_steps=3, num_energy_steps=2)
+    state = one.init(random.key(0), DATA, init_params=AT)
+    moved = []
+    for built in (one, many):
+        after, _ = jax.jit(built.update)(state, DATA)
+        steps = (
+            jax.tree.map(jnp.subtract, after.params, state.params),
+            jax.tree.map(jnp.subtract, after.generator_params, state.generator_params),
+        )
+        moved.append([np.asarray(ravel_pytree(step)[0]) for step in steps])
+    for side, factor in ((0, 2), (1, 3)):
+        large = np.abs(moved[0][side]) > 0.3 * np.abs(moved[0][side]).max()
+        np.testing.assert_allclose(moved[1][side][large], factor * moved[0][side][large], rtol=0.15)
+
+
+@pytest.mark.parametrize("score", ["variational", "hmc", ebm.ImportanceScore(num_samples=5)], ids=str)
+def test_every_score_trains(score):
+    built = backend(generator_optim=optax.adam(0.02), score=score)
+    fit = built.run(random.key(0), 300, DATA, init_params=AT, progress_bar=False)
+    bound = fit.history["log_normalizer_bound"]["x"]
+    assert bound[-1] > bound[0] + 0.2
+    # log q̂ is low on average, most of all the paper's, so the bound may lie above log Z a little.
+    assert bound[-1] < log_z(AT) + 0.2
+
+
+# What leaves a fit
+
+
+@pytest.fixture(scope="module")
+def fit():
+    built = backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01))
+    return built.run(random.key(0), 200, DATA, progress_bar=False)
+
+
+def test_the_generator_is_an_ordinary_numpyro_program(fit):
+    draws = Predictive(generator, params=fit.state.constrained_generator_params(), num_samples=4_000)(random.key(1))
+    mean, covariance = moments(fit.state.constrained_generator_params())
+    for x in (draws["x"], fit.state.draws(random.key(2), 4_000)[1]):
+        assert np.all(np.abs(x.mean(0) - mean) < 5 * np.sqrt(np.diagonal(covariance) / 4_000))
+        np.testing.assert_allclose(np.cov(x.T), covariance, atol=5 * float(covariance.max()) * np.sqrt(2 / 4_000))
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_state():
+    def broken(x):
+        a = numpyro.param("a", 1.0)
+        with numpyro.plate("data", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(lambda v: (v**2).sum(-1) * jnp.sqrt(a), BASE), obs=x)
+
+    built = ebm.VERA(broken, generator, optax.sgd(1e-3), optax.sgd(1e-3), gradient_penalty=0.0)
+    with pytest.raises(ebm.NonFiniteError, match="Step") as caught:
+        built.run(random.key(0), 2_000, -5 * DATA, progress_bar=False)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.fit.params))
+
+
+# Warnings and refusals
+
+
+def test_a_scale_at_its_bound_is_named():
+    """The target is ten times narrower than the interval allows."""
+
+    def stiff():
+        scale = numpyro.param("scale", 0.6, constraint=constraints.interval(0.5, 1.0))
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("x", ebm.standardized_normal(BASE, numpyro.param("w", 0.1) * z, scale))
+
+    at = {"slope": jnp.zeros(2), "precision": jnp.full(2, 100.0)}
+    built = ebm.VERA(model, stiff, optax.sgd(0.0), optax.adam(0.05))
+    with pytest.warns(UserWarning, match="'scale' has stood at the lower end of its interval"):
+        built.run(random.key(0), 600, DATA, init_params=at, progress_bar=False)
+
+
+def test_a_collapsing_generator_is_named():
+    """Next to no entropy, and a well that is as deep as one can go."""
+
+    def free():
+        log_scale = numpyro.param("log_scale", 0.0)
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        numpyro.sample("x", ebm.standardized_normal(BASE, jnp.exp(log_scale) * z, 0.1 * jnp.exp(log_scale)))
+
+    at = {"slope": jnp.zeros(2), "precision": jnp.full(2, 100.0)}
+    built = ebm.VERA(model, free, optax.sgd(0.0), optax.adam(0.02, b1=0.0, b2=0.5), entropy_weight=1e-6)
+    with pytest.warns(UserWarning, match="entropy falls without end"):
+        built.run(random.key(0), 400, DATA, init_params=at, progress_bar=False)
+
+
+def test_no_warning_of_a_good_fit(recwarn):
+    backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01)).run(random.key(0), 600, DATA, progress_bar=False)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_particles": 0}, "num_particles = 0"),
+        ({"num_energy_steps": 0}, "num_energy_steps = 0"),
+        ({"num_generator_steps": 0}, "num_generator_steps = 0"),
+        ({"entropy_weight": 0.0}, r"entropy_weight = 0\.0"),
+        ({"gradient_penalty": -1.0}, r"gradient_penalty = -1\.0"),
+        ({"score": "exact"}, "score = 'exact'; expected one of importance, variational, hmc"),
+    ],
+)
+def test_options_that_cannot_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        backend(**options)
+
+
+def test_optimisers_are_optax_transformations():
+    with pytest.raises(TypeError, match="generator_optim is a float"):
+        ebm.VERA(model, generator, optax.sgd(1.0), 1e-3)
+
+
+def test_one_energy_site_without_a_batch_shape():
+    def two(x):
+        a = numpyro.param("a", 0.0)
+        for name in ("x", "y"):
+            numpyro.sample(name, ebm.EnergyDistribution(lambda v: a * v.sum(-1), BASE), obs=x[0])
+
+    with pytest.raises(ValueError, match=r"energy sites \['x', 'y'\]"):
+        ebm.VERA(two, generator, optax.sgd(0.0), optax.sgd(0.0)).init(random.key(0), DATA)
+
+    def batched(x):
+        a = numpyro.param("a", 0.0)
+        base = dist.Normal(jnp.zeros((3, 2)), 1.0).to_event(1)
+        numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x[:3])
+
+    with pytest.raises(ValueError, match=r"batch shape \(3,\)"):
+        ebm.VERA(batched, generator, optax.sgd(0.0), optax.sgd(0.0)).init(random.key(0), DATA)
