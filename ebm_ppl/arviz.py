@@ -19,10 +19,12 @@ from numpyro.infer import log_likelihood
 from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.distribution import EnergyDistribution, rewrap
 from ebm_ppl.inspection import unmasked_rows
+from ebm_ppl.jarzynski import JarzynskiState
 from ebm_ppl.model import Arguments, BoundModel, FullPlates, Model, Observation, observations
 from ebm_ppl.normalized import normalized
 from ebm_ppl.resampling import systematic
 from ebm_ppl.training import Fit
+from ebm_ppl.vera import VERAState
 from ebm_ppl.walkers import Walkers
 from ebm_ppl.weights import ess_fraction, pareto_khat
 
@@ -35,6 +37,9 @@ else:
     ArvizData = Any
 
 Variable = tuple[tuple[str, ...], np.ndarray]
+
+# Draws of a generator, which are independent: chains so that ArviZ finds its two dimensions.
+GENERATED = (4, 1000)
 
 
 def to_arviz(
@@ -50,7 +55,7 @@ def to_arviz(
 ) -> ArvizData:
     """Export a fit, or posterior draws of an energy's parameters.
 
-    A fit has walkers as draws and islands as chains:
+    A :class:`Jarzynski` fit has walkers as draws and islands as chains:
 
     - ``posterior_predictive``: draws of x with equal weights, each island resampled on its own (duplicates adjacent).
     - ``sample_stats``: of the *weighted* walkers: ``log_weight``, ``energy``, ``energy_<factor>`` where factors are
@@ -58,6 +63,10 @@ def to_arviz(
     - ``islands``: ``ess`` and Pareto ``khat`` of every island's weights, and which were ``held_out``.
     - ``observed_data``: the data at observed sites, every plate at its full size, and nothing else.
     - ``training``: ``Fit.history`` over ``step``.
+
+    A :class:`VERA` fit has 4 × 1,000 independent draws of its generator (or ``draws``), ``sample_stats`` with their
+    energies, and no ``islands``; its attributes hold ``entropy_weight`` and the running ``log_normalizer_bound``, and
+    no log Z unless one is given.
 
     A point fit has no posterior draws of the parameters, so there is no ``posterior`` and no
     ``log_likelihood`` (LOO needs both).  With a ``log_normalizer`` the data's normalised mean log density goes to the
@@ -70,11 +79,11 @@ def to_arviz(
     A number that rests on a log Z with flags is left out, and a warning says why.
 
     Args:
-        source: From :meth:`Jarzynski.run`, or parameter draws by site name.
+        source: From :meth:`Jarzynski.run` or :meth:`VERA.run`, or parameter draws by site name.
         model: The model that was fitted.
         args: Its positional arguments.
         log_normalizer: From :func:`log_normalizer` at ``fit.params`` or at the draws.  Without it there are no
-            normalised numbers; a fit's attributes then hold the running held-out log Z, for what it is worth.
+            normalised numbers; a Jarzynski fit's attributes then hold the running held-out log Z, for what it is worth.
         draws: Draws of x by site name, ``(chain, draw, ...)``, from :func:`sample`: ``posterior_predictive`` is then
             made of them.
         allow_uncertified: Write numbers that rest on an uncertified log Z; the flags go to the attributes.
@@ -105,17 +114,25 @@ def to_arviz(
         _check_belongs(log_normalizer, energies, params)
     usable = log_normalizer is not None and (log_normalizer.is_certified or allow_uncertified)
     groups: dict[str, dict[str, Variable]] = {"posterior_predictive": {}}
-    reported = source.state.log_normalizer() if isinstance(source, Fit) and log_normalizer is None else log_normalizer
+    state = source.state if isinstance(source, Fit) else None
+    running = state.log_normalizer() if isinstance(state, JarzynskiState) and log_normalizer is None else None
+    reported = running if log_normalizer is None else log_normalizer
     attributes = _attributes(reported, energies)
     if isinstance(source, Fit):
         groups |= {"sample_stats": {}, "islands": {}, "training": _training(source.history)}
-        for index, (name, site) in enumerate(source.state.walkers.items()):
+    if isinstance(state, VERAState):
+        generated, more = _generated(key_resample, state, draws, event_dims, energies)
+        groups |= generated
+        attributes |= more
+    if isinstance(state, JarzynskiState):
+        for index, (name, site) in enumerate(state.walkers.items()):
             suffix = _suffix(name, energies)
             found = _walkers(random.fold_in(key_resample, index), name, site, event_dims[name], energies[name], suffix)
             for group, variables in found.items():
                 groups[group] |= variables
             num_chains = site.log_weight.shape[0]
             attributes[f"holdout_chains{suffix}"] = json.dumps(list(range(site.num_training_chains, num_chains)))
+    if isinstance(source, Fit):
         if usable:
             assert log_normalizer is not None
             attributes |= _mean_log_densities(log_normalizer, energies, data)
@@ -202,6 +219,32 @@ def _walkers(
     }
     predictive: dict[str, Variable] = {_plain(name): ((*leading, *event_dims[num_declared:]), draws)}
     return {"posterior_predictive": predictive, "sample_stats": stats, "islands": islands}
+
+
+def _generated(
+    rng_key: jax.Array,
+    state: VERAState,
+    draws: Mapping[str, Any] | None,
+    event_dims: dict[str, tuple[str, ...]],
+    energies: dict[str, EnergyDistribution],
+) -> tuple[dict[str, dict[str, Variable]], dict[str, Any]]:
+    """Groups and attributes of a generator's draws, or of those given in their place."""
+    name, num_chains = state.generator.name, GENERATED[0]
+    if draws is not None and name in draws:
+        values = jnp.asarray(draws[name])
+    else:
+        _, values = state.draws(rng_key, num_chains * GENERATED[1])
+        values = values.reshape(num_chains, -1, *values.shape[1:])
+    factors = energies[name].factor_energies(values)
+    stats: dict[str, Variable] = {"energy": (("chain", "draw"), np.array(sum(factors.values())))}
+    if len(factors) > 1:
+        stats |= {f"energy_{_plain(factor)}": (("chain", "draw"), np.array(v)) for factor, v in factors.items()}
+    predictive: dict[str, Variable] = {_plain(name): (("chain", "draw", *event_dims[name]), np.array(values))}
+    attributes = {
+        "entropy_weight": float(state.entropy_weight),
+        "log_normalizer_bound": float(state.log_normalizer_bound),
+    }
+    return {"posterior_predictive": predictive, "sample_stats": stats}, attributes
 
 
 def _posterior(params: Mapping[str, Any]) -> dict[str, Variable]:

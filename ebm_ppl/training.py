@@ -129,13 +129,16 @@ def _fit(backend: Backend, state: Any, pieces: list[dict[str, Any]]) -> Fit:
 
 def _non_finite_message(bad: list[str], step: int) -> str:
     where = ", ".join(
-        {"loss": "the loss over the data", "gradient": "the gradient"}.get(name, f"the walkers of energy site '{name}'")
+        {"loss": "the loss over the data", "gradient": "the gradient", "generator": "the generator"}.get(
+            name, f"the walkers of energy site '{name}'"
+        )
         for name in bad
     )
     return (
         f"Step {step} gave a NaN or an infinity in {where}; the state before it is kept in this error's .fit. "
         "Lower the learning rate or clip gradients (optax.chain(optax.clip_by_global_norm(...), ...)), lower the "
-        "kernel's step size if it is ULA, and check that the energy is finite over the whole support and on the data."
+        "kernel's step size if it is ULA, and check that the energy is finite over the whole support and on the data "
+        "(and a generator's scale positive: constraint=constraints.interval(0.01, 1.0))."
     )
 
 

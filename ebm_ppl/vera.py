@@ -382,7 +382,7 @@ def _penalized(distribution: EnergyDistribution, transform: Transform, weight: f
         (grad,) = pull(jnp.ones_like(energy))
         return 0.5 * weight * jnp.sum(grad.reshape(len(energy), -1) ** 2, axis=1)
 
-    factors = {**distribution.factors, "gradient penalty": penalty}
+    factors: dict[str, Any] = {**distribution.factors, "gradient penalty": penalty}
     return EnergyDistribution(
         factors, distribution.base, start=distribution.start, validate_args=distribution._validate_args
     )

@@ -15,6 +15,7 @@ import optax
 import pytest
 from jax import random
 from numpyro import handlers
+from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
 
@@ -513,3 +514,52 @@ def test_importing_the_package_does_not_import_arviz():
     code = "import sys, ebm_ppl; print(sorted({'arviz', 'xarray', 'matplotlib'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+# VERA
+
+
+def generator():
+    scale = numpyro.param("scale", 0.5, constraint=constraints.positive)
+    z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+    numpyro.sample("x", ebm.standardized_normal(BASE, numpyro.param("w", 0.8) * z, scale))
+
+
+@pytest.fixture(scope="module")
+def generated():
+    backend = ebm.VERA(model, generator, optax.adam(0.05), optax.adam(0.05), entropy_weight=0.5)
+    return backend.run(random.key(0), 40, X, Y, progress_bar=False)
+
+
+def test_a_generators_draws_and_their_energies(generated):
+    log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(generated.params)}, generated.params)
+    data = ebm.to_arviz(generated, model, X, Y, log_normalizer=log_z)
+    draws, stats = dataset(data, "posterior_predictive"), dataset(data, "sample_stats")
+    assert draws["x"].shape == (4, 1000, 2)
+    a, r = generated.params["a"], generated.params["r"]
+    bowl, tilt = 0.5 * r * (draws["x"].values ** 2).sum(-1), -(draws["x"].values * np.asarray(a)).sum(-1)
+    np.testing.assert_allclose(stats["energy_bowl"], bowl, rtol=1e-4)
+    np.testing.assert_allclose(stats["energy"], bowl + tilt, rtol=1e-3, atol=1e-4)
+    expected = generated.state.constrained_generator_params()
+    variance = float(expected["w"] ** 2 + expected["scale"] ** 2)
+    assert abs(draws["x"].values.var() - variance) < 5 * variance * np.sqrt(2 / 8000)
+    assert data.attrs["entropy_weight"] == 0.5
+    assert data.attrs["log_normalizer_bound"] == generated.history["log_normalizer_bound"]["x"][-1]
+    assert data.attrs["mean_log_density"] == pytest.approx(exact_mean_log_density(generated.params), rel=1e-4)
+    assert "islands" not in groups(data)
+    np.testing.assert_array_equal(dataset(data, "training")["entropy"], generated.history["entropy"]["x"])
+
+
+def test_no_log_z_without_one_for_a_generator(generated):
+    data = ebm.to_arviz(generated, model, X, Y)
+    assert "log_normalizer" not in data.attrs
+    assert "mean_log_density" not in data.attrs
+
+
+def test_refined_draws_take_the_generators_place(generated, tmp_path):
+    refined = np.random.default_rng(0).normal(size=(2, 50, 2)).astype(np.float32)
+    data = ebm.to_arviz(generated, model, X, Y, draws={"x": refined})
+    np.testing.assert_array_equal(dataset(data, "posterior_predictive")["x"], refined)
+    assert dataset(data, "sample_stats")["energy"].shape == (2, 50)
+    data.to_netcdf(tmp_path / "fit.nc")
+    az.summary(data, group="posterior_predictive")
