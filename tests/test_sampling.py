@@ -67,6 +67,37 @@ def test_a_skewed_energy(skewed, method):
         mean_is((draws - centre) ** power, ((GRID - centre) ** power * SKEWED_DENSITY).sum())
 
 
+@pytest.mark.parametrize("method", ["mala", "nuts"])
+def test_chains_from_given_points(method):
+    """From one end of a skewed energy, its step size learned on the way, in a warm-up."""
+    options = {"initial": {"x": np.full(4, 3.0)}, "thinning": 3}
+    draws = draw(SKEWED, method, **options)
+    centre = (GRID * SKEWED_DENSITY).sum()
+    mean_is(draws, centre)
+    mean_is((draws - centre) ** 3, ((GRID - centre) ** 3 * SKEWED_DENSITY).sum())
+
+
+def test_chains_stay_in_the_mode_that_they_were_given():
+    draws = draw(DIVIDED, "mala", initial={"x": np.array([-2.0, -2.0, 2.0, 2.0])})
+    assert (draws[:2] < 0).all()
+    assert (draws[2:] > 0).all()
+    assert az.rhat(draws) > 1.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "smc", "initial": {"x": np.zeros(4)}}, "'smc' anneals from the base"),
+        ({"method": "mala", "initial": {"y": np.zeros(4)}}, r"initial has sites \['y'\]"),
+        ({"method": "mala", "initial": {"x": np.zeros(3)}}, r"shape \(3,\); expected .* = \(4,\)"),
+        ({"method": "nuts", "initial": {"x": np.full(4, np.nan)}}, "not finite"),
+    ],
+)
+def test_first_points_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        ebm.sample(random.key(0), SKEWED, **options)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_of_constrained_events(method):
     """E = −Σ aᵢ log xᵢ over uniform simplices, for two vectors a at once: Dirichlet(a + 1)."""
