@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax import Array
 from jax.flatten_util import ravel_pytree
+from jax.scipy.linalg import solve_triangular
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform, biject_to
@@ -23,6 +24,7 @@ from numpyro.primitives import Messenger
 from ebm_ppl.distribution import EnergyDistribution, same_support
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.model import Params
+from ebm_ppl.score import Pair
 
 Program = Callable[[], Any]
 
@@ -63,7 +65,26 @@ class _Conditional(Messenger):
             msg["value"] = jnp.zeros(msg["fn"].shape())
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["transforms", "latents"], meta_fields=["program", "name"])
+def _standard_residual(found: Any, value: Array) -> Array | None:
+    """``value`` in coordinates where a normal (of any shape, through any transforms) is standard; None for others."""
+    while isinstance(found, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        found = found.base_dist
+    if isinstance(found, dist.TransformedDistribution):
+        for transform in reversed(found.transforms):
+            value = transform.inv(value)
+        return _standard_residual(found.base_dist, value)
+    if isinstance(found, dist.Normal):
+        return jnp.ravel((value - found.loc) / found.scale)
+    if isinstance(found, dist.MultivariateNormal):
+        return jnp.ravel(solve_triangular(found.scale_tril, value - found.loc, lower=True))
+    return None
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["transforms", "latents"],
+    meta_fields=["program", "name", "is_normal"],
+)
 @dataclass(frozen=True)
 class Generator:
     """A generator program as functions of unconstrained parameters φ, one draw at a time.
@@ -73,12 +94,14 @@ class Generator:
         name: The site of x given z.
         transforms: Unconstrained to constrained parameters, by site name.
         latents: One value of every latent site.
+        is_normal: Whether all its sites are normals, transformed ones included, so that :meth:`residuals` exist.
     """
 
     program: Program
     name: str
     transforms: dict[str, Transform]
     latents: dict[str, Array]
+    is_normal: bool
 
     @property
     def num_latents(self) -> int:
@@ -97,11 +120,25 @@ class Generator:
 
     def log_joint(self, params: Params, latents: Array, value: Array) -> Array:
         """``log p(z) + log q(x | z)`` of one pair."""
-        given = ravel_pytree(self.latents)[1](latents)
-        recorder = _Conditional(handlers.substitute(self._with(params), data=given), self.name)
-        trace = handlers.trace(recorder).get_trace()
-        prior = sum(jnp.sum(trace[name]["fn"].log_prob(trace[name]["value"])) for name in self.latents)
-        return prior + recorder.found.log_prob(value)
+        return self.log_prior(params, latents) + self._at(params, latents)[1].log_prob(value)
+
+    def log_prior(self, params: Params, latents: Array) -> Array:
+        """``log p(z)``."""
+        priors, _ = self._at(params, latents)
+        return jnp.sum(jnp.stack([jnp.sum(found.log_prob(given)) for found, given in priors]))
+
+    def residuals(self, params: Params, latents: Array, value: Array) -> tuple[Array, Array]:
+        """Latents and value of one pair in coordinates where their normals are standard."""
+        priors, conditional = self._at(params, latents)
+        of_latents = [_standard_residual(found, given) for found, given in priors]
+        of_value = _standard_residual(conditional, value)
+        assert of_value is not None
+        return jnp.concatenate([r for r in of_latents if r is not None]), of_value
+
+    def pair(self, params: Params) -> Pair:
+        """What a score's estimator needs, at fixed parameters."""
+        residuals = partial(self.residuals, params) if self.is_normal else None
+        return Pair(partial(self.log_prior, params), partial(self.log_joint, params), residuals)
 
     def at_bounds(self, params: Params) -> dict[str, Array]:
         """The share of elements that stand at an end of their interval: below minus above, by bounded parameter."""
@@ -112,6 +149,13 @@ class Generator:
                 place = (transform(params[name]) - bounds[0]) / (bounds[1] - bounds[0])
                 shares[name] = jnp.mean((place < AT_BOUND).astype(place.dtype) - (place > 1 - AT_BOUND))
         return shares
+
+    def _at(self, params: Params, latents: Array) -> tuple[list[tuple[Any, Array]], Any]:
+        """The latents' distributions with their values, and the distribution of x given them."""
+        given = ravel_pytree(self.latents)[1](latents)
+        recorder = _Conditional(handlers.substitute(self._with(params), data=given), self.name)
+        trace = handlers.trace(recorder).get_trace()
+        return [(trace[name]["fn"], trace[name]["value"]) for name in sorted(self.latents)], recorder.found
 
     def _with(self, params: Params) -> Program:
         return handlers.substitute(self.program, data=self.constrain(params))
@@ -183,7 +227,10 @@ def inspect_generator(
         raise ValueError("The generator has no parameters to learn: no numpyro.param and no module.")
     unconstrained = transform_fn(transforms, params, invert=True)
     unconstrained = jax.tree.map(lambda value: jnp.asarray(value, jnp.result_type(value)), unconstrained)
-    return Generator(program, name, transforms, latents), unconstrained
+    is_normal = all(
+        _standard_residual(trace[site]["fn"], trace[site]["value"]) is not None for site in (name, *latents)
+    )
+    return Generator(program, name, transforms, latents, is_normal), unconstrained
 
 
 def _check_latent(name: str, found: Any) -> None:

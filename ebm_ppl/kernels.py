@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
+from jax.typing import ArrayLike
 
 
 class KernelState(NamedTuple):
@@ -146,7 +147,7 @@ def initial_step_size(kernel: Kernel, dimension: int) -> float:
     return 1.36 * dimension ** (-1.0 / 3.0) if kernel.step_size is None else kernel.step_size
 
 
-def adapt_step_size(kernel: Kernel, step_size: Array, acceptance: Array, gain: float = 0.05) -> Array:
+def adapt_step_size(kernel: Kernel, step_size: Array, acceptance: Array, gain: ArrayLike = 0.05) -> Array:
     """One Robbins–Monro step on ``log h`` towards the kernel's target acceptance; constant gain."""
     if kernel.target_acceptance is None:
         return step_size

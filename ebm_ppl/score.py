@@ -2,11 +2,12 @@
 
 ``∇ₓ log q(x) = E[∇ₓ log q(x | z′)]`` over z′ from the posterior of z given x (Grathwohl et al. 2021, section 3); the z
 that x was made from is an exact draw of that posterior, and every estimator starts there.  Shapes: latents ``(num,
-L)``, values ``(num, *event)``; ``log_joint(z, x)`` is ``log p(z) + log q(x | z)`` of one pair.
+L)``, values ``(num, *event)``.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,8 +15,25 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax, random
 from jax.nn import logsumexp
+from jax.scipy.linalg import cho_solve, solve_triangular
 
-LogJoint = Callable[[Array, Array], Array]
+# Pairs that lend each other their latents.
+MAX_BLOCK = 256
+
+
+class Pair(NamedTuple):
+    """The density of one pair (z, x).
+
+    Attributes:
+        log_prior: ``log p(z)``.
+        log_joint: ``log p(z) + log q(x | z)``.
+        residuals: z and x in coordinates where their normals are standard, ``(L,)`` and ``(d,)``; None where they are
+            not normals.
+    """
+
+    log_prior: Callable[[Array], Array]
+    log_joint: Callable[[Array, Array], Array]
+    residuals: Callable[[Array, Array], tuple[Array, Array]] | None = None
 
 
 class ScoreInfo(NamedTuple):
@@ -31,59 +49,104 @@ class Score(Protocol):
     def init(self, num_latents: int) -> Any: ...  # noqa: D102
 
     def evaluate(  # noqa: D102
-        self, rng_key: Array, state: Any, log_joint: LogJoint, latents: Array, values: Array
+        self, rng_key: Array, state: Any, pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, Any]: ...
 
 
-def _weighted_score(
-    log_joint: LogJoint, values: Array, proposals: Array, log_proposal: Array
-) -> tuple[ScoreInfo, Array]:
-    """Score, log density and normalised weights from proposals ``(num, K, L)`` of log density ``(num, K)``."""
-    pairs = jax.vmap(jax.vmap(log_joint, (0, None)))
+class Proposals(NamedTuple):
+    """Draws of every pair's own proposal, and its log density at them and at all pairs' latents.
 
-    def log_density(values: Array) -> tuple[Array, Array]:
-        log_weight = pairs(proposals, values) - log_proposal
-        return logsumexp(log_weight, axis=1) - jnp.log(log_weight.shape[1]), log_weight
+    Attributes:
+        latents: ``(num, K, L)``.
+        log_density: At these, ``(num, K)``.
+        elsewhere: At the latents of every pair, ``(num, num)``.
+    """
 
+    latents: Array
+    log_density: Array
+    elsewhere: Array
+
+
+def _self_normalized(log_mean_weight: Callable[[Array], tuple[Array, Array]], values: Array) -> tuple[ScoreInfo, Array]:
+    """Score and log density from ``log_mean_weight``: values to log q̂ of every pair, and anything else."""
     # With the proposals fixed, its gradient is the self-normalised average of ∇ₓ log q(x | z′).
-    found, pull, log_weight = jax.vjp(log_density, values, has_aux=True)
+    found, pull, rest = jax.vjp(log_mean_weight, values, has_aux=True)
     (score,) = pull(jnp.ones_like(found))
-    return ScoreInfo(score, found), jax.nn.softmax(log_weight, axis=1)
+    return ScoreInfo(score, found), rest
+
+
+def _mixture_score(pair: Pair, latents: Array, values: Array, proposals: Proposals) -> tuple[ScoreInfo, Array]:
+    """Importance sampling from every pair's own proposal and, by the other pairs' latents, from the prior.
+
+    Weights are by the mixture of both (the balance heuristic of Veach and Guibas 1995).  x may be reached from far
+    latents too; where x is folded over itself they are as likely as the one that made it.  The other latents cost
+    no generator evaluation but the one that made their own x.
+
+    Returns:
+        Score and log density, and the weights of the own proposals among themselves, ``(num, K)``.
+    """
+    num, num_own = proposals.log_density.shape
+    log_own, log_others = jnp.log(num_own), jnp.log(num - 1.0)
+    of_own = jnp.logaddexp(
+        log_own + proposals.log_density, log_others + jax.vmap(jax.vmap(pair.log_prior))(proposals.latents)
+    )
+    of_others = jnp.logaddexp(log_own + proposals.elsewhere, log_others + jax.vmap(pair.log_prior)(latents))
+
+    def log_mean_weight(values: Array) -> tuple[Array, Array]:
+        own = jax.vmap(jax.vmap(pair.log_joint, (0, None)))(proposals.latents, values)
+        others = jax.vmap(lambda value: jax.vmap(lambda z: pair.log_joint(z, value))(latents))(values)
+        # The latent that made x is no draw of the prior given x.
+        others = jnp.where(jnp.eye(num, dtype=bool), -jnp.inf, others - of_others)
+        # Σ w / n with w by the mixture density Σ n_k r_k / n: n cancels.
+        return logsumexp(jnp.concatenate([own - of_own, others], axis=1), axis=1), own
+
+    info, own = _self_normalized(log_mean_weight, values)
+    return info, jax.nn.softmax(own - proposals.log_density, axis=1)
 
 
 class ImportanceState(NamedTuple):
-    """Running moments that the proposals are fitted to, each ``(L, L)``.
+    """Running averages that the proposals are fitted to.
 
     Attributes:
-        covariance: Of z′ around the proposal's centre.
-        cross: ``E[(z′ − z) sᵀ]``, s the gradient of ``log_joint`` with respect to z.
-        gradient: ``E[s sᵀ]``.
+        covariance: Of z′ around the proposal's centre, ``(L, L)``.
+        cross: ``E[(z′ − z) sᵀ]``, s the gradient of ``log_joint`` with respect to z, ``(L, L)``.
+        gradient: ``E[s sᵀ]``, ``(L, L)``.
+        inflation: Of local proposals, a scalar: the mean of ``(z′ − centre)ᵀ Λ (z′ − centre) / L``.
     """
 
     covariance: Array
     cross: Array
     gradient: Array
+    inflation: Array
 
 
 @dataclass(frozen=True)
 class ImportanceScore:
-    """Self-normalised importance sampling; the proposals are fitted to the posteriors as training goes on.
+    """Self-normalised importance sampling from proposals that approximate the posterior of z given x.
 
-    z′ is proposed from N(z + A s, S) around the z that made x, with s the gradient of ``log_joint`` with respect to z,
-    A the regression of posterior draws on s and S their covariance around that: running averages over the
-    importance samples themselves, so nothing is tuned.  Where x is linear in z this is the posterior itself, and the
-    score is exact.
+    *Local* proposals, for generators that are normal given z (``standardized_normal`` is): one Gauss–Newton step from
+    the z that made x, ``N(z − Λ⁻¹ Rᵀ r, κ Λ⁻¹)`` with r the standardised residuals of z and x, R their Jacobian and
+    Λ = RᵀR.  κ is a running average.  R costs as much as min(L, d) proposals.
+
+    *Global* ones, for all others: ``N(z + A s, S)`` with s the gradient of ``log_joint`` with respect to z, A the
+    regression of posterior draws on s and S their covariance around that, running averages over the importance
+    samples themselves.
+
+    Either is the posterior itself where x is linear in z.  The other pairs' latents are proposals from the prior, for
+    posteriors of several modes, at no generator evaluation; pairs are dealt into equal blocks of up to 256 for that.
 
     Args:
         num_samples: Proposals per pair.
-        init_scale: Standard deviation of the first proposals, in the latents' units.
+        local: False takes global proposals for every generator.
+        init_scale: Standard deviation of the first global proposals, in the latents' units.
         memory: Of the running averages, in evaluations.
 
-    Source: Grathwohl et al. (2021), section 3.1; the proposals by moments as in Cappé, Douc, Guillin, Marin and Robert
-    (2008).
+    Source: Grathwohl et al. (2021), section 3.1, with other proposals (see docs/design.md); moments as in Cappé, Douc,
+    Guillin, Marin and Robert (2008).
     """
 
     num_samples: int = 20
+    local: bool = True
     init_scale: float = 0.1
     memory: float = 50.0
 
@@ -93,29 +156,83 @@ class ImportanceScore:
             raise ValueError(f"memory = {self.memory}; expected at least 1 evaluation.")
 
     def init(self, num_latents: int) -> ImportanceState:
-        """Proposals of standard deviation ``init_scale`` around z."""
+        """Global proposals of standard deviation ``init_scale`` around z; local ones without inflation."""
         eye = jnp.eye(num_latents)
-        return ImportanceState(self.init_scale**2 * eye, 0.0 * eye, eye)
+        return ImportanceState(self.init_scale**2 * eye, 0.0 * eye, eye, jnp.ones(()))
 
     def evaluate(
-        self, rng_key: Array, state: ImportanceState, log_joint: LogJoint, latents: Array, values: Array
+        self, rng_key: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, ImportanceState]:
         """Score and log density at ``values``, and the state with its averages one step further."""
         num, num_latents = latents.shape
-        slope = jax.vmap(jax.grad(log_joint))(latents, values)
-        drift = jnp.linalg.solve(_with_ridge(state.gradient, 1e-4), state.cross.T)
-        scale = jnp.linalg.cholesky(_with_ridge(state.covariance, 1e-6))
         noise = random.normal(rng_key, (num, self.num_samples, num_latents), latents.dtype)
-        steps = noise @ scale.T
-        centre = latents + slope @ drift
-        log_proposal = -0.5 * jnp.sum(noise**2, axis=-1) - jnp.sum(jnp.log(jnp.diagonal(scale)))
-        log_proposal -= 0.5 * num_latents * jnp.log(2.0 * jnp.pi)
-        info, weights = _weighted_score(log_joint, values, centre[:, None] + steps, log_proposal)
-        shift = centre + jnp.einsum("nk,nkl->nl", weights, steps) - latents
-        now = ImportanceState(
-            jnp.einsum("nk,nkl,nkm->lm", weights, steps, steps) / num, shift.T @ slope / num, slope.T @ slope / num
+        evaluate = self._local if self.local and pair.residuals is not None else self._global
+        # Pairs lend each other their latents in blocks, or the work would grow with the square of their number.
+        size = max(divisor for divisor in range(1, MAX_BLOCK + 1) if num % divisor == 0)
+        blocks = [array.reshape(-1, size, *array.shape[1:]) for array in (noise, latents, values)]
+        info, now = jax.vmap(lambda n, z, x: evaluate(n, state, pair, z, x))(*blocks)
+        info = jax.tree.map(lambda leaf: leaf.reshape(num, *leaf.shape[2:]), info)
+        return info, jax.tree.map(lambda old, new: old + (jnp.mean(new, axis=0) - old) / self.memory, state, now)
+
+    def _local(
+        self, noise: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array
+    ) -> tuple[ScoreInfo, ImportanceState]:
+        assert pair.residuals is not None
+        residual, jacobian = jax.vmap(partial(_linearized, pair.residuals))(latents, values)
+        root = jnp.linalg.cholesky(jnp.einsum("nij,nik->njk", jacobian, jacobian))
+        step = jax.vmap(lambda chol, slope: cho_solve((chol, True), slope))(
+            root, jnp.einsum("nij,ni->nj", jacobian, residual)
         )
-        return info, jax.tree.map(lambda old, new: old + (new - old) / self.memory, state, now)
+        # Λ⁻¹ = root⁻ᵀ root⁻¹, so root⁻ᵀ turns white noise into draws of covariance Λ⁻¹.
+        spread = jax.vmap(lambda chol, white: solve_triangular(chol, white.T, trans=1, lower=True).T)(root, noise)
+        scale = jnp.sqrt(state.inflation)
+        log_det = jnp.sum(jnp.log(jnp.diagonal(root, axis1=1, axis2=2)), axis=1)
+        log_proposal = _log_standard_normal(noise) + log_det[:, None] - noise.shape[-1] * jnp.log(scale)
+        proposals = (latents - step)[:, None] + scale * spread
+        white = jnp.einsum("nlk,nml->nmk", root, latents - (latents - step)[:, None]) / scale
+        elsewhere = _log_standard_normal(white) + (log_det - noise.shape[-1] * jnp.log(scale))[:, None]
+        info, weights = _mixture_score(pair, latents, values, Proposals(proposals, log_proposal, elsewhere))
+        inflation = state.inflation * jnp.mean(jnp.sum(weights[..., None] * noise**2, axis=1))
+        return info, state._replace(inflation=inflation)
+
+    def _global(
+        self, noise: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array
+    ) -> tuple[ScoreInfo, ImportanceState]:
+        slope = jax.vmap(jax.grad(pair.log_joint))(latents, values)
+        drift = jnp.linalg.solve(_with_ridge(state.gradient, 1e-4), state.cross.T)
+        root = jnp.linalg.cholesky(_with_ridge(state.covariance, 1e-6))
+        steps = noise @ root.T
+        centre = latents + slope @ drift
+        log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
+        log_proposal = _log_standard_normal(noise) - log_det
+        away = (latents - centre[:, None]).reshape(-1, latents.shape[1])
+        white = solve_triangular(root, away.T, lower=True).T.reshape(len(latents), *latents.shape)
+        elsewhere = _log_standard_normal(white) - log_det
+        proposals = Proposals(centre[:, None] + steps, log_proposal, elsewhere)
+        info, weights = _mixture_score(pair, latents, values, proposals)
+        shift, num = centre + jnp.einsum("nk,nkl->nl", weights, steps) - latents, len(latents)
+        now = state._replace(
+            covariance=jnp.einsum("nk,nkl,nkm->lm", weights, steps, steps) / num,
+            cross=shift.T @ slope / num,
+            gradient=slope.T @ slope / num,
+        )
+        return info, now
+
+
+def _linearized(
+    residuals: Callable[[Array, Array], tuple[Array, Array]], latents: Array, value: Array
+) -> tuple[Array, Array]:
+    """Residuals of z and x of one pair, ``(L + d,)``, and their Jacobian with respect to z."""
+    of_latents, of_value = residuals(latents, value)
+    # One pass per element of the smaller side.
+    derivative = jax.jacrev if len(of_value) < len(latents) else jax.jacfwd
+    jacobian_of_latents = jax.jacfwd(lambda z: residuals(z, value)[0])(latents)
+    jacobian_of_value = derivative(lambda z: residuals(z, value)[1])(latents)
+    return jnp.concatenate([of_latents, of_value]), jnp.concatenate([jacobian_of_latents, jacobian_of_value])
+
+
+def _log_standard_normal(noise: Array) -> Array:
+    return -0.5 * jnp.sum(noise**2, axis=-1) - 0.5 * noise.shape[-1] * jnp.log(2.0 * jnp.pi)
 
 
 def _with_ridge(matrix: Array, share: float) -> Array:
@@ -165,19 +282,23 @@ class VariationalScore:
         return VariationalState(log_scale, self.optim.init(log_scale))
 
     def evaluate(
-        self, rng_key: Array, state: VariationalState, log_joint: LogJoint, latents: Array, values: Array
+        self, rng_key: Array, state: VariationalState, pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, VariationalState]:
         """Score and log density at ``values``, and the state with η one step further."""
         num, num_latents = latents.shape
         noise = random.normal(rng_key, (num, self.num_samples, num_latents), latents.dtype)
-        log_proposal = -0.5 * jnp.sum(noise**2, axis=-1) - jnp.sum(state.log_scale)
-        log_proposal -= 0.5 * num_latents * jnp.log(2.0 * jnp.pi)
+        log_proposal = _log_standard_normal(noise) - jnp.sum(state.log_scale)
         proposals = latents[:, None] + jnp.exp(state.log_scale) * noise
-        info, _ = _weighted_score(log_joint, values, proposals, log_proposal)
+
+        def log_mean_weight(values: Array) -> tuple[Array, Array]:
+            log_weight = jax.vmap(jax.vmap(pair.log_joint, (0, None)))(proposals, values) - log_proposal
+            return logsumexp(log_weight, axis=1) - jnp.log(self.num_samples), log_weight
+
+        info, _ = _self_normalized(log_mean_weight, values)
 
         def negative_elbo(log_scale: Array) -> Array:
             proposals = latents + jnp.exp(log_scale) * noise[:, 0]
-            return -jnp.mean(jax.vmap(log_joint)(proposals, values)) - jnp.sum(log_scale)
+            return -jnp.mean(jax.vmap(pair.log_joint)(proposals, values)) - jnp.sum(log_scale)
 
         gradient = jax.grad(negative_elbo)(state.log_scale)
         update, optim_state = self.optim.update(gradient, state.optim_state, state.log_scale)
@@ -229,14 +350,14 @@ class HMCScore:
         return HMCState(jnp.log(jnp.asarray(self.step_size, float)), self.density.init(num_latents))
 
     def evaluate(
-        self, rng_key: Array, state: HMCState, log_joint: LogJoint, latents: Array, values: Array
+        self, rng_key: Array, state: HMCState, pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, HMCState]:
         """Score and log density at ``values``, and the state with the step size adapted."""
         key_chain, key_density = random.split(rng_key)
         step_size = jnp.exp(state.log_step_size)
 
         def potential(latents: Array) -> Array:
-            return -jax.vmap(log_joint)(latents, values)
+            return -jax.vmap(pair.log_joint)(latents, values)
 
         def gradient(latents: Array) -> Array:
             return jax.grad(lambda z: jnp.sum(potential(z)))(latents)
@@ -262,12 +383,12 @@ class HMCScore:
 
         def counted(latents: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
             latents, acceptance = transition(latents, key)
-            score = jax.grad(lambda x: jnp.sum(jax.vmap(log_joint)(latents, x)))(values)
+            score = jax.grad(lambda x: jnp.sum(jax.vmap(pair.log_joint)(latents, x)))(values)
             return latents, (score, acceptance)
 
         keys = random.split(key_chain, self.num_warmup + self.num_samples)
         latents_now, _ = lax.scan(transition, latents, keys[: self.num_warmup])
         _, (scores, acceptance) = lax.scan(counted, latents_now, keys[self.num_warmup :])
-        found, density = self.density.evaluate(key_density, state.density, log_joint, latents, values)
+        found, density = self.density.evaluate(key_density, state.density, pair, latents, values)
         log_step_size = state.log_step_size + 0.05 * (jnp.mean(acceptance) - self.target_acceptance)
         return ScoreInfo(jnp.mean(scores, axis=0), found.log_density), HMCState(log_step_size, density)

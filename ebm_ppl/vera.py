@@ -338,8 +338,8 @@ class VERA:
         )
         potential, pull_potential = jax.vjp(distribution._unchecked_potential, values)
         (force,) = pull_potential(jnp.ones_like(potential))
-        log_joint = partial(generator.log_joint, lax.stop_gradient(progress.params))
-        score, score_state = self._score.evaluate(key_score, progress.score_state, log_joint, latents, values)
+        pair = generator.pair(lax.stop_gradient(progress.params))
+        score, score_state = self._score.evaluate(key_score, progress.score_state, pair, latents, values)
         (grads,) = pull((force + self.entropy_weight * score.score) / self.num_particles)
         updates, optim_state = self.generator_optim.update(grads, progress.optim_state, progress.params)
         params = optax.apply_updates(progress.params, updates)
@@ -412,12 +412,12 @@ def _fit_score(
 ) -> tuple[Any, Array]:
     """The score's estimator fitted to the first generator, before any gradient rests on it, and ``E_q[−U] + H(q)``."""
     distribution = bound.energies(params)[generator.name]
-    log_joint = partial(generator.log_joint, generator_params)
+    pair = generator.pair(generator_params)
 
     def evaluate(state: Any, rng_key: Array) -> tuple[Any, Array]:
         key_draw, key_score = random.split(rng_key)
         latents, values = _draw_many(generator, generator_params, random.split(key_draw, backend.num_particles))
-        found, state = backend._score.evaluate(key_score, state, log_joint, latents, values)
+        found, state = backend._score.evaluate(key_score, state, pair, latents, values)
         return state, -jnp.mean(distribution._unchecked_potential(values) + found.log_density)
 
     score_state, bounds = lax.scan(evaluate, score_state, random.split(rng_key, NUM_FITTING_STEPS))

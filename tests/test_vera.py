@@ -84,8 +84,8 @@ def change_per_update(built, steps, *, generator_side):
 @pytest.mark.parametrize("entropy_weight", [1.0, 0.3])
 def test_the_generators_gradient(entropy_weight):
     """E_q[U] − λ H(q) for Gaussians: ½ tr(P C) + ½ mᵀP m − slope·m − ½ λ log det C, P = 1 + precision."""
-    built = backend(generator_optim=optax.sgd(1.0), num_particles=500, entropy_weight=entropy_weight)
-    found, error, state = change_per_update(built, 400, generator_side=True)
+    built = backend(generator_optim=optax.sgd(1.0), num_particles=100, entropy_weight=entropy_weight)
+    found, error, state = change_per_update(built, 1_000, generator_side=True)
 
     def objective(unconstrained):
         mean, covariance = moments(state.generator.constrain(unconstrained))
@@ -101,8 +101,8 @@ def test_the_generators_gradient(entropy_weight):
 
 def test_the_energys_gradient():
     """N (E_data[∇U] − E_q[∇U]): moments of the data against those of the generator."""
-    built = backend(optim=optax.sgd(1.0), num_particles=500, gradient_penalty=0.0)
-    found, error, state = change_per_update(built, 200, generator_side=False)
+    built = backend(optim=optax.sgd(1.0), num_particles=100, gradient_penalty=0.0)
+    found, error, state = change_per_update(built, 600, generator_side=False)
     mean, covariance = moments(state.constrained_generator_params())
     squares = jnp.diagonal(covariance) + mean**2
     exact = {"slope": -(DATA.mean(0) - mean), "precision": 0.5 * ((DATA**2).mean(0) - squares)}
@@ -145,7 +145,7 @@ def test_the_gradient_penalty_is_in_base_standard_coordinates(base):
 
 
 def test_entropy_and_bound_are_those_of_the_generator():
-    fit = backend(num_particles=500).run(random.key(0), 400, DATA, init_params=AT, progress_bar=False)
+    fit = backend(num_particles=100).run(random.key(0), 400, DATA, init_params=AT, progress_bar=False)
     mean, covariance = moments(fit.state.constrained_generator_params())
     entropy = float(0.5 * jnp.linalg.slogdet(2 * jnp.pi * jnp.e * covariance)[1])
     found = fit.history["entropy"]["x"][200:]
@@ -188,7 +188,7 @@ def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
 
 def test_several_steps_of_either_kind_per_update():
     """Three generator steps of 0.1 move φ by three; two energy steps move θ by two."""
-    one = backend(optim=optax.sgd(1e-4), generator_optim=optax.sgd(1e-3), num_particles=4_000)
+    one = backend(optim=optax.sgd(1e-4), generator_optim=optax.sgd(1e-3), num_particles=1_024)
     many = dataclasses.replace(one, num_generator_steps=3, num_energy_steps=2)
     state = one.init(random.key(0), DATA, init_params=AT)
     moved = []
