@@ -28,7 +28,7 @@ SCORES = {"importance": ImportanceScore, "variational": VariationalScore, "hmc":
 # Memory, in updates, of the running bound on log Z.
 BOUND_MEMORY = 100
 # Evaluations of the score before the first update.
-NUM_FITTING_STEPS = 300
+NUM_FITTING_STEPS = 150
 
 
 @partial(

@@ -130,12 +130,14 @@ def draw_row(axes, name, fit, base, train, drawn, refined):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--names", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--temperatures", type=int, default=512)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "output")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    figure, axes = plt.subplots(len(DATA), 3, figsize=(10, 3.4 * len(DATA)), layout="constrained")
-    for name, row in zip(DATA, axes, strict=True):
+    num_rows = len(options.names)
+    figure, axes = plt.subplots(num_rows, 3, figsize=(10, 3.4 * num_rows), layout="constrained", squeeze=False)
+    for name, row in zip(options.names, axes, strict=True):
         fit, idata, base, train, drawn, refined = fit_one(name, options.steps, options.temperatures, options.output)
         draw_row(row, name, fit, base, train, drawn, refined)
     figure.savefig(options.output / "vera_2d.png", dpi=120)

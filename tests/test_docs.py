@@ -8,6 +8,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from jax import random
+from numpyro.infer import Predictive
 
 matplotlib.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,6 +45,11 @@ def checking_is_right(scope):
     assert abs(fitted.energy(x_test).mean() - scope["level"]) < 0.25
 
 
+def concepts_are_right(scope):
+    draws = Predictive(scope["generator"], num_samples=50)(random.key(0))["x"]
+    assert draws.shape == (50, 2)
+
+
 def comparing_is_right(scope):
     elpds = {name: elpd(loo) for name, loo in scope["loos"].items()} | {"over draws": elpd(scope["loo"])}
     expected = {"normal": -34.24, "energy": -34.24, "Laplace energy": -35.5, "over draws": -34.24}
@@ -62,6 +69,7 @@ def elpd(loo):
     [
         ("README.md", None),
         ("docs/tutorial.md", tutorial_is_right),
+        ("docs/concepts.md", concepts_are_right),
         ("docs/checking.md", checking_is_right),
         ("docs/comparing.md", comparing_is_right),
     ],
@@ -93,6 +101,17 @@ def test_digits_example_with_tiny_settings(tmp_path, capsys):
     printed = capsys.readouterr().out
     for row in ("energy model", "Gaussian (the base)", "mixture", "labels alone", "kNN label spreading", "r_hat"):
         assert row in printed
+
+
+def test_plane_example_with_tiny_settings(tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("vera_2d", ROOT / "examples" / "vera_2d.py")
+    plane = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plane)
+    plane.main(["--steps", "20", "--names", "moons", "--temperatures", "16", "--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == {"vera_2d.png", "vera_moons.nc"}
+    printed = capsys.readouterr().out
+    for part in ("moons: test log-likelihood", "mixture of 20 Gaussians", "the generator's bound", "r_hat"):
+        assert part in printed
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

@@ -187,21 +187,16 @@ def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
 
 
 def test_several_steps_of_either_kind_per_update():
-    """Three generator steps of 0.1 move φ by three; two energy steps move θ by two."""
-    one = backend(optim=optax.sgd(1e-4), generator_optim=optax.sgd(1e-3), num_particles=1_024)
+    """Adam counts its steps, and its first ones are of the size of its rate."""
+    one = backend(optim=optax.adam(1e-3), generator_optim=optax.adam(1e-3))
     many = dataclasses.replace(one, num_generator_steps=3, num_energy_steps=2)
     state = one.init(random.key(0), DATA, init_params=AT)
-    moved = []
-    for built in (one, many):
+    for built, num_generator_steps, num_energy_steps in ((one, 1, 1), (many, 3, 2)):
         after, _ = jax.jit(built.update)(state, DATA)
-        steps = (
-            jax.tree.map(jnp.subtract, after.params, state.params),
-            jax.tree.map(jnp.subtract, after.generator_params, state.generator_params),
-        )
-        moved.append([np.asarray(ravel_pytree(step)[0]) for step in steps])
-    for side, factor in ((0, 2), (1, 3)):
-        large = np.abs(moved[0][side]) > 0.3 * np.abs(moved[0][side]).max()
-        np.testing.assert_allclose(moved[1][side][large], factor * moved[0][side][large], rtol=0.15)
+        assert after.generator_optim_state[0].count == num_generator_steps
+        assert after.optim_state[0].count == num_energy_steps
+        moved = abs(after.params["slope"] - state.params["slope"])
+        np.testing.assert_allclose(moved, 1e-3 * num_energy_steps, rtol=0.05)
 
 
 @pytest.mark.parametrize("score", ["variational", "hmc", ebm.ImportanceScore(num_samples=5)], ids=str)
@@ -209,7 +204,7 @@ def test_every_score_trains(score):
     built = backend(generator_optim=optax.adam(0.02), score=score)
     fit = built.run(random.key(0), 300, DATA, init_params=AT, progress_bar=False)
     bound = fit.history["log_normalizer_bound"]["x"]
-    assert bound[-1] > bound[0] + 0.2
+    assert bound[-1] > log_z(AT) - 0.25
     # log q̂ is low on average, most of all the paper's, so the bound may lie above log Z a little.
     assert bound[-1] < log_z(AT) + 0.2
 
