@@ -129,7 +129,7 @@ def table(generator, num_draws):
             bias, deviation, cosine = measure(generator, score, num_draws, random.key(0))
             cost = evaluations(score, generator.weight.shape[1])
             rows.setdefault(name, []).append((cost, bias, deviation))
-            row = f"{name:22} | {cost:11d} | {bias:13.4f} | {deviation:21.2f} | {cosine:7.4f}"
+            row = f"{name:22} | {cost:11d} | {bias:13.4f} | {deviation:21.3f} | {cosine:7.4f}"
             print(f"{row} | {time.perf_counter() - began:.0f}", flush=True)
     return rows
 
@@ -152,14 +152,15 @@ def mnist_ppca(folder, num_latents=100):
 def draw(rows, path):
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
     for name, found in rows.items():
         cost, bias, deviation = np.array(found).T
         axes[0].loglog(cost, np.maximum(bias, 1e-4), "o-", label=name)
-        axes[1].loglog(cost, deviation, "o-", label=name)
+        axes[1].semilogx(cost, deviation, "o-")
     for ax, what in zip(axes, ("relative bias", "relative standard deviation of one draw"), strict=True):
         ax.set(xlabel="generator evaluations per draw", ylabel=what)
-    axes[0].legend(frameon=False)
+    axes[1].set_ylim(bottom=0)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle("Entropy gradient of the MNIST PPCA with 100 latents")
     figure.savefig(path, dpi=120)
 

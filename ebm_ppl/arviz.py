@@ -17,8 +17,8 @@ from jax import random
 from numpyro.infer import log_likelihood
 
 from ebm_ppl.certificate import LogNormalizer
-from ebm_ppl.distribution import EnergyDistribution, rewrap
-from ebm_ppl.inspection import unmasked_rows
+from ebm_ppl.distribution import EnergyDistribution, require_same_energy, rewrap
+from ebm_ppl.inspection import fingerprints, unmasked_rows
 from ebm_ppl.jarzynski import JarzynskiState
 from ebm_ppl.model import Arguments, BoundModel, FullPlates, Model, Observation, observations
 from ebm_ppl.normalized import normalized
@@ -112,6 +112,9 @@ def to_arviz(
     energies = bound.energies(one)
     if log_normalizer is not None:
         _check_belongs(log_normalizer, energies, params)
+        if log_normalizer.fingerprints:
+            for name, found in fingerprints(bound, one).items():
+                require_same_energy(name, found, log_normalizer.fingerprints[name])
     usable = log_normalizer is not None and (log_normalizer.is_certified or allow_uncertified)
     groups: dict[str, dict[str, Variable]] = {"posterior_predictive": {}}
     state = source.state if isinstance(source, Fit) else None

@@ -127,8 +127,8 @@ class SiteCertificate(NamedTuple):
 class LogNormalizer:
     """log Z per energy site, what bounds it, and why not to believe it.
 
-    Every field but the last four is a dict by site name; arrays have the site's batch shape, after the axes of the
-    draws where parameters were given as draws.
+    Every field but ``method``, ``num_evaluations``, ``params`` and ``batch_ndims`` is a dict by site name; arrays have
+    the site's batch shape, after the axes of the draws where parameters were given as draws.
 
     Attributes:
         estimate: log Z.  Jackknifed log-mean-exp over islands, each of whose Ẑ is unbiased (for ``reverse``, of 1/Z).
@@ -145,6 +145,8 @@ class LogNormalizer:
         num_evaluations: Energy evaluations (with their gradients, where walkers move).
         params: The (constrained) parameters that it belongs to.
         batch_ndims: Number of leading axes of parameter draws; 0 for one point.
+        fingerprints: U at fixed points of the support (and the first draw), by which other energies are recognised and
+            refused; empty where nothing was evaluated.
     """
 
     estimate: dict[str, Array]
@@ -159,6 +161,7 @@ class LogNormalizer:
     num_evaluations: int = 0
     params: dict[str, Any] = field(default_factory=dict, repr=False)
     batch_ndims: int = 0
+    fingerprints: dict[str, Array] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_sites(cls, sites: dict[str, SiteCertificate], method: str, **options: Any) -> "LogNormalizer":

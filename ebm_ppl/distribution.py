@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from jax import Array, random
+from jax import Array, lax, random
 from jax.custom_derivatives import SymbolicZero
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
@@ -95,6 +95,10 @@ class EnergyDistribution(dist.Distribution):
         self.start = start
         self.log_normalizer = _as_log_normalizer(log_normalizer, base.batch_shape)
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+        if isinstance(log_normalizer, LogNormalizer):
+            doubts = [require_same_energy(None, fingerprint(self), old) for old in log_normalizer.fingerprints.values()]
+            assert self.log_normalizer is not None
+            self.log_normalizer = self.log_normalizer + sum(doubts)
 
     @property
     def support(self) -> Any:
@@ -246,6 +250,31 @@ class EnergyDistribution(dist.Distribution):
 
     def _site_name(self) -> str | None:
         return find_site_name(self, unwrap)
+
+
+def fingerprint(distribution: EnergyDistribution) -> Array:
+    """U at fixed points of the support, ``(16, *batch_shape)``: what tells one energy from another."""
+    return distribution._unchecked_potential(points_in_support(distribution, random.key(0), 16))
+
+
+def require_same_energy(name: str | None, found: Array, expected: Array) -> Array:
+    """0 where two fingerprints are of one energy.
+
+    Under a trace, where nothing can be raised, another energy gives NaN.
+
+    Raises:
+        ValueError: It is another energy.
+    """
+    same = jnp.array(False)
+    if found.shape == expected.shape:
+        same = jnp.all(jnp.isclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True))
+    if not isinstance(same, jax.core.Tracer) and not bool(same):
+        raise ValueError(
+            f"log_normalizer belongs to another energy than that{at_site(name)}: they differ at fixed points, although "
+            "the parameters' names and values agree. Another base, other arguments of the model, or a changed net: "
+            "estimate it for this very energy; log_normalizer.estimate[site] is the bare number."
+        )
+    return lax.stop_gradient(jnp.where(same, 0.0, jnp.nan))
 
 
 def _as_log_normalizer(value: ArrayLike | LogNormalizer | None, batch_shape: tuple[int, ...]) -> Array | None:

@@ -20,6 +20,7 @@ from numpyro.infer.util import transform_fn
 from ebm_ppl.distribution import (
     EnergyDistribution,
     check_start_covers,
+    fingerprint,
     points_in_support,
     starting_distribution,
     unwrap,
@@ -310,6 +311,12 @@ def _energies_at_points(bound: BoundModel, params: Params, rng_key: Array) -> di
         if energy.start is not None:
             values[name] = jnp.stack([values[name], energy.start.log_prob(points)])
     return values
+
+
+@jax.jit
+def fingerprints(bound: BoundModel, params: Params) -> dict[str, Array]:
+    """What tells the model's energies from others, by site."""
+    return {name: fingerprint(energy) for name, energy in bound.energies(params).items()}
 
 
 @jax.jit

@@ -9,7 +9,7 @@ import numpyro
 from numpyro.primitives import Messenger
 
 from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
-from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.distribution import EnergyDistribution, fingerprint, require_same_energy
 from ebm_ppl.errors import UnknownNormalizerError
 from ebm_ppl.exact import enumeration, quadrature
 from ebm_ppl.model import KnownNormalizers, Model, Normalize, Params
@@ -95,6 +95,8 @@ def _constant(log_normalizer: LogNormalizer) -> Normalize:
                 f"log_normalizer has log Z of shape {estimate.shape} at energy site '{name}', whose batch shape is now "
                 f"{distribution.batch_shape}; estimate it for the same arguments."
             )
+        if name in log_normalizer.fingerprints:
+            estimate += require_same_energy(name, fingerprint(distribution), log_normalizer.fingerprints[name])
         return distribution.with_log_normalizer(estimate)
 
     return constant

@@ -17,7 +17,7 @@ from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
 from ebm_ppl.exact import enumeration, quadrature
 from ebm_ppl.geometry import standardizing_transform
-from ebm_ppl.inspection import bind
+from ebm_ppl.inspection import bind, fingerprints
 from ebm_ppl.kernels import MALA, Kernel
 from ebm_ppl.model import BoundModel, Model, Params
 from ebm_ppl.placement import SiteAtParams, resampled, settle
@@ -110,6 +110,8 @@ def log_normalizer(
     draws, lead = _flatten_draws(params, batch_ndims)
     one = params if draws is None else _draw_in_the_middle(draws)
     bound, found = bind(random.key(0) if rng_key is None else rng_key, model, one, args, kwargs)
+    first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
+    belongs_to = {"params": params, "fingerprints": fingerprints(bound, first)}
     if method in ("quadrature", "enumeration"):
         exact = {
             name: _exactly(method, name, distribution, num_points)
@@ -117,7 +119,7 @@ def log_normalizer(
             else _exactly_at_draws(method, name, bound, draws, num_points)
             for name, distribution in found.items()
         }
-        return _collect(exact, lead, method, params=params)
+        return _collect(exact, lead, method, **belongs_to)
     if rng_key is None:
         raise ValueError(f"method = {method!r} is stochastic; expected a PRNG key such as jax.random.key(0).")
     num_settling_moves = NUM_SETTLING_MOVES
@@ -162,7 +164,7 @@ def log_normalizer(
             reference = Reference(site, sites[name], position, step_size)
             sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan.kernel, plan.options, tolerance)
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
-    return _collect(sites, lead, method, params=params, num_evaluations=num_evaluations)
+    return _collect(sites, lead, method, num_evaluations=num_evaluations, **belongs_to)
 
 
 def _spread(num_moves: int, method: str, num_kernel_steps: int) -> tuple[int, int]:

@@ -333,3 +333,39 @@ def test_uncertified_draws_are_refused(at_draws):
         ebm.normalized(model, doubtful)
     accepted = ebm.normalized(model, doubtful, allow_uncertified=True)
     assert np.isfinite(log_likelihood(accepted, at_draws.samples, X, batch_ndims=2)["x"]).all()
+
+
+# Other energies
+
+
+def scaled(x=None, scale=1.0):
+    """An argument that changes the energy and is no parameter."""
+    a = numpyro.param("a", 0.5)
+    with numpyro.plate("rows", 40):
+        energy = ebm.EnergyDistribution(lambda v: scale * a * v**2, dist.Normal(0.0, 1.0))
+        numpyro.sample("x", energy, obs=x)
+
+
+def test_a_log_normalizer_of_another_energy_is_refused():
+    """Same parameters, another argument: an error where numbers are at hand, NaN under a trace."""
+    log_z = ebm.log_normalizer(None, scaled, {"a": jnp.array(0.5)}, scale=2.0, method="quadrature")
+    assert log_z.estimate["x"] == pytest.approx(-0.5 * np.log(3.0), abs=1e-5)
+    known = ebm.normalized(scaled, log_z)
+    right, _ = log_density(known, (X,), {"scale": 2.0}, {})
+    np.testing.assert_allclose(right, norm.logpdf(X, scale=3**-0.5).sum(), rtol=1e-5)
+    with pytest.raises(ValueError, match="belongs to another energy than that at site 'x'"):
+        log_density(known, (X,), {}, {})
+    assert np.isfinite(jax.jit(lambda s: log_density(known, (X,), {"scale": s}, {})[0])(2.0))
+    assert np.isnan(jax.jit(lambda s: log_density(known, (X,), {"scale": s}, {})[0])(1.0))
+
+
+def test_a_distribution_takes_the_log_normalizer_of_its_own_energy_alone():
+    bowl = ebm.EnergyDistribution(lambda v: v**2, dist.Normal(0.0, 1.0))
+    log_z = ebm.log_normalizer(None, bowl, method="quadrature")
+    same = ebm.EnergyDistribution(lambda v: v**2, dist.Normal(0.0, 1.0), log_normalizer=log_z)
+    assert same.log_prob(0.3) == pytest.approx(norm.logpdf(0.3, scale=3**-0.5), abs=1e-5)
+    for energy, base in ((lambda v: 1.01 * v**2, same.base), (lambda v: v**2, dist.Normal(0.02, 1.0))):
+        with pytest.raises(ValueError, match="belongs to another energy"):
+            ebm.EnergyDistribution(energy, base, log_normalizer=log_z)
+    # A number carries no such mark.
+    ebm.EnergyDistribution(lambda v: 1.01 * v**2, same.base, log_normalizer=log_z.estimate["x"])
