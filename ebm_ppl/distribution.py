@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, lax, random
@@ -253,8 +254,21 @@ class EnergyDistribution(dist.Distribution):
 
 
 def fingerprint(distribution: EnergyDistribution) -> Array:
-    """U at fixed points of the support, ``(16, *batch_shape)``: what tells one energy from another."""
-    return distribution._unchecked_potential(points_in_support(distribution, random.key(0), 16))
+    """E and log base at eight fixed points near the base's centre, ``(2, 8, *batch_shape)``: what tells energies apart.
+
+    Apart, because energies that contain their base leave only rounding errors in the sum.
+    """
+    base = distribution.base
+    if base.support.is_discrete:
+        return jnp.zeros((2, 0))
+    named = [d for d in (base, distribution.start) if d is not None and not is_improper(d)]
+    transform = standardizing_transform(named[0]) if named else biject_to(base.support)
+    shape = transform.inverse_shape(base.batch_shape + base.event_shape)
+    # NumPy's numbers: the same whatever JAX's types and generators are.
+    points = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
+    values = transform(jnp.asarray(points))
+    energy = distribution.energy(values)
+    return jnp.stack([energy, jnp.broadcast_to(unchecked_log_prob(base, values), energy.shape)])
 
 
 def require_same_energy(name: str | None, found: Array, expected: Array) -> Array:
@@ -393,10 +407,10 @@ def same_support(one: constraints.Constraint, other: constraints.Constraint) -> 
 
 
 def check_start_covers(distribution: EnergyDistribution, name: str | None) -> None:
-    """Refuse a ``start`` that cannot reach all of the base's support: log Z would be that of a smaller set.
+    """Refuse a ``start`` of another support than the base's: log Z would be that of a smaller, or of a larger, set.
 
     Raises:
-        ValueError: Points of the base's support lie outside the start's.
+        ValueError: Points of either support lie outside the other.
     """
     start = distribution.start
     if start is None or same_support(start.support, distribution.support):
@@ -407,6 +421,14 @@ def check_start_covers(distribution: EnergyDistribution, name: str | None) -> No
             f"The start of the energy{at_site(name)} has support {start.support}, which leaves out part of the base's, "
             f"{distribution.support}: log Z would be that of the smaller set. Name a start over the whole support, or "
             "a base with the smaller one."
+        )
+    if is_improper(start):
+        return
+    outside = ~distribution.support(start.sample(random.key(1), (256,)))
+    if not isinstance(outside, jax.core.Tracer) and bool(jnp.any(outside)):
+        raise ValueError(
+            f"The start of the energy{at_site(name)} has support {start.support}, which reaches beyond the base's, "
+            f"{distribution.support}: walkers would leave it. Name a start over the base's support."
         )
 
 

@@ -67,7 +67,7 @@ class _Conditional(Messenger):
 
 def _standard_residual(found: Any, value: Array) -> Array | None:
     """``value`` in coordinates where a normal (of any shape, through any transforms) is standard; None for others."""
-    while isinstance(found, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    while isinstance(found, dist.Independent | dist.ExpandedDistribution):
         found = found.base_dist
     if isinstance(found, dist.TransformedDistribution):
         for transform in reversed(found.transforms):
@@ -76,7 +76,9 @@ def _standard_residual(found: Any, value: Array) -> Array | None:
     if isinstance(found, dist.Normal):
         return jnp.ravel((value - found.loc) / found.scale)
     if isinstance(found, dist.MultivariateNormal):
-        return jnp.ravel(solve_triangular(found.scale_tril, value - found.loc, lower=True))
+        distance = value - found.loc
+        root = jnp.broadcast_to(found.scale_tril, (*distance.shape, distance.shape[-1]))
+        return jnp.ravel(solve_triangular(root, distance[..., None], lower=True))
     return None
 
 
@@ -193,7 +195,9 @@ def inspect_generator(
         )
     trace = handlers.trace(handlers.seed(program, rng_key)).get_trace()
     params, transforms, latents = {}, {}, {}
+    seen: list[str] = []
     for found, site in trace.items():
+        seen.append(found)
         if site["type"] == "mutable":
             raise ValueError(
                 f"Generator site '{found}' is mutable state (batch norm, running statistics): its draws would change "
@@ -209,6 +213,11 @@ def inspect_generator(
                     "normaliser. A generator only draws: leave obs= and numpyro.factor out."
                 )
             if found != name:
+                if name in seen:
+                    raise ValueError(
+                        f"Generator latent '{found}' is drawn after '{name}': x must be given all latents. Draw it "
+                        "before, or leave it out."
+                    )
                 _check_latent(found, site["fn"])
                 latents[found] = site["value"]
     if name not in trace or trace[name]["type"] != "sample":
@@ -233,7 +242,15 @@ def inspect_generator(
     return Generator(program, name, transforms, latents, is_normal), unconstrained
 
 
+def _check_mask(name: str, found: Any) -> None:
+    while hasattr(found, "base_dist"):
+        if isinstance(found, dist.MaskedDistribution):
+            raise ValueError(f"Generator site '{name}' is masked: its draws have no density. Take the mask away.")
+        found = found.base_dist
+
+
 def _check_latent(name: str, found: Any) -> None:
+    _check_mask(name, found)
     unbounded = same_support(found.support, constraints.real) or same_support(found.support, constraints.real_vector)
     if found.support.is_discrete or not unbounded:
         raise ValueError(
@@ -248,6 +265,7 @@ def _check_latent(name: str, found: Any) -> None:
 
 
 def _check_conditional(rng_key: Array, name: str, found: Any, distribution: EnergyDistribution) -> None:
+    _check_mask(name, found)
     if found.support.is_discrete or not found.has_rsample:
         kind = "discrete" if found.support.is_discrete else "not reparametrised"
         raise ValueError(

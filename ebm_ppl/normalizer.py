@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.bridge import Reference, bridge_to_draws
 from ebm_ppl.certificate import LogNormalizer, SiteCertificate, certify, exact_certificate, flags_of_exact
-from ebm_ppl.distribution import EnergyDistribution, starting_distribution
+from ebm_ppl.distribution import EnergyDistribution, fingerprint, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
 from ebm_ppl.exact import enumeration, quadrature
 from ebm_ppl.geometry import standardizing_transform
@@ -111,7 +111,8 @@ def log_normalizer(
     one = params if draws is None else _draw_in_the_middle(draws)
     bound, found = bind(random.key(0) if rng_key is None else rng_key, model, one, args, kwargs)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
-    belongs_to = {"params": params, "fingerprints": fingerprints(bound, first)}
+    marks = {"x": fingerprint(model)} if isinstance(model, EnergyDistribution) else fingerprints(bound, first)
+    belongs_to: dict[str, Any] = {"params": params, "fingerprints": marks}
     if method in ("quadrature", "enumeration"):
         exact = {
             name: _exactly(method, name, distribution, num_points)

@@ -89,6 +89,8 @@ def sample(
             raise ValueError(f"{option} = {value}; expected at least {least}.")
     params = {} if params is None else dict(params)
     bound, found = bind(rng_key, model, params, args, kwargs)
+    if initial is not None and not set(initial) <= set(found):
+        raise ValueError(f"initial has sites {sorted(initial)}; expected energy sites among {sorted(found)}.")
     draws, keys = {}, random.split(rng_key, len(found))
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax, random
 from jax.nn import logsumexp
-from jax.scipy.linalg import cho_solve, solve_triangular
+from jax.scipy.linalg import solve_triangular
 
 # Pairs that lend each other their latents.
 MAX_BLOCK = 256
@@ -179,17 +179,15 @@ class ImportanceScore:
     ) -> tuple[ScoreInfo, ImportanceState]:
         assert pair.residuals is not None
         residual, jacobian = jax.vmap(partial(_linearized, pair.residuals))(latents, values)
-        root = jnp.linalg.cholesky(jnp.einsum("nij,nik->njk", jacobian, jacobian))
-        step = jax.vmap(lambda chol, slope: cho_solve((chol, True), slope))(
-            root, jnp.einsum("nij,ni->nj", jacobian, residual)
-        )
-        # Λ⁻¹ = root⁻ᵀ root⁻¹, so root⁻ᵀ turns white noise into draws of covariance Λ⁻¹.
-        spread = jax.vmap(lambda chol, white: solve_triangular(chol, white.T, trans=1, lower=True).T)(root, noise)
+        # R = Q root and Λ = rootᵀ root: no squared condition number.
+        orthogonal, root = jnp.linalg.qr(jacobian)
+        step = jax.vmap(solve_triangular)(root, jnp.einsum("nij,ni->nj", orthogonal, residual))
+        spread = jax.vmap(lambda root, white: solve_triangular(root, white.T).T)(root, noise)
         scale = jnp.sqrt(state.inflation)
-        log_det = jnp.sum(jnp.log(jnp.diagonal(root, axis1=1, axis2=2)), axis=1)
+        log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=1, axis2=2))), axis=1)
         log_proposal = _log_standard_normal(noise) + log_det[:, None] - noise.shape[-1] * jnp.log(scale)
         proposals = (latents - step)[:, None] + scale * spread
-        white = jnp.einsum("nlk,nml->nmk", root, latents - (latents - step)[:, None]) / scale
+        white = jnp.einsum("nkl,nml->nmk", root, latents - (latents - step)[:, None]) / scale
         elsewhere = _log_standard_normal(white) + (log_det - noise.shape[-1] * jnp.log(scale))[:, None]
         info, weights = _mixture_score(pair, latents, values, Proposals(proposals, log_proposal, elsewhere))
         inflation = state.inflation * jnp.mean(jnp.sum(weights[..., None] * noise**2, axis=1))

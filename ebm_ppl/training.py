@@ -138,7 +138,8 @@ def _non_finite_message(bad: list[str], step: int) -> str:
         f"Step {step} gave a NaN or an infinity in {where}; the state before it is kept in this error's .fit. "
         "Lower the learning rate or clip gradients (optax.chain(optax.clip_by_global_norm(...), ...)), lower the "
         "kernel's step size if it is ULA, and check that the energy is finite over the whole support and on the data "
-        "(and a generator's scale positive: constraint=constraints.interval(0.01, 1.0))."
+        "(and that a generator's scale is positive, constraint=constraints.interval(0.01, 1.0), and its draws in the "
+        "base's support: ebm_ppl.standardized_normal)."
     )
 
 

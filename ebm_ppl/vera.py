@@ -4,7 +4,7 @@ Grathwohl, Kelly, Hashemi, Norouzi, Swersky and Duvenaud (ICLR 2021), Algorithm 
 """
 
 import warnings
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -254,7 +254,9 @@ class VERA:
         finite = {
             "loss": jnp.isfinite(loss),
             "gradient": jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params)),
-            "generator": jnp.isfinite(told["generator_loss"]) & jnp.isfinite(optax.tree.norm(progress.params)),
+            "generator": told["in_support"]
+            & jnp.isfinite(told["generator_loss"])
+            & _all_finite((progress.params, progress.score_state)),
         }
         new = VERAState(
             params=params,
@@ -313,6 +315,11 @@ class VERA:
         """
         if init_state is None:
             init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+        elif init_state.generator.program is not self.generator:
+            raise ValueError(
+                "init_state belongs to another generator; continue with the VERA that made it, or without it."
+            )
+        init_state = replace(init_state, entropy_weight=self.entropy_weight)
         fit = run(self, init_state, num_steps, Arguments(args, kwargs), progress_bar=progress_bar)
         _warn_of_bounds(fit)
         _warn_of_collapse(fit, init_state)
@@ -350,6 +357,7 @@ class VERA:
             "generator_loss": jnp.mean(potential) - self.entropy_weight * entropy,
             "entropy": entropy,
             "grad_norm": optax.tree.norm(grads),
+            "in_support": jnp.all(distribution.support(values)),
         }
         return _Progress(params, optim_state, score_state, bound), told
 
@@ -372,6 +380,11 @@ class VERA:
         loss, grads = jax.value_and_grad(partial(bound.negative_log_joint, normalize=normalize))(params)
         updates, optim_state = self.optim.update(grads, optim_state, params)
         return (optax.apply_updates(params, updates), optim_state), (loss, optax.tree.norm(grads))
+
+
+def _all_finite(tree: Any) -> Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
 
 
 def _penalized(distribution: EnergyDistribution, transform: Transform, weight: float) -> EnergyDistribution:

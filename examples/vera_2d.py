@@ -77,7 +77,7 @@ def make_generator(base):
     return generator
 
 
-def fit_one(name, steps, temperatures, folder):
+def fit_one(name, steps, particles, temperatures, folder):
     """Fit one density, print its row of the table, save its data; what the figure shows."""
     train, test = (DATA[name](size, seed).astype(np.float32) for size, seed in ((4_000, 0), (2_000, 1)))
     base = dist.Normal(train.mean(0), train.std(0)).to_event(1)
@@ -87,7 +87,9 @@ def fit_one(name, steps, temperatures, folder):
     optim, generator_optim = (
         optax.adam(optax.cosine_decay_schedule(rate, steps, 0.05), b1=0.0, b2=0.9) for rate in (5e-4, 1e-3)
     )
-    backend = ebm.VERA(model, make_generator(base), optim, generator_optim, num_particles=256, gradient_penalty=0.01)
+    backend = ebm.VERA(
+        model, make_generator(base), optim, generator_optim, num_particles=particles, gradient_penalty=0.01
+    )
     began = time.perf_counter()
     fit = backend.run(random.key(0), steps, train)
     seconds = time.perf_counter() - began
@@ -130,6 +132,7 @@ def draw_row(axes, name, fit, base, train, drawn, refined):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--names", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--temperatures", type=int, default=512)
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "output")
@@ -138,7 +141,9 @@ def main(arguments=None):
     num_rows = len(options.names)
     figure, axes = plt.subplots(num_rows, 3, figsize=(10, 3.4 * num_rows), layout="constrained", squeeze=False)
     for name, row in zip(options.names, axes, strict=True):
-        fit, idata, base, train, drawn, refined = fit_one(name, options.steps, options.temperatures, options.output)
+        fit, idata, base, train, drawn, refined = fit_one(
+            name, options.steps, options.particles, options.temperatures, options.output
+        )
         draw_row(row, name, fit, base, train, drawn, refined)
     figure.savefig(options.output / "vera_2d.png", dpi=120)
     print(f"figure and data: {options.output}")

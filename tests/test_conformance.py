@@ -58,7 +58,9 @@ def generator():
 
 
 def vera(model, optim, *, num_walkers=16):
-    return ebm.VERA(model, generator, optim, optax.adam(0.05), num_particles=num_walkers, gradient_penalty=0.0)
+    # No momentum, or the two players circle ever wider.
+    generator_optim = optax.adam(0.1, b1=0.0)
+    return ebm.VERA(model, generator, optim, generator_optim, num_particles=num_walkers, gradient_penalty=0.0)
 
 
 class Entry(NamedTuple):

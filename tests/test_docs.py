@@ -107,7 +107,9 @@ def test_plane_example_with_tiny_settings(tmp_path, capsys):
     spec = importlib.util.spec_from_file_location("vera_2d", ROOT / "examples" / "vera_2d.py")
     plane = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plane)
-    plane.main(["--steps", "20", "--names", "moons", "--temperatures", "16", "--output", str(tmp_path)])
+    plane.main(
+        ["--steps", "20", "--names", "moons", "--particles", "8", "--temperatures", "16", "--output", str(tmp_path)]
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"vera_2d.png", "vera_moons.nc"}
     printed = capsys.readouterr().out
     for part in ("moons: test log-likelihood", "mixture of 20 Gaussians", "the generator's bound", "r_hat"):

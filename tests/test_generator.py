@@ -92,6 +92,26 @@ def test_latents_of_several_sites_and_nets():
     np.testing.assert_allclose(generator.log_joint(params, z, x), expected, rtol=1e-5)
 
 
+def test_latents_of_a_batched_multivariate_normal():
+    """Residuals are its own: half their squares is its log density, up to a constant."""
+    root = jnp.array([[2.0, 0.0], [0.5, 0.3]])
+
+    def program():
+        prior = dist.MultivariateNormal(jnp.ones(2), scale_tril=root).expand([3]).to_event(1)
+        z = numpyro.sample("z", prior)
+        numpyro.sample("x", ebm.standardized_normal(BASES["normal"], z.sum(0) * numpyro.param("a", 1.0), 0.5))
+
+    generator, params = inspect_generator(random.key(0), program, "x", energy_on(BASES["normal"]))
+    assert generator.is_normal
+    half_squares, log_joints = [], []
+    for key in random.split(random.key(1), 4):
+        z, x = generator.draw(params, key)
+        residuals = jnp.concatenate(generator.residuals(params, z, x))
+        half_squares.append(0.5 * residuals @ residuals)
+        log_joints.append(generator.log_joint(params, z, x))
+    np.testing.assert_allclose(np.diff(half_squares), -np.diff(log_joints), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("scale", "share"), [(0.0101, 1.0), (0.5, 0.0), (0.999, -1.0)])
 def test_parameters_at_the_ends_of_their_interval(scale, share):
     base = BASES["normal"]
@@ -146,7 +166,19 @@ def has_a_factor():
     numpyro.factor("f", 1.0)
 
 
+def draws_more_after_x():
+    x_given_z(lambda z: dist.Normal(z, 1.0).to_event(1))()
+    numpyro.sample("late", dist.Normal(0, 1))
+
+
+def is_masked():
+    with numpyro.handlers.mask(mask=False):
+        x_given_z(lambda z: dist.Normal(z, 1.0).to_event(1))()
+
+
 REFUSED = [
+    (draws_more_after_x, "latent 'late' is drawn after 'x'"),
+    (is_masked, "is masked"),
     (other_name, r"sample sites \['image', 'z'\], but none named 'x'"),
     (x_given_z(lambda z: dist.Poisson(jnp.exp(z)).to_event(1)), "is a Independent, which is discrete"),
     (x_given_z(lambda z: dist.VonMises(z, 1.0).to_event(1)), "not reparametrised"),

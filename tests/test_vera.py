@@ -16,6 +16,8 @@ from numpyro.distributions import constraints
 from numpyro.infer import Predictive
 
 import ebm_ppl as ebm
+from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.vera import _penalized
 
 BASE = dist.Normal(0, 1).expand([2]).to_event(1)
 # Skewed and correlated data of unequal scales.
@@ -111,23 +113,41 @@ def test_the_energys_gradient():
     assert np.all(np.abs(exact) > 20 * error)
 
 
-@pytest.mark.parametrize(
-    "base",
-    [
-        dist.Normal(jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])).to_event(1),
-        dist.MultivariateNormal(jnp.zeros(2), scale_tril=jnp.array([[2.0, 0.0], [1.0, 0.5]])),
-        dist.LogNormal(0.0, 0.5).expand([2]).to_event(1),
-    ],
-    ids=["normal", "multivariate", "positive"],
-)
-def test_the_gradient_penalty_is_in_base_standard_coordinates(base):
-    """½ γ Σ ‖∂E/∂u‖², with ∂E/∂u = T'(u)ᵀ ∂E/∂x, for every data row and with the plate's scale."""
-    from ebm_ppl.geometry import standardizing_transform
+BASES = {
+    "normal": dist.Normal(jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])).to_event(1),
+    "multivariate": dist.MultivariateNormal(jnp.zeros(2), scale_tril=jnp.array([[2.0, 0.0], [1.0, 0.5]])),
+    "positive": dist.LogNormal(0.0, 0.5).expand([2]).to_event(1),
+}
+
+
+def cubic(a, v):
+    return a * (v**3).sum(-1) / 6
+
+
+def squared_slope(base, a, x):
+    """‖∂E/∂u‖² of the cubic, with ∂E/∂u = T'(u)ᵀ ∂E/∂x."""
+    transform = standardizing_transform(base)
+    slopes = jax.vmap(jax.jacobian(transform))(transform.inv(x))
+    return (jnp.einsum("nij,ni->nj", slopes, a * x**2 / 2) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_gradient_penalty_is_in_base_standard_coordinates(name):
+    base = BASES[name]
+    x = base.sample(random.key(3), (20,))
+    plain = ebm.EnergyDistribution(partial(cubic, 0.7), base)
+    penalized = _penalized(plain, standardizing_transform(base), 0.3)
+    added = penalized.energy(x) - plain.energy(x)
+    np.testing.assert_allclose(added, 0.5 * 0.3 * squared_slope(base, 0.7, x), rtol=1e-3)
+
+
+def test_the_gradient_penalty_is_of_every_data_row_with_its_scale():
+    base = BASES["multivariate"]
 
     def skewed(x):
         a = numpyro.param("a", 0.7)
         with numpyro.plate("data", 60, subsample_size=len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * (v**3).sum(-1) / 6, base), obs=x)
+            numpyro.sample("x", ebm.EnergyDistribution(partial(cubic, a), base), obs=x)
 
     def program():
         z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
@@ -138,10 +158,8 @@ def test_the_gradient_penalty_is_in_base_standard_coordinates(base):
     for penalty in (0.0, 0.3):
         built = ebm.VERA(skewed, program, optax.sgd(0.0), optax.sgd(0.0), gradient_penalty=penalty)
         losses.append(built.update(built.init(random.key(0), x), x)[1]["loss"])
-    transform = standardizing_transform(base)
-    slopes = jax.vmap(jax.jacobian(transform))(transform.inv(x))
-    gradient = jnp.einsum("nij,ni->nj", slopes, 0.7 * x**2 / 2)
-    np.testing.assert_allclose(losses[1] - losses[0], 0.5 * 0.3 * (gradient**2).sum() * 60 / 20, rtol=1e-3)
+    expected = 0.5 * 0.3 * squared_slope(base, 0.7, x).sum() * 60 / 20
+    np.testing.assert_allclose(losses[1] - losses[0], expected, rtol=1e-3)
 
 
 def test_entropy_and_bound_are_those_of_the_generator():
@@ -236,6 +254,33 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_state():
     with pytest.raises(ebm.NonFiniteError, match="Step") as caught:
         built.run(random.key(0), 2_000, -5 * DATA, progress_bar=False)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.fit.params))
+
+
+def test_draws_that_leave_the_support_stop_the_run():
+    """Inside at first: the target's mode is at the edge, and normal noise does not know where it is."""
+
+    def positive(x):
+        rate = numpyro.param("rate", 30.0)
+        with numpyro.plate("data", len(x)):
+            base = dist.HalfNormal(1.0).expand([2]).to_event(1)
+            numpyro.sample("x", ebm.EnergyDistribution(lambda v: rate * v.sum(-1), base), obs=x)
+
+    def careless():
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        loc = numpyro.param("loc", 2.0) + 0.01 * z
+        numpyro.sample("x", dist.Normal(loc, numpyro.param("scale", 0.1, constraint=constraints.positive)).to_event(1))
+
+    built = ebm.VERA(positive, careless, optax.sgd(0.0), optax.adam(0.05))
+    with pytest.raises(ebm.NonFiniteError, match=r"in the generator; .* its draws in the base's support"):
+        built.run(random.key(0), 500, DATA, progress_bar=False)
+
+
+def test_a_run_goes_on_with_its_own_generator(fit):
+    other = ebm.VERA(model, lambda: generator(), optax.adam(0.01), optax.adam(0.01))
+    with pytest.raises(ValueError, match="another generator"):
+        other.run(random.key(0), 1, DATA, init_state=fit.state, progress_bar=False)
+    tempered = backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01), entropy_weight=0.5)
+    assert tempered.run(random.key(0), 1, DATA, init_state=fit.state, progress_bar=False).state.entropy_weight == 0.5
 
 
 # Warnings and refusals
