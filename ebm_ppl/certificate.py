@@ -145,7 +145,7 @@ class LogNormalizer:
         num_evaluations: Energy evaluations (with their gradients, where walkers move).
         params: The (constrained) parameters that it belongs to.
         batch_ndims: Number of leading axes of parameter draws; 0 for one point.
-        fingerprints: U at fixed points of the support (and the first draw), by which other energies are recognised and
+        fingerprints: E and log base at fixed points (and the first draw), by which other energies are recognised and
             refused; empty where nothing was evaluated.
     """
 

@@ -120,8 +120,10 @@ class VERA:
         generator: A NumPyro program without arguments: latents on the whole real line, then x given z at the energy
             site's name, reparametrised and with a density, such as :func:`standardized_normal`.
         optim: An optax gradient transformation for the model's unconstrained parameters.
-        generator_optim: One for the generator's.
-        num_particles: Generator draws per step.
+        generator_optim: One for the generator's.  Both without momentum, such as ``optax.adam(1e-3, b1=0.0)``: with it
+            the two players circle each other.
+        num_particles: Generator draws per step.  Over 256 they should divide into blocks of nearly that many: draws
+            lend each other their latents there (:class:`ImportanceScore`).
         entropy_weight: λ.  Other than 1, the generator is drawn to exp(−U/λ), while log Z and densities stay those of
             exp(−U).
         gradient_penalty: γ; 0 leaves it out.
