@@ -14,13 +14,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax  # noqa: E402
 
-# Every executable maps memory, of which Linux allows a process 65,530 pieces; one module takes up to 15,000.
-MAX_MAPS = 25_000
-MAPS = pathlib.Path("/proc/self/maps")
-
 
 def pytest_runtest_teardown(item, nextitem):
-    """Between modules, drop executables before there are too many; all that is shared is compiled again then."""
-    module_ends = nextitem is None or nextitem.module is not item.module
-    if module_ends and MAPS.exists() and len(MAPS.read_bytes().splitlines()) > MAX_MAPS:
+    """Drop a finished module's executables: each maps memory, of which Linux allows a process 65,530 pieces."""
+    if nextitem is None or nextitem.module is not item.module:
         jax.clear_caches()
