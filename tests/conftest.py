@@ -10,7 +10,8 @@ os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
 # Compiling is most of the time: workers, and Pythons with the same jaxlib, share what they compiled.
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Also the smallest programs: the clearing below makes every module want them again.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 
