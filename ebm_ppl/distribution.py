@@ -373,7 +373,8 @@ def starting_distribution(distribution: EnergyDistribution, name: str | None) ->
     if is_improper(start):
         found = "base" if distribution.start is None else "start"
         raise UnknownNormalizerError(
-            f"The {found} of the energy{at_site(name)} is improper: walkers have nowhere to start and log Z no anchor. "
+            f"The {found} of the energy{at_site(name)} is improper: there is nowhere to start from and log Z has no "
+            "anchor. "
             "Name a proper starting distribution: EnergyDistribution(energy, base, "
             "start=dist.Normal(...).to_event(...))."
         )

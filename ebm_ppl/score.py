@@ -17,8 +17,8 @@ from jax import Array, lax, random
 from jax.nn import logsumexp
 from jax.scipy.linalg import solve_triangular
 
-# Pairs that lend each other their latents.
-MAX_BLOCK = 256
+# Pairs that lend each other their latents; several blocks have at least MIN_BLOCK each.
+MAX_BLOCK, MIN_BLOCK = 256, 64
 
 
 class Pair(NamedTuple):
@@ -133,7 +133,7 @@ class ImportanceScore:
     samples themselves.
 
     Either is the posterior itself where x is linear in z.  The other pairs' latents are proposals from the prior, for
-    posteriors of several modes, at no generator evaluation; pairs are dealt into equal blocks of up to 256 for that.
+    posteriors of several modes, at no generator evaluation; pairs are dealt into equal blocks of 64 to 256 for that.
 
     Args:
         num_samples: Proposals per pair.
@@ -168,7 +168,7 @@ class ImportanceScore:
         noise = random.normal(rng_key, (num, self.num_samples, num_latents), latents.dtype)
         evaluate = self._local if self.local and pair.residuals is not None else self._global
         # Pairs lend each other their latents in blocks, or the work would grow with the square of their number.
-        size = max(divisor for divisor in range(1, MAX_BLOCK + 1) if num % divisor == 0)
+        size = _block_size(num)
         blocks = [array.reshape(-1, size, *array.shape[1:]) for array in (noise, latents, values)]
         info, now = jax.vmap(lambda n, z, x: evaluate(n, state, pair, z, x))(*blocks)
         info = jax.tree.map(lambda leaf: leaf.reshape(num, *leaf.shape[2:]), info)
@@ -215,6 +215,17 @@ class ImportanceScore:
             gradient=slope.T @ slope / num,
         )
         return info, now
+
+
+def _block_size(num: int) -> int:
+    """The largest equal blocks that so many pairs can be dealt into."""
+    size = max(divisor for divisor in range(1, MAX_BLOCK + 1) if num % divisor == 0)
+    if size < min(num, MIN_BLOCK):
+        raise ValueError(
+            f"{num} draws of the generator cannot be dealt into equal blocks of {MIN_BLOCK} to {MAX_BLOCK}, inside which "
+            f"they lend each other their latents. Take another num_particles, such as {128 * round(num / 128)}."
+        )
+    return size
 
 
 def _linearized(

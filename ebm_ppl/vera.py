@@ -122,8 +122,8 @@ class VERA:
         optim: An optax gradient transformation for the model's unconstrained parameters.
         generator_optim: One for the generator's.  Both without momentum, such as ``optax.adam(1e-3, b1=0.0)``: with it
             the two players circle each other.
-        num_particles: Generator draws per step.  Over 256 they should divide into blocks of nearly that many: draws
-            lend each other their latents there (:class:`ImportanceScore`).
+        num_particles: Generator draws per step.  Over 256, a number that divides into blocks of 64 to 256, inside
+            which draws lend each other their latents (:class:`ImportanceScore`).
         entropy_weight: λ.  Other than 1, the generator is drawn to exp(−U/λ), while log Z and densities stay those of
             exp(−U).
         gradient_penalty: γ; 0 leaves it out.
