@@ -33,11 +33,11 @@ from ebm_ppl.score import Pair
 from ebm_ppl.training import _chunk
 
 NUM_LATENTS, NUM_DRAWS, NUM_MOVES = tables.NUM_LATENTS, 64, 40
-GAMMA, BOUND_MEMORY = 0.1, 100
+GAMMA, BOUND_MEMORY = 1.0, 100
 LOW, HIGH = 0.01, 1.0
 LANGEVIN_STEP = 0.01
-SCORE = ebm.ImportanceScore()
-OPTIM, GENERATOR_OPTIM = (optax.adam(rate, b1=0.0, b2=0.9) for rate in (3e-4, 6e-4))
+SCORE = ebm.ImportanceScore(local=False)
+OPTIM, GENERATOR_OPTIM = (optax.adam(rate, b1=0.0, b2=0.9) for rate in (3e-4, 2e-3))
 
 
 class HandState(NamedTuple):
@@ -111,9 +111,11 @@ class Problem(NamedTuple):
         log_z = -jnp.mean(self.potential(params, draws))
         log_z = bound + log_z - lax.stop_gradient(log_z)
         unlabelled = jnp.sum(self.potential(params, rows)) + penalty + len(rows) * log_z
+        counts = 1 + jnp.sum(jax.nn.softmax(self.net.apply({"params": params}, rows)), axis=0)
         logits = self.net.apply({"params": params}, self.table.dequantised(key_labelled, labelled))
+        logits = logits - jnp.log(counts / jnp.sum(counts))
         labels = optax.softmax_cross_entropy_with_integer_labels(logits, y)
-        return len(x) * (unlabelled / len(rows) + jnp.mean(labels))
+        return len(x) * (unlabelled / len(rows) + tables.LABEL_WEIGHT * jnp.mean(labels))
 
 
 def scale_of(generator):
@@ -201,7 +203,13 @@ def main():
     table = tables.load(options.folder, "optdigits")
     joint = tables.joint(table, tables.draw_labels(table.y, 0))
     backend = ebm.VERA(
-        joint.model, tables.make_generator(joint.base), OPTIM, GENERATOR_OPTIM, num_particles=NUM_DRAWS, score=SCORE
+        joint.model,
+        tables.make_generator(joint.base),
+        OPTIM,
+        GENERATOR_OPTIM,
+        num_particles=NUM_DRAWS,
+        gradient_penalty=GAMMA,
+        score=SCORE,
     )
     arguments = Arguments(joint.data)
     state = backend.init(random.key(0), *joint.data)
@@ -253,7 +261,7 @@ def main():
     ]
     pair = problem.pair(generator)
     parts = {
-        f"score ({SCORE.num_samples} samples per draw, {NUM_LATENTS} passes for the local proposals)": flops(
+        f"score ({SCORE.num_samples} samples per draw, global proposals)": flops(
             lambda key, z, x: SCORE.evaluate(key, hand.score_state, pair, z, x), random.key(0), z, x
         ),
         f"generator at {NUM_DRAWS} latents": flops(jax.vmap(partial(problem.centre, generator)), z),

@@ -92,27 +92,40 @@ def test_the_readme_model_is_short():
     assert len(code) <= 22
 
 
-def test_digits_example_with_tiny_settings(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("digits", ROOT / "examples" / "digits.py")
-    digits = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(digits)
-    digits.main(["--steps", "20", "--walkers", "10", "--temperatures", "16", "--output", str(tmp_path)])
-    assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "training.png", "energies.png", "digits.nc"}
-    printed = capsys.readouterr().out
-    for row in ("energy model", "Gaussian (the base)", "mixture", "labels alone", "kNN label spreading", "r_hat"):
-        assert row in printed
+TINY = ["--steps", "20", "--temperatures", "16"]
 
 
-def test_plane_example_with_tiny_settings(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("vera_2d", ROOT / "examples" / "vera_2d.py")
-    plane = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plane)
-    plane.main(
-        ["--steps", "20", "--names", "moons", "--particles", "8", "--temperatures", "16", "--output", str(tmp_path)]
-    )
-    assert {path.name for path in tmp_path.iterdir()} == {"vera_2d.png", "vera_moons.nc"}
+@pytest.mark.parametrize(
+    ("name", "arguments", "files", "parts"),
+    [
+        (
+            "digits",
+            [*TINY, "--walkers", "10"],
+            {"samples.png", "training.png", "energies.png", "digits.nc"},
+            ["energy model", "Gaussian (the base)", "mixture", "labels alone", "kNN label spreading", "r_hat"],
+        ),
+        (
+            "vera_2d",
+            [*TINY, "--names", "moons", "--particles", "8"],
+            {"vera_2d.png", "vera_moons.nc"},
+            ["moons: test log-likelihood", "mixture of 20 Gaussians", "the generator's bound", "r_hat"],
+        ),
+        (
+            "semi_supervised",
+            [*TINY, "--table", "breast_cancer"],
+            {"breast_cancer.png", "breast_cancer_jarzynski.nc", "breast_cancer_vera.nc"},
+            ["Jarzynski: fitted", "VERA: fitted", "labels alone", "kNN label spreading", "midpoints", "r_hat"],
+        ),
+    ],
+)
+def test_examples_with_tiny_settings(name, arguments, files, parts, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.main([*arguments, "--output", str(tmp_path)])
+    assert {path.name for path in tmp_path.iterdir()} == files
     printed = capsys.readouterr().out
-    for part in ("moons: test log-likelihood", "mixture of 20 Gaussians", "the generator's bound", "r_hat"):
+    for part in parts:
         assert part in printed
 
 

@@ -107,7 +107,7 @@ def test_blocks_of_pairs():
     _, (_, _, density_error) = measured(ImportanceScore(), num_steps=20, num_pairs=300)
     assert density_error.shape == (20, 300)
     assert abs(float(density_error.mean())) < 0.02
-    with pytest.raises(ValueError, match="257 draws of the generator cannot be dealt.*such as 256"):
+    with pytest.raises(ValueError, match=r"257 draws of the generator cannot be dealt.*such as 256"):
         measured(ImportanceScore(), num_steps=1, num_pairs=257)
 
 
