@@ -18,8 +18,8 @@ interpolations between CIFAR10 images.
 import argparse
 
 import jax.numpy as jnp
+import labelled_tables as tables
 import numpy as np
-import tables
 from jax import random
 from jax.nn import softmax
 from sklearn.metrics import roc_auc_score

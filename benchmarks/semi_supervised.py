@@ -1,6 +1,6 @@
 """Semi-supervised tables: joint energy models p(x, y) by both backends against the best that labels alone can do.
 
-    python benchmarks/ssl.py DATA_FOLDER [--names optdigits ...] [--draws 5] [--steps 3000]
+    python benchmarks/semi_supervised.py DATA_FOLDER [--names optdigits ...] [--draws 5] [--steps 3000]
 
 min(10, class size) labels per class, 5 draws of them, the official test split; one setting for all tables, chosen on
 optdigits.  Labels alone: the same net at the weight decay that does best *on the test rows* (so the bar is generous
@@ -20,8 +20,8 @@ import time
 import warnings
 
 import jax.numpy as jnp
+import labelled_tables as tables
 import numpy as np
-import tables
 from jax import random
 from jax.nn import softmax
 from scipy import stats
