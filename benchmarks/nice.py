@@ -19,6 +19,7 @@ import argparse
 import pathlib
 import sys
 import time
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -137,18 +138,18 @@ def train(loss, carry, move, data, num_steps):
     params = FLOW.init(random.key(0), jnp.zeros(PIXELS))["params"]
     optim = optax.adam(decayed(1e-3, num_steps))
 
-    def update(state, key):
+    def update(pixels, state, key):
         params, optim_state, carry = state
         key_rows, key_noise, key_move = random.split(key, 3)
         carry = move(params, carry, key_move)
-        rows = data.train[random.randint(key_rows, (BATCH,), 0, len(data.train))]
+        rows = pixels[random.randint(key_rows, (BATCH,), 0, len(pixels))]
         gradient = jax.grad(loss)(params, data.whitened(key_noise, rows), carry)
         updates, optim_state = optim.update(gradient, optim_state)
         return (optax.apply_updates(params, updates), optim_state, carry), None
 
     keys = random.split(random.key(1), num_steps)
-    run = jax.jit(lambda state: lax.scan(update, state, keys)[0])
-    return jax.block_until_ready(run((params, optim.init(params), carry)))[0], None
+    run = jax.jit(lambda pixels, state: lax.scan(partial(update, pixels), state, keys)[0])
+    return jax.block_until_ready(run(data.train, (params, optim.init(params), carry)))[0], None
 
 
 def log_density(params, u):

@@ -2,7 +2,7 @@
 
     OPENBLAS_NUM_THREADS=1 python benchmarks/vera_cost.py DATA_FOLDER [--pairs 40] [--seconds 60]
 
-The joint model of optdigits (labelled_tables.py): 64 draws of a generator of two hidden layers of 256, 20 importance samples,
+The joint model of optdigits (labelled_tables.py): 64 draws of a generator of two hidden layers, 20 importance samples,
 batches of 256 rows and 100 labelled rows.  The hand-written step knows nothing of NumPyro; it gives the estimator of
 the score its three functions of a pair by hand.  PCD-40 is persistent contrastive divergence: 64 walkers without
 weights, 40 Langevin moves each before an update of the same net.

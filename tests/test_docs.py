@@ -7,8 +7,10 @@ import re
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 from jax import random
+from numpyro import handlers
 from numpyro.infer import Predictive
 
 matplotlib.use("Agg")
@@ -60,6 +62,19 @@ def comparing_is_right(scope):
     assert "nats wide in 200 of 200 elements, over the tolerance of 0.001" in scope["strict"].flags["x"][-1]
 
 
+def semi_supervised_is_right(scope):
+    x = random.normal(random.key(0), (20, 3))
+    model = handlers.seed(scope["rows_and_labels"], 0)
+    trace = handlers.trace(model).get_trace(
+        lambda v: v, dist.Normal(0, 1).expand([3]).to_event(1), x, x[:4], [0, 1, 2, 0]
+    )
+    chances = np.exp(x) / np.exp(x).sum(1, keepdims=True)
+    # One row of each class beforehand.
+    shares = (1 + chances.sum(0)) / 23
+    np.testing.assert_allclose(trace["y"]["fn"].logits, x[:4] - np.log(shares), rtol=1e-5)
+    assert trace["y"]["scale"] == pytest.approx(3 * 20 / 4)
+
+
 def elpd(loo):
     return loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo
 
@@ -72,6 +87,7 @@ def elpd(loo):
         ("docs/concepts.md", concepts_are_right),
         ("docs/checking.md", checking_is_right),
         ("docs/comparing.md", comparing_is_right),
+        ("docs/semi_supervised.md", semi_supervised_is_right),
     ],
 )
 def test_pages_run_from_top_to_bottom(page, is_right):
