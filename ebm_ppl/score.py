@@ -222,8 +222,8 @@ def _block_size(num: int) -> int:
     size = max(divisor for divisor in range(1, MAX_BLOCK + 1) if num % divisor == 0)
     if size < min(num, MIN_BLOCK):
         raise ValueError(
-            f"{num} draws of the generator cannot be dealt into equal blocks of {MIN_BLOCK} to {MAX_BLOCK}, inside which "
-            f"they lend each other their latents. Take another num_particles, such as {128 * round(num / 128)}."
+            f"{num} draws of the generator cannot be dealt into equal blocks of {MIN_BLOCK} to {MAX_BLOCK}, inside "
+            f"which they lend each other their latents. Take another num_particles, such as {128 * round(num / 128)}."
         )
     return size
 
