@@ -68,6 +68,7 @@ def load(folder, name) -> Table:
     data = np.load(path)
     x, x_test = (np.asarray(data[f"X_{part}"], float).reshape(len(data[f"X_{part}"]), -1) for part in ("train", "test"))
     classes, y = np.unique(data["y_train"], return_inverse=True)
+    assert np.all(np.isin(data["y_test"], classes)), f"{name}: test classes that no training row has"
     kept = np.ptp(x, axis=0) > 0
     x, x_test = x[:, kept], x_test[:, kept]
     is_integer = np.all(x == np.round(x), axis=0)
@@ -135,10 +136,11 @@ class Joint(NamedTuple):
 def joint(table: Table, chosen: np.ndarray) -> Joint:
     """p(x, y): all rows under the energy −logsumexp of the logits, labelled rows under their softmax.
 
-    Labels are drawn per class, not from the population: given x, they follow p(y | x) over the share of class y, which
-    the rows without labels tell.
+    Labels are drawn per class, not from the population: given x, they follow p(y | x) times the number of labels of
+    class y over its share, which the rows without labels tell.
     """
     base, net = gaussian(table), Net(table.num_classes)
+    num_labels = jnp.asarray(np.bincount(table.y[chosen], minlength=table.num_classes))
     num_rows, num_features = table.x.shape
 
     def model(x, x_labelled, y):
@@ -147,13 +149,13 @@ def joint(table: Table, chosen: np.ndarray) -> Joint:
         with numpyro.plate("rows", num_rows, subsample_size=BATCH):
             batch = table.dequantised(numpyro.prng_key(), numpyro.subsample(x, event_dim=1))
             numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=batch)
-        # One row of each class beforehand: a batch may have none.
-        counts = 1 + jnp.sum(softmax(logits(batch)), axis=0)
-        log_shares = jnp.log(counts / jnp.sum(counts))
+        # Labelled rows count as often as they are met in a batch: a class may have no other there.
+        counts = num_labels * BATCH / num_rows + jnp.sum(softmax(logits(batch)), axis=0)
+        log_odds = jnp.log(num_labels / counts)
         # Scaled as if every row were labelled, and by the weight of labels against densities.
         with numpyro.plate("labelled", len(chosen)), scale(scale=LABEL_WEIGHT * num_rows / len(chosen)):
             found = logits(table.dequantised(numpyro.prng_key(), x_labelled))
-            numpyro.sample("y", dist.Categorical(logits=found - log_shares), obs=y)
+            numpyro.sample("y", dist.Categorical(logits=found + log_odds), obs=y)
 
     data = (jnp.asarray(table.x), jnp.asarray(table.x[chosen]), jnp.asarray(table.y[chosen]))
     return Joint(model, data, base, net)
@@ -182,7 +184,7 @@ def fit_vera(problem: Joint, seed: int, num_steps: int) -> ebm.Fit:
     optim, generator_optim = (
         optax.adam(optax.cosine_decay_schedule(rate, num_steps, 0.05), b1=0.0, b2=0.9) for rate in (3e-4, 2e-3)
     )
-    # A stiff penalty: with less the energy outruns its generator, and log Z stands tens of nats over the bound.
+    # A stiff penalty and a fast generator: otherwise the energy outruns it, log Z tens of nats over the bound.
     backend = ebm.VERA(
         problem.model,
         make_generator(problem.base),
@@ -192,6 +194,11 @@ def fit_vera(problem: Joint, seed: int, num_steps: int) -> ebm.Fit:
         score=ebm.ImportanceScore(local=False),
     )
     return backend.run(random.key(seed), num_steps, *problem.data, progress_bar=False)
+
+
+def log_density(problem: Joint, fit: ebm.Fit, x: np.ndarray) -> np.ndarray:
+    """Without −log Z."""
+    return np.asarray(problem.base.log_prob(x)) + np.logaddexp.reduce(logits_of(problem, fit, x), axis=1)
 
 
 def logits_of(problem: Joint, fit: ebm.Fit, x: np.ndarray) -> np.ndarray:

@@ -69,8 +69,8 @@ def semi_supervised_is_right(scope):
         lambda v: v, dist.Normal(0, 1).expand([3]).to_event(1), x, x[:4], [0, 1, 2, 0]
     )
     chances = np.exp(x) / np.exp(x).sum(1, keepdims=True)
-    # One row of each class beforehand.
-    shares = (1 + chances.sum(0)) / 23
+    # Ten labels of each class beside the twenty rows.
+    shares = (10 + chances.sum(0)) / 50
     np.testing.assert_allclose(trace["y"]["fn"].logits, x[:4] - np.log(shares), rtol=1e-5)
     assert trace["y"]["scale"] == pytest.approx(3 * 20 / 4)
 
