@@ -27,8 +27,9 @@ import optax
 from jax import lax, random
 from jax.nn import logsumexp
 from jax.scipy.linalg import solve_triangular
+from labelled_tables import Net
 from numpyro.contrib.module import flax_module
-from optdigits import Net, dequantise, gaussian
+from optdigits import dequantise, gaussian
 
 import ebm_ppl as ebm
 from ebm_ppl.model import Arguments

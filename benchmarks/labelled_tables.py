@@ -196,6 +196,9 @@ def fit_vera(problem: Joint, seed: int, num_steps: int) -> ebm.Fit:
     return backend.run(random.key(seed), num_steps, *problem.data, progress_bar=False)
 
 
+BACKENDS = {"Jarzynski": fit_jarzynski, "VERA": fit_vera}
+
+
 def log_density(problem: Joint, fit: ebm.Fit, x: np.ndarray) -> np.ndarray:
     """Without −log Z."""
     return np.asarray(problem.base.log_prob(x)) + np.logaddexp.reduce(logits_of(problem, fit, x), axis=1)

@@ -25,8 +25,6 @@ from jax import random
 from sklearn.metrics import roc_auc_score
 from sklearn.mixture import GaussianMixture
 
-FITTERS = {"Jarzynski": tables.fit_jarzynski, "VERA": tables.fit_vera}
-
 
 def no_digits(table: tables.Table) -> dict[str, np.ndarray]:
     """Rows that are no digits, in the table's units, not yet dequantised."""
@@ -66,7 +64,7 @@ def main():
     rows: dict[str, list] = {}
     for draw in range(options.draws):
         problem = tables.joint(table, tables.draw_labels(table.y, draw))
-        for backend, fit_with in FITTERS.items():
+        for backend, fit_with in tables.BACKENDS.items():
             fit = fit_with(problem, draw, options.steps)
             density, logits = partial(tables.log_density, problem, fit), partial(tables.logits_of, problem, fit)
             for name, score in {
@@ -89,7 +87,7 @@ def main():
             cells.append(f"{np.mean(values):8.3f} ({min(values):.3f}, {max(values):.3f})")
         print(f"  {name:32s} {cells[0]:>22s} {cells[1]:>22s}")
     base = rows["Gaussian base"][0]["midpoints"]
-    for backend in FITTERS:
+    for backend in tables.BACKENDS:
         density = np.mean([area["midpoints"] for area in rows[f"{backend}: log density"]])
         print(f"  {backend}: log density on midpoints {density - base:+.3f} over the base (bar +0.3)")
 

@@ -15,7 +15,6 @@ import pathlib
 import sys
 import time
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,24 +23,11 @@ import numpyro.distributions as dist
 import optax
 from jax import random
 from jax.nn import logsumexp
+from labelled_tables import Net, draw_labels
 from numpyro.contrib.module import flax_module
 from numpyro.handlers import scale
 
 import ebm_ppl as ebm
-
-LABELS_PER_CLASS = 10
-
-
-class Net(nn.Module):
-    """64-256-256-outputs with swish; the last layer starts at zero, so that the energy starts at the base."""
-
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(2):
-            x = nn.swish(nn.Dense(256)(x))
-        return nn.Dense(self.outputs, kernel_init=nn.initializers.zeros)(x)
 
 
 def load(folder):
@@ -149,11 +135,6 @@ def joint_model(base, num_rows, num_labelled):
             numpyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
     return model
-
-
-def draw_labels(y, seed):
-    rng = np.random.default_rng(seed)
-    return np.concatenate([rng.choice(np.flatnonzero(y == k), LABELS_PER_CLASS, replace=False) for k in range(10)])
 
 
 def labels_only(x, y, test, y_test, unlabelled):

@@ -43,7 +43,6 @@ FIRST_DRAW = 100
 WEIGHT_DECAYS = {f"net, decay {decay:g}": decay for decay in (0.0, 1.0, 5.0, 20.0)}
 INVERSE_PENALTIES = {f"logistic, C {c:g}": c for c in (0.1, 1.0, 10.0)}
 LABELS_ONLY = (*WEIGHT_DECAYS, *INVERSE_PENALTIES, "MLP")
-BACKENDS = {"Jarzynski": tables.fit_jarzynski, "VERA": tables.fit_vera}
 # Of the net with all labels.
 CEILING_STEPS = 3_000
 
@@ -134,7 +133,7 @@ def report(name, rows, ceiling):
     print(f"  {'net, all labels':30s} {ceiling[0]:8.1f} {ceiling[1]:23.1f} {ceiling[2]:18.1f}")
     mean = {label: np.mean([row[0] for row in found]) for label, found in rows.items()}
     best = max(LABELS_ONLY, key=mean.__getitem__)
-    better = max(mean.keys() & BACKENDS.keys(), key=mean.__getitem__)
+    better = max(mean.keys() & tables.BACKENDS.keys(), key=mean.__getitem__)
     gains = np.array([a[:2] - b[:2] for a, b in zip(rows[better], rows[best], strict=True)])
     errors = gains.std(axis=0, ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.full(2, np.nan)
     print(
@@ -154,7 +153,7 @@ def one_table(folder, name, backends, draws, num_steps):
         problem = tables.joint(table, chosen)
         for backend in backends:
             began = time.perf_counter()
-            fit = BACKENDS[backend](problem, draw, num_steps)
+            fit = tables.BACKENDS[backend](problem, draw, num_steps)
             seconds = time.perf_counter() - began
             found[backend] = measures(np.asarray(softmax(tables.logits_of(problem, fit, table.x_test))), table.y_test)
             told = f"{name} draw {draw}: {backend} {found[backend][0]:.1f}% in {seconds:.0f} s"
@@ -176,7 +175,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--names", nargs="+", choices=tables.NAMES, default=list(tables.NAMES))
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=tables.BACKENDS, default=list(tables.BACKENDS))
     parser.add_argument("--draws", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3_000)
     options = parser.parse_args()

@@ -4,7 +4,7 @@
 
 The joint model of optdigits (labelled_tables.py): 64 draws of a generator of two hidden layers, 20 importance samples,
 batches of 256 rows and 100 labelled rows.  The hand-written step knows nothing of NumPyro; it gives the estimator of
-the score its three functions of a pair by hand.  PCD-40 is persistent contrastive divergence: 64 walkers without
+the score its two functions of a pair by hand.  PCD-40 is persistent contrastive divergence: 64 walkers without
 weights, 40 Langevin moves each in base-standard coordinates before an update of the same net on the same loss.
 
 Printed: the median of paired time ratios (quartiles), flops of one update and what they go into, and the accuracy that
@@ -94,10 +94,7 @@ class Problem(NamedTuple):
             given = norm.logpdf(self.coordinates(x), self.centre(generator, z), scale_of(generator))
             return log_prior(z) + jnp.sum(given) - log_det
 
-        def residuals(z, x):
-            return z, (self.coordinates(x) - self.centre(generator, z)) / scale_of(generator)
-
-        return Pair(log_prior, log_joint, residuals)
+        return Pair(log_prior, log_joint)
 
     def loss(self, params, draws, bound, key):
         """Negative log joint of a batch, the gradient penalty included."""
@@ -116,7 +113,8 @@ class Problem(NamedTuple):
         log_z = -jnp.mean(self.potential(params, draws))
         log_z = bound + log_z - lax.stop_gradient(log_z)
         unlabelled = jnp.sum(self.potential(params, rows)) + penalty + len(rows) * log_z
-        counts = 10 * tables.BATCH / len(x) + jnp.sum(jax.nn.softmax(self.net.apply({"params": params}, rows)), axis=0)
+        shares = jnp.sum(jax.nn.softmax(self.net.apply({"params": params}, rows)), axis=0)
+        counts = tables.LABELS_PER_CLASS * tables.BATCH / len(x) + shares
         logits = self.net.apply({"params": params}, self.table.dequantised(key_labelled, labelled))
         logits = logits - jnp.log(counts)
         labels = optax.softmax_cross_entropy_with_integer_labels(logits, y)

@@ -42,6 +42,7 @@ import ebm_ppl as ebm
 
 LABELS_PER_CLASS = 10
 LABEL_WEIGHT = 3.0
+BATCH = 256
 NUM_LATENTS = 32
 NUM_BINS = 15
 TABLES = {"digits": load_digits, "breast_cancer": load_breast_cancer}
@@ -98,12 +99,12 @@ def make_model(table, base, net):
     def model(x, x_labelled, y):
         logits = flax_module("net", net, input_shape=(num_columns,))
         energy = lambda v: -logsumexp(logits(v), axis=-1)  # noqa: E731
-        with numpyro.plate("rows", num_rows, subsample_size=256):
+        with numpyro.plate("rows", num_rows, subsample_size=BATCH):
             batch = table.dequantised(numpyro.prng_key(), numpyro.subsample(x, event_dim=1))
             numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=batch)
         # As many labels of every class, whatever its share: given x, they follow p(y | x) over the share of class y.
         # Labelled rows count as often as they are met in a batch: a class may have no other there.
-        counts = LABELS_PER_CLASS * 256 / num_rows + jnp.sum(softmax(logits(batch)), axis=0)
+        counts = LABELS_PER_CLASS * BATCH / num_rows + jnp.sum(softmax(logits(batch)), axis=0)
         log_shares = jnp.log(counts / jnp.sum(counts))
         # Scaled as if every row were labelled, times the weight of labels against densities.
         with numpyro.plate("labelled", num_labelled), scale(scale=LABEL_WEIGHT * num_rows / num_labelled):
