@@ -10,6 +10,7 @@ from ebm_ppl.kernels import MALA, ULA
 from ebm_ppl.normalized import normalized
 from ebm_ppl.normalizer import log_normalizer
 from ebm_ppl.plots import plot_energies, plot_energy_surface, plot_training
+from ebm_ppl.refinement import latent_model
 from ebm_ppl.resampling import multinomial, systematic
 from ebm_ppl.sampling import sample
 from ebm_ppl.score import HMCScore, ImportanceScore, VariationalScore
@@ -36,6 +37,7 @@ __all__ = [
     "VERAState",
     "VariationalScore",
     "Walkers",
+    "latent_model",
     "log_normalizer",
     "multinomial",
     "normalized",

@@ -120,6 +120,10 @@ class Generator:
         latents = {name: trace[name]["value"] for name in self.latents}
         return ravel_pytree(latents)[0], trace[self.name]["value"]
 
+    def draws(self, params: Params, keys: Array) -> tuple[Array, Array]:
+        """One :meth:`draw` per key: ``(num, num_latents)`` and ``(num, *event_shape)``."""
+        return jax.vmap(partial(self.draw, params))(keys)
+
     def log_joint(self, params: Params, latents: Array, value: Array) -> Array:
         """``log p(z) + log q(x | z)`` of one pair."""
         return self.log_prior(params, latents) + self._at(params, latents)[1].log_prob(value)

@@ -59,7 +59,7 @@ class Proposals(NamedTuple):
     Attributes:
         latents: ``(num, K, L)``.
         log_density: At these, ``(num, K)``.
-        elsewhere: At the latents of every pair, ``(num, num)``.
+        elsewhere: At the latents lent to all pairs, ``(num, M)``.
     """
 
     latents: Array
@@ -75,32 +75,47 @@ def _self_normalized(log_mean_weight: Callable[[Array], tuple[Array, Array]], va
     return ScoreInfo(score, found), rest
 
 
-def _mixture_score(pair: Pair, latents: Array, values: Array, proposals: Proposals) -> tuple[ScoreInfo, Array]:
-    """Importance sampling from every pair's own proposal and, by the other pairs' latents, from the prior.
+def _log_mean_weight(
+    pair: Pair, values: Array, proposals: Proposals, lent: Array, is_own: Array | bool
+) -> tuple[Array, Array]:
+    """Log q̂ by importance sampling from every pair's own proposal and, by latents lent to all, from the prior.
 
     Weights are by the mixture of both (the balance heuristic of Veach and Guibas 1995).  x may be reached from far
-    latents too; where x is folded over itself they are as likely as the one that made it.  The other latents cost
-    no generator evaluation but the one that made their own x.
+    latents too; where x is folded over itself they are as likely as the one that made it.
+
+    Args:
+        pair: The density of a pair.
+        values: ``(num, *event)``.
+        proposals: Of these pairs.
+        lent: Draws of the prior, ``(M, L)``.
+        is_own: Where a lent latent is the one that made x, which is no draw of the prior given x; ``(num, M)``, with
+            as many in every row.
 
     Returns:
-        Score and log density, and the weights of the own proposals among themselves, ``(num, K)``.
+        log q̂(x), ``(num,)``, and ``log_joint`` at the own proposals, ``(num, K)``.
     """
     num, num_own = proposals.log_density.shape
-    log_own, log_others = jnp.log(num_own), jnp.log(num - 1.0)
+    is_own = jnp.broadcast_to(is_own, (num, len(lent)))
+    log_own, log_lent = jnp.log(num_own), jnp.log(jnp.sum(~is_own[0], dtype=values.dtype))
     of_own = jnp.logaddexp(
-        log_own + proposals.log_density, log_others + jax.vmap(jax.vmap(pair.log_prior))(proposals.latents)
+        log_own + proposals.log_density, log_lent + jax.vmap(jax.vmap(pair.log_prior))(proposals.latents)
     )
-    of_others = jnp.logaddexp(log_own + proposals.elsewhere, log_others + jax.vmap(pair.log_prior)(latents))
+    of_lent = jnp.logaddexp(log_own + proposals.elsewhere, log_lent + jax.vmap(pair.log_prior)(lent))
+    own = jax.vmap(jax.vmap(pair.log_joint, (0, None)))(proposals.latents, values)
+    others = jax.vmap(lambda value: jax.vmap(lambda z: pair.log_joint(z, value))(lent))(values)
+    others = jnp.where(is_own, -jnp.inf, others - of_lent)
+    # Σ w / n with w by the mixture density Σ n_k r_k / n: n cancels.
+    return logsumexp(jnp.concatenate([own - of_own, others], axis=1), axis=1), own
 
-    def log_mean_weight(values: Array) -> tuple[Array, Array]:
-        own = jax.vmap(jax.vmap(pair.log_joint, (0, None)))(proposals.latents, values)
-        others = jax.vmap(lambda value: jax.vmap(lambda z: pair.log_joint(z, value))(latents))(values)
-        # The latent that made x is no draw of the prior given x.
-        others = jnp.where(jnp.eye(num, dtype=bool), -jnp.inf, others - of_others)
-        # Σ w / n with w by the mixture density Σ n_k r_k / n: n cancels.
-        return logsumexp(jnp.concatenate([own - of_own, others], axis=1), axis=1), own
 
-    info, own = _self_normalized(log_mean_weight, values)
+def _mixture_score(pair: Pair, latents: Array, values: Array, proposals: Proposals) -> tuple[ScoreInfo, Array]:
+    """Score and log density where pairs lend each other their latents, and the weights of the own proposals.
+
+    The others' latents cost no generator evaluation but the one that made their own x.  Weights are those among the
+    own proposals, ``(num, K)``.
+    """
+    is_own = jnp.eye(len(latents), dtype=bool)
+    info, own = _self_normalized(lambda x: _log_mean_weight(pair, x, proposals, latents, is_own), values)
     return info, jax.nn.softmax(own - proposals.log_density, axis=1)
 
 
@@ -174,47 +189,94 @@ class ImportanceScore:
         info = jax.tree.map(lambda leaf: leaf.reshape(num, *leaf.shape[2:]), info)
         return info, jax.tree.map(lambda old, new: old + (jnp.mean(new, axis=0) - old) / self.memory, state, now)
 
+    def log_density(
+        self, rng_key: Array, state: ImportanceState, pair: Pair, latents: Array, value: Array, lent: Array
+    ) -> Array:
+        """Log q(x) alone; while the key stays, a smooth function of ``latents`` and ``value``.
+
+        Args:
+            rng_key: A JAX PRNG key.
+            state: Fitted to this generator.
+            pair: The density of a pair.
+            latents: The z that made x, ``(L,)``.
+            value: x, of the event shape.
+            lent: Draws of the prior, ``(M, L)``.
+
+        Returns:
+            A scalar.
+        """
+        noise = random.normal(rng_key, (1, self.num_samples, len(latents)), latents.dtype)
+        # The z that made x is among the samples: so 1 / q̂ is bounded where all proposals miss the posterior.
+        lent = jnp.concatenate([lent, latents[None]])
+        latents, values = latents[None], value[None]
+        if self.local and pair.residuals is not None:
+            proposals = _local_proposals(noise, state, pair, latents, values, lent)
+        else:
+            proposals = _global_proposals(noise, state, pair, latents, values, lent).proposals
+        return _log_mean_weight(pair, values, proposals, lent, False)[0][0]
+
     def _local(
         self, noise: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, ImportanceState]:
-        assert pair.residuals is not None
-        residual, jacobian = jax.vmap(partial(_linearized, pair.residuals))(latents, values)
-        # R = Q root and Λ = rootᵀ root: no squared condition number.
-        orthogonal, root = jnp.linalg.qr(jacobian)
-        step = jax.vmap(solve_triangular)(root, jnp.einsum("nij,ni->nj", orthogonal, residual))
-        spread = jax.vmap(lambda root, white: solve_triangular(root, white.T).T)(root, noise)
-        scale = jnp.sqrt(state.inflation)
-        log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=1, axis2=2))), axis=1)
-        log_proposal = _log_standard_normal(noise) + log_det[:, None] - noise.shape[-1] * jnp.log(scale)
-        proposals = (latents - step)[:, None] + scale * spread
-        white = jnp.einsum("nkl,nml->nmk", root, latents - (latents - step)[:, None]) / scale
-        elsewhere = _log_standard_normal(white) + (log_det - noise.shape[-1] * jnp.log(scale))[:, None]
-        info, weights = _mixture_score(pair, latents, values, Proposals(proposals, log_proposal, elsewhere))
+        proposals = _local_proposals(noise, state, pair, latents, values, latents)
+        info, weights = _mixture_score(pair, latents, values, proposals)
         inflation = state.inflation * jnp.mean(jnp.sum(weights[..., None] * noise**2, axis=1))
         return info, state._replace(inflation=inflation)
 
     def _global(
         self, noise: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, ImportanceState]:
-        slope = jax.vmap(jax.grad(pair.log_joint))(latents, values)
-        drift = jnp.linalg.solve(_with_ridge(state.gradient, 1e-4), state.cross.T)
-        root = jnp.linalg.cholesky(_with_ridge(state.covariance, 1e-6))
-        steps = noise @ root.T
-        centre = latents + slope @ drift
-        log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
-        log_proposal = _log_standard_normal(noise) - log_det
-        away = (latents - centre[:, None]).reshape(-1, latents.shape[1])
-        white = solve_triangular(root, away.T, lower=True).T.reshape(len(latents), *latents.shape)
-        elsewhere = _log_standard_normal(white) - log_det
-        proposals = Proposals(centre[:, None] + steps, log_proposal, elsewhere)
+        proposals, slope, steps = _global_proposals(noise, state, pair, latents, values, latents)
         info, weights = _mixture_score(pair, latents, values, proposals)
-        shift, num = centre + jnp.einsum("nk,nkl->nl", weights, steps) - latents, len(latents)
+        shift, num = jnp.einsum("nk,nkl->nl", weights, proposals.latents) - latents, len(latents)
         now = state._replace(
             covariance=jnp.einsum("nk,nkl,nkm->lm", weights, steps, steps) / num,
             cross=shift.T @ slope / num,
             gradient=slope.T @ slope / num,
         )
         return info, now
+
+
+def _local_proposals(
+    noise: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array, lent: Array
+) -> Proposals:
+    assert pair.residuals is not None
+    residual, jacobian = jax.vmap(partial(_linearized, pair.residuals))(latents, values)
+    # R = Q root and Λ = rootᵀ root: no squared condition number.
+    orthogonal, root = jnp.linalg.qr(jacobian)
+    step = jax.vmap(solve_triangular)(root, jnp.einsum("nij,ni->nj", orthogonal, residual))
+    spread = jax.vmap(lambda root, white: solve_triangular(root, white.T).T)(root, noise)
+    scale = jnp.sqrt(state.inflation)
+    log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=1, axis2=2))), axis=1)
+    log_det = (log_det - noise.shape[-1] * jnp.log(scale))[:, None]
+    centre = (latents - step)[:, None]
+    white = jnp.einsum("nkl,nml->nmk", root, lent - centre) / scale
+    return Proposals(
+        centre + scale * spread, _log_standard_normal(noise) + log_det, _log_standard_normal(white) + log_det
+    )
+
+
+class _Global(NamedTuple):
+    """Proposals, the gradients that centre them, ``(num, L)``, and their distances from there, ``(num, K, L)``."""
+
+    proposals: Proposals
+    slope: Array
+    steps: Array
+
+
+def _global_proposals(
+    noise: Array, state: ImportanceState, pair: Pair, latents: Array, values: Array, lent: Array
+) -> _Global:
+    slope = jax.vmap(jax.grad(pair.log_joint))(latents, values)
+    drift = jnp.linalg.solve(_with_ridge(state.gradient, 1e-4), state.cross.T)
+    root = jnp.linalg.cholesky(_with_ridge(state.covariance, 1e-6))
+    steps = noise @ root.T
+    centre = (latents + slope @ drift)[:, None]
+    log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
+    away = lent - centre
+    white = solve_triangular(root, away.reshape(-1, lent.shape[1]).T, lower=True).T.reshape(away.shape)
+    proposals = Proposals(centre + steps, _log_standard_normal(noise) - log_det, _log_standard_normal(white) - log_det)
+    return _Global(proposals, slope, steps)
 
 
 def _block_size(num: int) -> int:

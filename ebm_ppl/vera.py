@@ -79,7 +79,7 @@ class VERAState:
 
     def draws(self, rng_key: Array, num_draws: int) -> tuple[Array, Array]:
         """``(z, x)`` from the generator, ``(num_draws, num_latents)`` and ``(num_draws, *event_shape)``."""
-        return _draw_many(self.generator, self.generator_params, random.split(rng_key, num_draws))
+        return self.generator.draws(self.generator_params, random.split(rng_key, num_draws))
 
     def constrained_generator_params(self) -> Params:
         """Values at the generator's ``param`` sites, as ``numpyro.infer.Predictive`` takes them."""
@@ -343,7 +343,7 @@ class VERA:
         key_draw, key_score = random.split(rng_key)
         keys = random.split(key_draw, self.num_particles)
         values, pull, latents = jax.vjp(
-            lambda params: _draw_many(generator, params, keys)[::-1], progress.params, has_aux=True
+            lambda params: generator.draws(params, keys)[::-1], progress.params, has_aux=True
         )
         potential, pull_potential = jax.vjp(distribution._unchecked_potential, values)
         (force,) = pull_potential(jnp.ones_like(potential))
@@ -370,7 +370,7 @@ class VERA:
         params, optim_state = energy
         key_model, key_draw = random.split(rng_key)
         bound = BoundModel(self.model, state.transforms, key_model, arguments)
-        _, draws = _draw_many(state.generator, progress.params, random.split(key_draw, self.num_particles))
+        _, draws = state.generator.draws(progress.params, random.split(key_draw, self.num_particles))
 
         def normalize(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
             surrogate = -jnp.mean(distribution._unchecked_potential(draws))
@@ -392,19 +392,15 @@ def _all_finite(tree: Any) -> Array:
 def _penalized(distribution: EnergyDistribution, transform: Transform, weight: float) -> EnergyDistribution:
     """The energy plus ``½ weight ‖∇E‖²``, the gradient in base-standard coordinates."""
 
-    def penalty(values: Array) -> Array:
-        energy, pull = jax.vjp(lambda u: distribution.energy(transform(u)), transform.inv(values))
-        (grad,) = pull(jnp.ones_like(energy))
-        return 0.5 * weight * jnp.sum(grad.reshape(len(energy), -1) ** 2, axis=1)
+    def penalized(values: Array) -> Array:
+        energy, pull = jax.vjp(distribution.energy, values)
+        _, pull_transform = jax.vjp(transform, transform.inv(values))
+        (grad,) = pull_transform(*pull(jnp.ones_like(energy)))
+        return energy + 0.5 * weight * jnp.sum(grad.reshape(len(energy), -1) ** 2, axis=1)
 
-    factors: dict[str, Any] = {**distribution.factors, "gradient penalty": penalty}
     return EnergyDistribution(
-        factors, distribution.base, start=distribution.start, validate_args=distribution._validate_args
+        penalized, distribution.base, start=distribution.start, validate_args=distribution._validate_args
     )
-
-
-def _draw_many(generator: Generator, params: Params, keys: Array) -> tuple[Array, Array]:
-    return jax.vmap(partial(generator.draw, params))(keys)
 
 
 def _repeat(step: Any, carry: Any, rng_key: Array, num_steps: int) -> tuple[Any, Any]:
@@ -431,7 +427,7 @@ def _fit_score(
 
     def evaluate(state: Any, rng_key: Array) -> tuple[Any, Array]:
         key_draw, key_score = random.split(rng_key)
-        latents, values = _draw_many(generator, generator_params, random.split(key_draw, backend.num_particles))
+        latents, values = generator.draws(generator_params, random.split(key_draw, backend.num_particles))
         found, state = backend._score.evaluate(key_score, state, pair, latents, values)
         return state, -jnp.mean(distribution._unchecked_potential(values) + found.log_density)
 

@@ -11,6 +11,7 @@ import numpyro.distributions as dist
 import pytest
 from jax import random
 from numpyro import handlers
+from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import Predictive
 
 matplotlib.use("Agg")
@@ -79,6 +80,28 @@ def elpd(loo):
     return loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo
 
 
+def plane_is_right(scope):
+    """Chains in latent space have the skewed energy's moments, by quadrature, not those of the Gaussian generator."""
+    u = np.linspace(-9, 5, 20_001)
+    log_density = -0.5 * u**2 - float(scope["fit"].params["steepness"]) * np.logaddexp(0, 4 * u)
+    density = np.exp(log_density - log_density.max())
+    density /= density.sum()
+    mean = density @ u
+    deviation = np.sqrt(density @ (u - mean) ** 2)
+    skewness = density @ ((u - mean) / deviation) ** 3
+    assert skewness < -0.5
+    drawn = np.asarray(scope["drawn"])
+    for expected, values in (
+        (mean, drawn),
+        (deviation**2, (drawn - mean) ** 2),
+        (skewness, ((drawn - mean) / deviation) ** 3),
+    ):
+        # Both coordinates have the same density.
+        error = np.sqrt((values.var(axis=(0, 1)) / effective_sample_size(values)).sum()) / 2
+        assert abs(values.mean() - expected) < 4.5 * error
+        assert error < 0.3 * abs(expected)
+
+
 @pytest.mark.parametrize(
     ("page", "is_right"),
     [
@@ -88,6 +111,7 @@ def elpd(loo):
         ("docs/checking.md", checking_is_right),
         ("docs/comparing.md", comparing_is_right),
         ("docs/semi_supervised.md", semi_supervised_is_right),
+        ("docs/plane.md", plane_is_right),
     ],
 )
 def test_pages_run_from_top_to_bottom(page, is_right):

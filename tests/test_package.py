@@ -33,6 +33,7 @@ ORDER = [
     "score",
     "generator",
     "vera",
+    "refinement",
     "arviz",
     "plots",
 ]
@@ -49,6 +50,7 @@ NUMPYRO_MODULES = {
     "jarzynski",
     "generator",
     "vera",
+    "refinement",
     "arviz",
 }
 
@@ -102,6 +104,7 @@ def test_public_names_are_pinned():
         "VERAState",
         "VariationalScore",
         "Walkers",
+        "latent_model",
         "log_normalizer",
         "multinomial",
         "normalized",

@@ -142,6 +142,36 @@ def test_a_folded_generator(local):
     assert mean_error(VariationalScore()) < -0.4
 
 
+def log_density_alone(score, state):
+    """log q̂ of 100 draws of the linear generator, with their latents and values."""
+    pair, lent = Pair(log_prior, log_joint, residuals), random.normal(random.key(1), (64, 2))
+    latents, errors = random.normal(random.key(2), (100, 2)), random.normal(random.key(3), (100, 3))
+    values = latents @ W.T + SIGMA * errors
+    one = partial(score.log_density, random.key(4), state, pair)
+    return jax.jit(jax.vmap(lambda z, x: one(z, x, lent)))(latents, values), latents, values
+
+
+def test_the_log_density_alone(run):
+    """Its error is that of 64 lent latents, which all values share."""
+    name, (state, _) = run
+    if name == "variational":
+        assert not hasattr(SCORES[name], "log_density")
+        return
+    score, state = (SCORES[name].density, state.density) if name == "hmc" else (SCORES[name], state)
+    found, _, values = log_density_alone(score, state)
+    off = found - dist.MultivariateNormal(jnp.zeros(3), COVARIANCE).log_prob(values)
+    assert abs(float(off.mean())) < 2 / np.sqrt(64)
+    assert float(off.std()) < 2 / np.sqrt(64)
+
+
+def test_the_latent_that_made_a_value_holds_its_log_density_up():
+    """Also where all proposals miss: 1 / q̂ stays bounded."""
+    blind = ImportanceScore(local=False, num_samples=1, init_scale=1e3)
+    found, latents, values = log_density_alone(blind, blind.init(2))
+    alone = jax.vmap(log_joint)(latents, values) - jnp.log(65.0) - jax.vmap(log_prior)(latents)
+    assert np.all(found > alone - 1e-3)
+
+
 def test_the_log_density_is_low_on_average(run):
     """E log q̂ ≤ log q by Jensen's inequality: an entropy from it is never too small but by noise."""
     _, (_, (_, _, density_error)) = run

@@ -1,0 +1,143 @@
+"""Chains in a generator's latent space: a NumPyro program whose x follows the fitted energy."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpyro
+import numpyro.distributions as dist
+from jax import Array, lax, random
+from jax.flatten_util import ravel_pytree
+from numpyro import handlers
+from numpyro.infer.reparam import LocScaleReparam, TransformReparam
+
+from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.generator import Generator
+from ebm_ppl.inspection import bind
+from ebm_ppl.model import Model, Params
+from ebm_ppl.score import ImportanceScore, ImportanceState
+from ebm_ppl.training import Fit
+from ebm_ppl.vera import VERAState
+
+# Draws of the prior lent to every x, and evaluations that the proposals are fitted in.
+NUM_LENT = 64
+NUM_FITTING_STEPS = 150
+
+
+def latent_model(
+    rng_key: Array,
+    fit: Fit,
+    model: Model | EnergyDistribution,
+    *args: Any,
+    correct: bool = True,
+    score: ImportanceScore | None = None,
+    **kwargs: Any,
+) -> Callable[[], Array]:
+    r"""A NumPyro program for chains in the latent space of a generator that VERA trained.
+
+    It is the generator at its fitted parameters and one factor, ``exp(−U(x)) / q̂(x)``, so that its x follows the
+    model's density while chains move in latents and noise, where modes of x may be one:
+
+    .. math::
+        p(z)\, q(x \mid z)\, e^{-U(x)} / q(x) = e^{-U(x)}\, q(z \mid x).
+
+    q̂ is ``score``'s importance sample with its random numbers held fixed.  x follows the model up to the error of log
+    q̂: nothing where x is linear in z, less with more ``score.num_samples``; draws under another ``rng_key`` show it.
+
+    Run it like any other program; ``init_to_sample`` starts chains at draws of the generator::
+
+        refined = ebm_ppl.latent_model(key, fit, model, x)
+        mcmc = MCMC(NUTS(refined, init_strategy=init_to_sample), num_warmup=500, num_samples=1000, num_chains=4)
+
+    Latents and noise are its sample sites (a normal x given z becomes its standard noise), x a deterministic site.
+    ``HMC(num_steps=1)`` is MALA.  ``to_arviz(..., draws={name: mcmc.get_samples(group_by_chain=True)[name]})``
+    exports x, ``arviz.from_numpyro(mcmc)`` everything.
+
+    Args:
+        rng_key: A JAX PRNG key, for the random numbers of q̂.
+        fit: Of a :class:`VERA` backend.
+        model: The model that was fitted.
+        args: Its positional arguments.
+        correct: False leaves ``1 / q̂`` out: x then follows q(x) exp(−U(x)), the square of the model's density where
+            the generator is right.  It is what is called refinement in the literature; its draws look better than the
+            model's.
+        score: Estimator of q̂; None takes :class:`ImportanceScore` as it comes.
+        kwargs: The model's keyword arguments.
+
+    Returns:
+        A program without arguments that returns x.
+
+    Raises:
+        TypeError: A fit by another backend.
+        ValueError: A model without the generator's site.
+
+    Source: chains in latent space as in Che et al. (2020) and Grathwohl et al. (2021); the factor 1 / q̂ is ours.
+    """
+    state = fit.state
+    if not isinstance(state, VERAState):
+        raise TypeError(
+            f"latent_model moves in a generator's latents, but this fit's state is a {type(state).__name__}. Fit with "
+            "VERA, or draw x itself: ebm_ppl.sample(key, model, fit.params, ..., method='nuts')."
+        )
+    key_bind, key_lent, key_fit, key_noise = random.split(rng_key, 4)
+    _, found = bind(key_bind, model, fit.params, args, kwargs)
+    generator, params = state.generator, state.generator_params
+    name = generator.name
+    if name not in found:
+        raise ValueError(f"The generator draws '{name}', but the model's energy sites are {sorted(found)}.")
+    energy, score = found[name], score or ImportanceScore()
+    lent, _ = state.draws(key_lent, NUM_LENT)
+    score_state = _fitted(score, key_fit, generator, params) if correct else None
+
+    def program() -> Array:
+        with handlers.trace() as trace, handlers.reparam(config=_standard_noise(name)):
+            _fixed(generator, params)()
+        latents, _ = ravel_pytree({site: trace[site]["value"] for site in generator.latents})
+        x = trace[name]["value"]
+        # The generator runs again inside q̂, unseen by any inference.
+        with handlers.block():
+            log_weight = -energy._unchecked_potential(x[None])[0]
+            if score_state is not None:
+                pair = generator.pair(params)
+                log_weight -= score.log_density(key_noise, score_state, pair, latents, x, lent)
+        numpyro.factor(f"{name}_log_weight", log_weight)
+        return x
+
+    return program
+
+
+def _fixed(generator: Generator, params: Params) -> Callable[[], Any]:
+    """The generator's program at its parameters, which no inference is to see."""
+    known = handlers.substitute(generator.program, data=generator.constrain(params))
+    return handlers.block(known, hide_fn=lambda site: site["type"] == "param")
+
+
+def _standard_noise(name: str) -> Callable[[dict], Any]:
+    """A ``reparam`` configuration that draws a normal x, through any transforms, as its standard noise."""
+
+    def configure(site: dict) -> Any:
+        # TransformReparam draws what it transforms at a site named so.
+        if site["name"] != name + "_base" * site["name"].removeprefix(name).count("_base"):
+            return None
+        found = site["fn"]
+        while isinstance(found, dist.Independent | dist.ExpandedDistribution):
+            found = found.base_dist
+        if isinstance(found, dist.TransformedDistribution):
+            return TransformReparam()
+        return LocScaleReparam(0.0) if isinstance(found, dist.Normal) else None
+
+    return configure
+
+
+@partial(jax.jit, static_argnums=0)
+def _fitted(score: ImportanceScore, rng_key: Array, generator: Generator, params: Params) -> ImportanceState:
+    """The proposals of a score, fitted to a generator that no longer changes."""
+
+    def evaluate(state: ImportanceState, rng_key: Array) -> tuple[ImportanceState, None]:
+        key_draw, key_score = random.split(rng_key)
+        latents, values = generator.draws(params, random.split(key_draw, NUM_LENT))
+        return score.evaluate(key_score, state, generator.pair(params), latents, values)[1], None
+
+    state = score.init(generator.num_latents)
+    return lax.scan(evaluate, state, random.split(rng_key, NUM_FITTING_STEPS))[0]
