@@ -179,18 +179,25 @@ def make_generator(base: dist.Distribution):
     return generator
 
 
-def fit_vera(problem: Joint, seed: int, num_steps: int) -> ebm.Fit:
+def fit_vera(
+    problem: Joint,
+    seed: int,
+    num_steps: int,
+    *,
+    gradient_penalty: float = 1.0,
+    rates: tuple[float, float] = (3e-4, 6e-4),
+) -> ebm.Fit:
     # Without momentum: with it the two players circle each other.
     optim, generator_optim = (
-        optax.adam(optax.cosine_decay_schedule(rate, num_steps, 0.05), b1=0.0, b2=0.9) for rate in (3e-4, 2e-3)
+        optax.adam(optax.cosine_decay_schedule(rate, num_steps, 0.05), b1=0.0, b2=0.9) for rate in rates
     )
-    # A stiff penalty and a fast generator: otherwise the energy outruns it, log Z tens of nats over the bound.
+    # A stiff penalty: otherwise the energy outruns the generator, log Z tens of nats over its bound.
     backend = ebm.VERA(
         problem.model,
         make_generator(problem.base),
         optim,
         generator_optim,
-        gradient_penalty=1.0,
+        gradient_penalty=gradient_penalty,
         score=ebm.ImportanceScore(local=False),
     )
     return backend.run(random.key(seed), num_steps, *problem.data, progress_bar=False)

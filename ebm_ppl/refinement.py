@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, lax, random
@@ -20,9 +21,8 @@ from ebm_ppl.score import ImportanceScore, ImportanceState
 from ebm_ppl.training import Fit
 from ebm_ppl.vera import VERAState
 
-# Draws of the prior lent to every x, and evaluations that the proposals are fitted in.
-NUM_LENT = 64
-NUM_FITTING_STEPS = 150
+# Draws per evaluation that the proposals are fitted in, and evaluations.
+NUM_FITTING_DRAWS, NUM_FITTING_STEPS = 64, 150
 
 
 def latent_model(
@@ -32,6 +32,7 @@ def latent_model(
     *args: Any,
     correct: bool = True,
     score: ImportanceScore | None = None,
+    num_lent: int = 64,
     **kwargs: Any,
 ) -> Callable[[], Array]:
     r"""A NumPyro program for chains in the latent space of a generator that VERA trained.
@@ -42,8 +43,9 @@ def latent_model(
     .. math::
         p(z)\, q(x \mid z)\, e^{-U(x)} / q(x) = e^{-U(x)}\, q(z \mid x).
 
-    q̂ is ``score``'s importance sample with its random numbers held fixed.  x follows the model up to the error of log
-    q̂: nothing where x is linear in z, less with more ``score.num_samples``; draws under another ``rng_key`` show it.
+    q̂ is ``score``'s importance sample with its random numbers held fixed, so x follows the model up to the error of log
+    q̂.  Its noise falls with ``score.num_samples`` and ``num_lent``, and shows under another ``rng_key``; a mode of z
+    given x that all samples miss does not.  Compare the mean energy with that of :func:`sample`.
 
     Run it like any other program; ``init_to_sample`` starts chains at draws of the generator::
 
@@ -51,8 +53,10 @@ def latent_model(
         mcmc = MCMC(NUTS(refined, init_strategy=init_to_sample), num_warmup=500, num_samples=1000, num_chains=4)
 
     Latents and noise are its sample sites (a normal x given z becomes its standard noise), x a deterministic site.
-    ``HMC(num_steps=1)`` is MALA.  ``to_arviz(..., draws={name: mcmc.get_samples(group_by_chain=True)[name]})``
-    exports x, ``arviz.from_numpyro(mcmc)`` everything.
+    ``HMC(refined, num_steps=1, trajectory_length=None)`` is MALA.
+    ``to_arviz(..., draws={name: mcmc.get_samples(group_by_chain=True)[name]})`` exports x,
+    ``arviz.from_numpyro(mcmc, log_likelihood=False)`` everything (the factor is no likelihood of data).  q̂ is as smooth
+    as the derivative of the generator: nets with swish or tanh, not ReLU, let chains take longer steps.
 
     Args:
         rng_key: A JAX PRNG key, for the random numbers of q̂.
@@ -60,19 +64,20 @@ def latent_model(
         model: The model that was fitted.
         args: Its positional arguments.
         correct: False leaves ``1 / q̂`` out: x then follows q(x) exp(−U(x)), the square of the model's density where
-            the generator is right.  It is what is called refinement in the literature; its draws look better than the
-            model's.
+            the generator is right, so that its draws look better than the model's.
         score: Estimator of q̂; None takes :class:`ImportanceScore` as it comes.
+        num_lent: Draws of the prior among the samples of q̂, for posteriors of z of several modes.
         kwargs: The model's keyword arguments.
 
     Returns:
         A program without arguments that returns x.
 
     Raises:
-        TypeError: A fit by another backend.
+        TypeError: A fit by another backend, or a score that is no :class:`ImportanceScore`.
         ValueError: A model without the generator's site.
 
-    Source: chains in latent space as in Che et al. (2020) and Grathwohl et al. (2021); the factor 1 / q̂ is ours.
+    Source: Grathwohl et al. (2021) for chains in latent space, without 1 / q̂; Che et al. (2020) for energies that are
+    already relative to the generator, which need none.
     """
     state = fit.state
     if not isinstance(state, VERAState):
@@ -86,8 +91,12 @@ def latent_model(
     name = generator.name
     if name not in found:
         raise ValueError(f"The generator draws '{name}', but the model's energy sites are {sorted(found)}.")
-    energy, score = found[name], score or ImportanceScore()
-    lent, _ = state.draws(key_lent, NUM_LENT)
+    score = ImportanceScore() if score is None else score
+    if not isinstance(score, ImportanceScore):
+        raise TypeError(
+            f"score is a {type(score).__name__}; expected an ImportanceScore, whose log q̂ can be followed by chains."
+        )
+    energy, (lent, _) = found[name], state.draws(key_lent, num_lent)
     score_state = _fitted(score, key_fit, generator, params) if correct else None
 
     def program() -> Array:
@@ -97,7 +106,8 @@ def latent_model(
         x = trace[name]["value"]
         # The generator runs again inside q̂, unseen by any inference.
         with handlers.block():
-            log_weight = -energy._unchecked_potential(x[None])[0]
+            potential = energy._unchecked_potential(x[None])[0]
+            log_weight = -jnp.where(energy.support(x), potential, jnp.inf)
             if score_state is not None:
                 pair = generator.pair(params)
                 log_weight -= score.log_density(key_noise, score_state, pair, latents, x, lent)
@@ -136,7 +146,7 @@ def _fitted(score: ImportanceScore, rng_key: Array, generator: Generator, params
 
     def evaluate(state: ImportanceState, rng_key: Array) -> tuple[ImportanceState, None]:
         key_draw, key_score = random.split(rng_key)
-        latents, values = generator.draws(params, random.split(key_draw, NUM_LENT))
+        latents, values = generator.draws(params, random.split(key_draw, NUM_FITTING_DRAWS))
         return score.evaluate(key_score, state, generator.pair(params), latents, values)[1], None
 
     state = score.init(generator.num_latents)

@@ -192,7 +192,7 @@ class ImportanceScore:
     def log_density(
         self, rng_key: Array, state: ImportanceState, pair: Pair, latents: Array, value: Array, lent: Array
     ) -> Array:
-        """Log q(x) alone; while the key stays, a smooth function of ``latents`` and ``value``.
+        """Log q(x) alone; while the key stays, a function of ``latents`` and ``value`` as smooth as their Jacobian.
 
         Args:
             rng_key: A JAX PRNG key.
@@ -206,7 +206,7 @@ class ImportanceScore:
             A scalar.
         """
         noise = random.normal(rng_key, (1, self.num_samples, len(latents)), latents.dtype)
-        # The z that made x is among the samples: so 1 / q̂ is bounded where all proposals miss the posterior.
+        # With the z that made x among the samples, p(z) q(x | z) / q̂ ≤ K r(z) + (M + 1) p(z) where all others miss.
         lent = jnp.concatenate([lent, latents[None]])
         latents, values = latents[None], value[None]
         if self.local and pair.residuals is not None:

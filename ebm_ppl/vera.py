@@ -126,7 +126,8 @@ class VERA:
             which draws lend each other their latents (:class:`ImportanceScore`).
         entropy_weight: λ.  Other than 1, the generator is drawn to exp(−U/λ), while log Z and densities stay those of
             exp(−U).
-        gradient_penalty: γ; 0 leaves it out.
+        gradient_penalty: γ; 0 leaves it out.  Less than 1 for thin shapes, where :func:`log_normalizer` still finds
+            log Z near the generator's bound.
         score: ``"importance"`` (:class:`ImportanceScore`), ``"variational"`` (:class:`VariationalScore`, the paper's),
             ``"hmc"`` (:class:`HMCScore`), or one of these with options.
         num_energy_steps: Per update.
@@ -146,7 +147,7 @@ class VERA:
     _: KW_ONLY
     num_particles: int = 64
     entropy_weight: float = 1.0
-    gradient_penalty: float = 0.1
+    gradient_penalty: float = 1.0
     score: str | Score = "importance"
     num_energy_steps: int = 1
     num_generator_steps: int = 1

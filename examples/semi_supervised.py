@@ -254,7 +254,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", choices=TABLES, default="digits")
     parser.add_argument("--steps", type=int, default=3_000)
-    parser.add_argument("--temperatures", type=int, default=1_000, help="rungs of the annealing that gives log Z")
+    parser.add_argument("--temperatures", type=int, default=2_000, help="rungs of the annealing that gives log Z")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "output")
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,12 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 # Also the smallest programs: the clearing below makes every module want them again.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Threads of JAX processes side by side wait for one another: workers of pytest-xdist keep to one core each.
+worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 import jax  # noqa: E402
 
 

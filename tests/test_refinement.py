@@ -12,6 +12,7 @@ import pytest
 from jax import random
 from numpyro import handlers
 from numpyro.distributions import constraints
+from numpyro.infer import HMC, MCMC, init_to_sample
 from numpyro.infer.util import log_density
 
 import ebm_ppl as ebm
@@ -106,6 +107,23 @@ def test_a_conditional_without_noise_per_coordinate_is_drawn_as_it_is():
     prior, conditional = dist.Normal(0, 1).log_prob(z).sum(), dist.MultivariateNormal(WEIGHT @ z, scale_tril=ROOT)
     expected = prior + conditional.log_prob(x) - energy(x) + BASE.log_prob(x)
     assert found == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_mala_in_latent_space(fit):
+    program = ebm.latent_model(random.key(1), fit, model, DATA, correct=False)
+    kernel = HMC(program, num_steps=1, trajectory_length=None, init_strategy=init_to_sample)
+    mcmc = MCMC(kernel, num_warmup=20, num_samples=20, num_chains=2, chain_method="vectorized", progress_bar=False)
+    mcmc.run(random.key(2))
+    x = mcmc.get_samples(group_by_chain=True)["x"]
+    assert x.shape == (2, 20, 2)
+    assert np.all(x.std(axis=1) > 0)
+    idata = ebm.to_arviz(fit, model, DATA, draws={"x": x})
+    assert idata["posterior_predictive"]["x"].shape == (2, 20, 2)
+
+
+def test_scores_that_chains_cannot_follow(fit):
+    with pytest.raises(TypeError, match="score is a HMCScore; expected an ImportanceScore"):
+        ebm.latent_model(random.key(1), fit, model, DATA, score=ebm.HMCScore())
 
 
 def test_only_a_generators_fit_has_latents(fit):

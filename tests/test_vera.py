@@ -206,7 +206,7 @@ def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
 
 def test_several_steps_of_either_kind_per_update():
     """Adam counts its steps, and its first ones are of the size of its rate."""
-    one = backend(optim=optax.adam(1e-3), generator_optim=optax.adam(1e-3))
+    one = backend(optim=optax.adam(1e-3), generator_optim=optax.adam(1e-3), gradient_penalty=0.0)
     many = dataclasses.replace(one, num_generator_steps=3, num_energy_steps=2)
     state = one.init(random.key(0), DATA, init_params=AT)
     for built, num_generator_steps, num_energy_steps in ((one, 1, 1), (many, 3, 2)):
