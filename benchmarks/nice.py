@@ -161,7 +161,7 @@ def by_jarzynski(model, data, num_steps):
 
 
 def by_vera(model, data, num_steps):
-    optim, generator_optim = (optax.adam(decayed(1e-3, num_steps), b2=b2) for b2 in (0.999, 0.99))
+    optim, generator_optim = (optax.adam(decayed(rate, num_steps), b2=b2) for rate, b2 in ((3e-4, 0.999), (1e-3, 0.99)))
     backend = ebm.VERA(
         model,
         generator,
