@@ -174,10 +174,10 @@ def timed(loop, carry, num_steps):
     return time.perf_counter() - began, out[0]
 
 
-def compare_runs(backend, state, arguments, step, hand):
+def compare_runs(package_loop, state, hand_loop, hand):
     """Both sides draw their own random numbers: the same training shows in means over updates."""
-    _, history, _, _ = _chunk(backend, jax.tree.map(jnp.copy, state), arguments, NUM_COMPARED)
-    hand, losses = jax.jit(lambda carry: lax.scan(lambda c, _: step(c), carry, length=NUM_COMPARED))(hand)
+    _, history, *_ = package_loop(jax.tree.map(jnp.copy, state), NUM_COMPARED)
+    hand, losses = hand_loop(hand, NUM_COMPARED)
     (bounds,) = history["log_normalizer_bound"].values()
     late = slice(NUM_COMPARED // 2, NUM_COMPARED)
     ours, theirs = np.asarray(history["loss"])[late], np.asarray(losses)[late]
@@ -247,9 +247,9 @@ def main():
     walkers = random.normal(random.key(2), (NUM_DRAWS, table.x.shape[1]))
     pcd = (params, OPTIM.init(params), walkers, jnp.zeros(()), random.key(3))
 
-    compare_runs(backend, state, arguments, partial(hand_step, problem), hand)
     package_loop = lambda carry, length: _chunk(backend, carry, arguments, length)  # noqa: E731
     hand_loop, pcd_loop = scanned(partial(hand_step, problem)), scanned(partial(pcd_step, problem))
+    compare_runs(package_loop, state, hand_loop, hand)
     sides = ((package_loop, state), (hand_loop, hand), (hand_loop, hand), (pcd_loop, pcd))
     for loop, carry in sides:
         timed(loop, carry, options.steps)

@@ -116,7 +116,7 @@ class Generator:
 
     def draw(self, params: Params, rng_key: Array) -> tuple[Array, Array]:
         """One ``(z, x)``, both differentiable in φ."""
-        trace = handlers.trace(handlers.seed(self._with(params), rng_key)).get_trace()
+        trace = handlers.trace(handlers.seed(self.at(params), rng_key)).get_trace()
         latents = {name: trace[name]["value"] for name in self.latents}
         return ravel_pytree(latents)[0], trace[self.name]["value"]
 
@@ -159,11 +159,12 @@ class Generator:
     def _at(self, params: Params, latents: Array) -> tuple[list[tuple[Any, Array]], Any]:
         """The latents' distributions with their values, and the distribution of x given them."""
         given = ravel_pytree(self.latents)[1](latents)
-        recorder = _Conditional(handlers.substitute(self._with(params), data=given), self.name)
+        recorder = _Conditional(handlers.substitute(self.at(params), data=given), self.name)
         trace = handlers.trace(recorder).get_trace()
         return [(trace[name]["fn"], trace[name]["value"]) for name in sorted(self.latents)], recorder.found
 
-    def _with(self, params: Params) -> Program:
+    def at(self, params: Params) -> Program:
+        """The program at these parameters."""
         return handlers.substitute(self.program, data=self.constrain(params))
 
 

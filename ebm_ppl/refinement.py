@@ -19,10 +19,10 @@ from ebm_ppl.inspection import bind
 from ebm_ppl.model import Model, Params
 from ebm_ppl.score import ImportanceScore, ImportanceState
 from ebm_ppl.training import Fit
-from ebm_ppl.vera import VERAState
+from ebm_ppl.vera import NUM_FITTING_STEPS, VERAState
 
-# Draws per evaluation that the proposals are fitted in, and evaluations.
-NUM_FITTING_DRAWS, NUM_FITTING_STEPS = 64, 150
+# Draws in each of the evaluations that the proposals are fitted in.
+NUM_FITTING_DRAWS = 64
 
 
 def latent_model(
@@ -119,8 +119,7 @@ def latent_model(
 
 def _fixed(generator: Generator, params: Params) -> Callable[[], Any]:
     """The generator's program at its parameters, which no inference is to see."""
-    known = handlers.substitute(generator.program, data=generator.constrain(params))
-    return handlers.block(known, hide_fn=lambda site: site["type"] == "param")
+    return handlers.block(generator.at(params), hide_fn=lambda site: site["type"] == "param")
 
 
 def _standard_noise(name: str) -> Callable[[dict], Any]:
