@@ -146,6 +146,7 @@ def main(arguments=None):
         )
         draw_row(row, name, fit, base, train, drawn, refined)
     figure.savefig(options.output / "vera_2d.png", dpi=120)
+    plt.close(figure)
     print(f"figure and data: {options.output}")
     print(az.summary(idata, group="posterior_predictive"))
 

@@ -167,6 +167,7 @@ def test_examples_with_tiny_settings(name, arguments, files, parts, tmp_path, ca
     printed = capsys.readouterr().out
     for part in parts:
         assert part in printed
+    assert not plt.get_fignums()
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
