@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -399,6 +400,7 @@ def _flags_of_weights(
     )
 
 
+@jax.jit
 def _t_statistic(values: Array) -> Array:
     """Mean over islands by its standard error; 0 where nothing moves."""
     error = jnp.std(values, axis=0, ddof=1) / jnp.sqrt(values.shape[0])
@@ -406,11 +408,11 @@ def _t_statistic(values: Array) -> Array:
 
 
 def _worst(values: Array) -> float:
-    return float(jnp.max(values))
+    return float(np.max(np.asarray(values)))
 
 
 def _flag(found: Array, message: str) -> tuple[str, ...]:
-    count, size = int(jnp.sum(found)), int(np.prod(found.shape))
+    count, size = int(np.sum(np.asarray(found))), int(np.prod(found.shape))
     if not count:
         return ()
     return (message.format(where="" if size == 1 else f" in {count} of {size} elements"),)

@@ -77,7 +77,7 @@ def inspect_model(
         lambda value: jnp.asarray(value, jnp.result_type(value)),
         transform_fn(transforms, values, invert=True),
     )
-    _check_repeatable(rng_key, BoundModel(model, transforms, rng_key, arguments), params)
+    _check_repeatable(rng_key, BoundModel(model, transforms, rng_key, arguments), params, recorder.found)
     return Inspection(params, transforms, recorder.found)
 
 
@@ -240,8 +240,7 @@ def bind(
         check_start_covers(model, "x")
         return BoundModel(_energy_alone, {}, rng_key, Arguments((model,))), {"x": model}
     bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
-    check_params(bound, params)
-    found = bound.energies(params)
+    found = check_params(bound, params)
     if not found:
         raise ValueError("The model has no energy site: declare one with numpyro.sample('x', EnergyDistribution(...)).")
     for name, distribution in found.items():
@@ -249,8 +248,11 @@ def bind(
     return bound, found
 
 
-def check_params(bound: BoundModel, params: Params) -> None:
+def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribution]:
     """Refuse parameters that the model does not have, lacks, or that do not decide the energies alone.
+
+    Returns:
+        The energies, by site.
 
     Raises:
         ValueError: The message names them.
@@ -267,25 +269,35 @@ def check_params(bound: BoundModel, params: Params) -> None:
             f"params lacks {sorted(missing)} and holds {sorted(unknown)}, which the model does not have; expected "
             "every parameter of the model by its site's name, such as fit.params."
         )
-    _check_repeatable(bound.rng_key, bound, params)
+    _check_repeatable(bound.rng_key, bound, params, recorder.found)
+    return recorder.found
 
 
-def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None:
-    """An energy must be one function of its parameters: not of a random key, nor of the rows of a mini-batch."""
-    key_params, key_start, key_other = random.split(rng_key, 3)
-    # A last layer of zeros would hide what the layers before it do.
+@jax.jit
+def _moved(rng_key: Array, params: Params) -> Params:
+    """Parameters up to a tenth larger, so that what is positive stays so; zeros up to a tenth."""
     leaves, treedef = jax.tree.flatten(params)
-    # In proportion, so that what is positive stays so.
-    keys = random.split(key_params, len(leaves))
+    keys = random.split(rng_key, len(leaves))
     steps = [0.1 * random.uniform(key, jnp.shape(leaf)) for key, leaf in zip(keys, leaves, strict=True)]
     moved = [
         leaf + (jnp.where(leaf == 0, 1.0, leaf) * step).astype(jnp.result_type(leaf))
         for leaf, step in zip(leaves, steps, strict=True)
     ]
-    original, params = params, jax.tree.unflatten(treedef, moved)
+    return jax.tree.unflatten(treedef, moved)
+
+
+def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]) -> None:
+    """An energy must be one function of its parameters: not of a random key, nor of the rows of a mini-batch.
+
+    ``found`` are the energies at ``params``.
+    """
+    key_params, key_start, key_other = random.split(rng_key, 3)
+    # A last layer of zeros would hide what the layers before it do.
+    original, params = params, _moved(key_params, params)
     first = _energies_at_points(bound, params, key_start)
     second = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
-    for name, inside in _supports_agree(bound, original, params, key_start).items():
+    may_move = any(_has_parameters(energy.support) for energy in found.values())
+    for name, inside in _supports_agree(bound, original, params, key_start).items() if may_move else ():
         if not bool(inside):
             raise ValueError(
                 f"The support of the base at site '{name}' changes with the parameters: walkers cannot follow it, and "
@@ -299,6 +311,13 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params) -> None
                 "subsampled plate (then give the base their batch shape, without subsampling): walkers need one energy "
                 "per parameter value."
             )
+
+
+def _has_parameters(support: constraints.Constraint) -> bool:
+    try:
+        return bool(jax.tree.leaves(support))
+    except NotImplementedError:  # a constraint of the user's own that does not say
+        return True
 
 
 @jax.jit

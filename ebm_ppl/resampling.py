@@ -6,6 +6,7 @@ proportional to the weights: then the estimate of Z stays unbiased.
 
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array, random
 
@@ -16,6 +17,7 @@ class Resampling(Protocol):
     def __call__(self, rng_key: Array, log_weights: Array) -> Array: ...  # noqa: D102
 
 
+@jax.jit
 def _invert_cdf(log_weights: Array, sorted_uniforms: Array) -> Array:
     # A parallel float32 cumsum is not monotone to the last bit, so a walker of zero weight could own a sliver
     # of [0, 1): give it its predecessor's value exactly, and never step past the last walker of positive weight.

@@ -1,9 +1,11 @@
 """Log weights: means, effective sample sizes and the jackknife of a log-mean-exp.
 
-Everything stays in log space and holds in float32.  ``axis`` is the walker axis throughout.
+Everything stays in log space and holds in float32.  ``axis`` is the walker axis throughout.  Each is jitted: called
+outside a jitted function it would else compile one program per operation.
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +13,13 @@ from jax import Array
 from jax.nn import logsumexp
 
 
+@partial(jax.jit, static_argnames="axis")
 def log_mean_exp(log_weights: Array, axis: int = -1) -> Array:
     """Return ``log(mean(exp(log_weights)))`` along ``axis``; −inf where every weight is zero."""
     return logsumexp(log_weights, axis=axis) - jnp.log(log_weights.shape[axis])
 
 
+@partial(jax.jit, static_argnames="axis")
 def ess_fraction(log_weights: Array, axis: int = -1) -> Array:
     """Effective sample size over the number of walkers, ``(Σw)² / (n Σw²)``, in (0, 1].
 
@@ -26,6 +30,7 @@ def ess_fraction(log_weights: Array, axis: int = -1) -> Array:
     return 1.0 / (log_weights.shape[axis] * jnp.sum(weights**2, axis=axis))
 
 
+@jax.jit
 def pooled_ess_fraction(log_weights: Array) -> Array:
     """ESS fraction of the estimator that averages self-normalised islands equally.
 
@@ -35,6 +40,7 @@ def pooled_ess_fraction(log_weights: Array) -> Array:
     return 1.0 / jnp.mean(1.0 / ess_fraction(log_weights, axis=1), axis=0)
 
 
+@jax.jit
 def conditional_ess_fraction(log_weights: Array, log_increments: Array) -> Array:
     """Conditional ESS of an increment, ``(Σ w e^Δ)² / Σ w e^{2Δ}`` with ``Σ w = 1``, in (0, 1].
 
@@ -47,6 +53,7 @@ def conditional_ess_fraction(log_weights: Array, log_increments: Array) -> Array
     return jnp.sum(weights * ratios, axis=(0, 1)) ** 2 / jnp.sum(weights * ratios**2, axis=(0, 1))
 
 
+@jax.jit
 def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) -> tuple[Array, Array]:
     """Bias-corrected log of a (weighted) mean of ``exp(log_values)`` over axis 0, and its standard error.
 
@@ -80,6 +87,7 @@ def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) 
     return estimate, stderr
 
 
+@jax.jit
 def pareto_khat(log_weights: Array) -> Array:
     """Shape k̂ of the generalised Pareto distribution fitted to the largest weights along axis 0.
 
