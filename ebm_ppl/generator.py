@@ -1,7 +1,7 @@
 """A generator as pure functions: a NumPyro program that draws latents z, then x given z at an energy site's name.
 
 Its parameters are its ``param`` sites, its latents all other sample sites.  z is one flat vector here, whatever sites
-the program draws it at.
+the program draws it at, and empty where x has a density of its own, as a flow has.
 """
 
 from collections.abc import Callable
@@ -131,7 +131,7 @@ class Generator:
     def log_prior(self, params: Params, latents: Array) -> Array:
         """``log p(z)``."""
         priors, _ = self._at(params, latents)
-        return jnp.sum(jnp.stack([jnp.sum(found.log_prob(given)) for found, given in priors]))
+        return sum((jnp.sum(found.log_prob(given)) for found, given in priors), jnp.zeros(()))
 
     def residuals(self, params: Params, latents: Array, value: Array) -> tuple[Array, Array]:
         """Latents and value of one pair in coordinates where their normals are standard."""
@@ -232,11 +232,6 @@ def inspect_generator(
             f"the latents there: numpyro.sample('{name}', ebm_ppl.standardized_normal(base, net(z), scale))."
         )
     _check_conditional(rng_key, name, trace[name]["fn"], distribution)
-    if not latents:
-        raise ValueError(
-            "The generator has no latents. Draw some first: "
-            "z = numpyro.sample('z', dist.Normal(0, 1).expand([num_latents]).to_event(1))."
-        )
     if not params:
         raise ValueError("The generator has no parameters to learn: no numpyro.param and no module.")
     unconstrained = transform_fn(transforms, params, invert=True)

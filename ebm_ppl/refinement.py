@@ -17,7 +17,7 @@ from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.generator import Generator
 from ebm_ppl.inspection import bind
 from ebm_ppl.model import Model, Params
-from ebm_ppl.score import ImportanceScore, ImportanceState
+from ebm_ppl.score import ExactScore, ImportanceScore
 from ebm_ppl.training import Fit
 from ebm_ppl.vera import NUM_FITTING_STEPS, VERAState
 
@@ -52,7 +52,8 @@ def latent_model(
         refined = ebm_ppl.latent_model(key, fit, model, x)
         mcmc = MCMC(NUTS(refined, init_strategy=init_to_sample), num_warmup=500, num_samples=1000, num_chains=4)
 
-    Latents and noise are its sample sites (a normal x given z becomes its standard noise), x a deterministic site.
+    Latents and noise are its sample sites (a normal x given z becomes its standard noise), x a deterministic site.  A
+    generator without latents, a flow, has noise alone and an exact q (Hoffman et al. 2019).
     ``HMC(refined, num_steps=1, trajectory_length=None)`` is MALA.
     ``to_arviz(..., draws={name: mcmc.get_samples(group_by_chain=True)[name]})`` exports x,
     ``arviz.from_numpyro(mcmc, log_likelihood=False)`` everything (the factor is no likelihood of data).  q̂ is as smooth
@@ -96,8 +97,9 @@ def latent_model(
         raise TypeError(
             f"score is a {type(score).__name__}; expected an ImportanceScore, whose log q̂ can be followed by chains."
         )
+    estimator = score if generator.latents else ExactScore()
     energy, (lent, _) = found[name], state.draws(key_lent, num_lent)
-    score_state = _fitted(score, key_fit, generator, params) if correct else None
+    score_state = _fitted(estimator, key_fit, generator, params) if correct else None
 
     def program() -> Array:
         with handlers.trace() as trace, handlers.reparam(config=_standard_noise(name)):
@@ -110,7 +112,7 @@ def latent_model(
             log_weight = -jnp.where(energy.support(x), potential, jnp.inf)
             if score_state is not None:
                 pair = generator.pair(params)
-                log_weight -= score.log_density(key_noise, score_state, pair, latents, x, lent)
+                log_weight -= estimator.log_density(key_noise, score_state, pair, latents, x, lent)
         numpyro.factor(f"{name}_log_weight", log_weight)
         return x
 
@@ -140,10 +142,10 @@ def _standard_noise(name: str) -> Callable[[dict], Any]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _fitted(score: ImportanceScore, rng_key: Array, generator: Generator, params: Params) -> ImportanceState:
+def _fitted(score: ImportanceScore | ExactScore, rng_key: Array, generator: Generator, params: Params) -> Any:
     """The proposals of a score, fitted to a generator that no longer changes."""
 
-    def evaluate(state: ImportanceState, rng_key: Array) -> tuple[ImportanceState, None]:
+    def evaluate(state: Any, rng_key: Array) -> tuple[Any, None]:
         key_draw, key_score = random.split(rng_key)
         latents, values = generator.draws(params, random.split(key_draw, NUM_FITTING_DRAWS))
         return score.evaluate(key_score, state, generator.pair(params), latents, values)[1], None

@@ -119,6 +119,29 @@ def _mixture_score(pair: Pair, latents: Array, values: Array, proposals: Proposa
     return info, jax.nn.softmax(own - proposals.log_density, axis=1)
 
 
+@dataclass(frozen=True)
+class ExactScore:
+    """The score of a generator without latents, such as a flow: q(x | z) is q(x)."""
+
+    def init(self, num_latents: int) -> tuple[()]:
+        """Nothing to learn."""
+        return ()
+
+    def evaluate(
+        self, rng_key: Array, state: tuple[()], pair: Pair, latents: Array, values: Array
+    ) -> tuple[ScoreInfo, tuple[()]]:
+        """Score and log density at ``values``."""
+        log_density, pull = jax.vjp(lambda values: jax.vmap(pair.log_joint)(latents, values), values)
+        (score,) = pull(jnp.ones_like(log_density))
+        return ScoreInfo(score, log_density), state
+
+    def log_density(
+        self, rng_key: Array, state: tuple[()], pair: Pair, latents: Array, value: Array, lent: Array
+    ) -> Array:
+        """Log q(x), a scalar."""
+        return pair.log_joint(latents, value)
+
+
 class ImportanceState(NamedTuple):
     """Running averages that the proposals are fitted to.
 

@@ -20,8 +20,9 @@ from ebm_ppl.generator import Generator, Program, inspect_generator
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import inspect_model
 from ebm_ppl.model import Arguments, BoundModel, Model, Params
-from ebm_ppl.score import HMCScore, ImportanceScore, Score, VariationalScore
+from ebm_ppl.score import ExactScore, HMCScore, ImportanceScore, Score, VariationalScore
 from ebm_ppl.training import Fit, as_strong_array, run
+from ebm_ppl.weights import ess_fraction
 
 SCORES = {"importance": ImportanceScore, "variational": VariationalScore, "hmc": HMCScore}
 
@@ -118,7 +119,8 @@ class VERA:
         model: A NumPyro model with one observed :class:`EnergyDistribution` site.  Parameters are its ``param`` sites
             and its unobserved global sample sites (fitted by MAP, in the convention of ``AutoDelta``).
         generator: A NumPyro program without arguments: latents on the whole real line, then x given z at the energy
-            site's name, reparametrised and with a density, such as :func:`standardized_normal`.
+            site's name, reparametrised and with a density, such as :func:`standardized_normal`.  Without latents x is
+            a flow, whose score is exact.
         optim: An optax gradient transformation for the model's unconstrained parameters.
         generator_optim: One for the generator's.  Both without momentum, such as ``optax.adam(1e-3, b1=0.0)``: with it
             the two players circle each other.
@@ -132,6 +134,11 @@ class VERA:
             ``"hmc"`` (:class:`HMCScore`), or one of these with options.
         num_energy_steps: Per update.
         num_generator_steps: Per update.
+        importance_weights: True takes :math:`\nabla\log Z` from the draws of the last generator step, weighed by
+            exp(−U)/q̂ and self-normalised.  Then a generator that lags behind the energy biases it less, and draws
+            where the energy is high count nothing instead of most.  It needs a generator near the energy: with an
+            effective sample size (``Fit.history["ess"]``, a fraction) of a few draws the gradient is mostly noise.
+            Not in the paper.
 
     Raises:
         ValueError: Options that cannot work.
@@ -151,6 +158,7 @@ class VERA:
     score: str | Score = "importance"
     num_energy_steps: int = 1
     num_generator_steps: int = 1
+    importance_weights: bool = False
 
     def __post_init__(self) -> None:
         for option in ("optim", "generator_optim"):
@@ -201,7 +209,7 @@ class VERA:
                 "generator draws for one. Move it into the event (.to_event), or fit with Jarzynski."
             )
         generator, generator_params = inspect_generator(key_generator, self.generator, name, distribution)
-        score_state = self._score.init(generator.num_latents)
+        score_state = self._score_of(generator).init(generator.num_latents)
         bound_model = BoundModel(self.model, found.transforms, key_model, Arguments(args, kwargs))
         score_state, bound = _fit_score(
             self, key_score, bound_model, generator, found.params, generator_params, score_state
@@ -251,7 +259,10 @@ class VERA:
         # Energy
         energy = (state.params, state.optim_state)
         (params, optim_state), (loss, grad_norm) = _repeat(
-            partial(self._energy_step, state, arguments, progress), energy, key_energy, self.num_energy_steps
+            partial(self._energy_step, state, arguments, progress, told["draws"]),
+            energy,
+            key_energy,
+            self.num_energy_steps,
         )
 
         finite = {
@@ -281,6 +292,7 @@ class VERA:
             "loss": loss,
             "generator_loss": told["generator_loss"],
             "entropy": {name: told["entropy"]},
+            "ess": {name: told["ess"]},
             "log_normalizer_bound": {name: progress.bound},
             "at_bound": jnp.max(jnp.stack(shares)) if shares else jnp.zeros_like(loss),
             "grad_norm": grad_norm,
@@ -332,10 +344,9 @@ class VERA:
         """Constrained values at the model's ``param`` and unobserved sample sites."""
         return {name: state.transforms[name](value) for name, value in state.params.items()}
 
-    @property
-    def _score(self) -> Score:
+    def _score_of(self, generator: Generator) -> Score:
         assert not isinstance(self.score, str)
-        return self.score
+        return self.score if generator.latents else ExactScore()
 
     def _generator_step(
         self, generator: Generator, distribution: EnergyDistribution, progress: _Progress, rng_key: Array
@@ -349,7 +360,7 @@ class VERA:
         potential, pull_potential = jax.vjp(distribution._unchecked_potential, values)
         (force,) = pull_potential(jnp.ones_like(potential))
         pair = generator.pair(lax.stop_gradient(progress.params))
-        score, score_state = self._score.evaluate(key_score, progress.score_state, pair, latents, values)
+        score, score_state = self._score_of(generator).evaluate(key_score, progress.score_state, pair, latents, values)
         (grads,) = pull((force + self.entropy_weight * score.score) / self.num_particles)
         updates, optim_state = self.generator_optim.update(grads, progress.optim_state, progress.params)
         params = optax.apply_updates(progress.params, updates)
@@ -361,20 +372,35 @@ class VERA:
             "entropy": entropy,
             "grad_norm": optax.tree.norm(grads),
             "in_support": jnp.all(distribution.support(values)),
+            "ess": ess_fraction(-potential - score.log_density),
+            "draws": (values, score.log_density),
         }
         return _Progress(params, optim_state, score_state, bound), told
 
     def _energy_step(
-        self, state: VERAState, arguments: Arguments, progress: _Progress, energy: tuple[Params, Any], rng_key: Array
+        self,
+        state: VERAState,
+        arguments: Arguments,
+        progress: _Progress,
+        draws: tuple[Array, Array],
+        energy: tuple[Params, Any],
+        rng_key: Array,
     ) -> tuple[tuple[Params, Any], tuple[Array, Array]]:
-        """One step of θ against fixed draws of the generator."""
+        """One step of θ against fixed draws of the generator: fresh ones, or ``draws`` and their log q̂, weighed."""
         params, optim_state = energy
         key_model, key_draw = random.split(rng_key)
         bound = BoundModel(self.model, state.transforms, key_model, arguments)
-        _, draws = state.generator.draws(progress.params, random.split(key_draw, self.num_particles))
+        values, log_density = draws
+        if not self.importance_weights:
+            _, values = state.generator.draws(progress.params, random.split(key_draw, self.num_particles))
 
         def normalize(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
-            surrogate = -jnp.mean(distribution._unchecked_potential(draws))
+            potential = distribution._unchecked_potential(values)
+            if self.importance_weights:
+                weights = lax.stop_gradient(jax.nn.softmax(-potential - log_density))
+                surrogate = -jnp.sum(weights * potential)
+            else:
+                surrogate = -jnp.mean(potential)
             log_z = progress.bound + surrogate - lax.stop_gradient(surrogate)
             if self.gradient_penalty:
                 distribution = _penalized(distribution, state.standardizer, self.gradient_penalty)
@@ -429,7 +455,7 @@ def _fit_score(
     def evaluate(state: Any, rng_key: Array) -> tuple[Any, Array]:
         key_draw, key_score = random.split(rng_key)
         latents, values = generator.draws(generator_params, random.split(key_draw, backend.num_particles))
-        found, state = backend._score.evaluate(key_score, state, pair, latents, values)
+        found, state = backend._score_of(generator).evaluate(key_score, state, pair, latents, values)
         return state, -jnp.mean(distribution._unchecked_potential(values) + found.log_density)
 
     score_state, bounds = lax.scan(evaluate, score_state, random.split(rng_key, NUM_FITTING_STEPS))

@@ -1,5 +1,7 @@
 """Generator programs: densities, draws and their derivatives, and every program that is refused."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -189,7 +191,6 @@ REFUSED = [
     ),
     (latent(dist.Gamma(2.0)), "latent 'z' has support"),
     (latent(dist.Bernoulli(0.5)), "latent 'z' has support"),
-    (no_latents, "has no latents"),
     (no_params, "no parameters to learn"),
     (observes, "site 'y' is observed"),
     (has_a_factor, "site 'f' is observed, or a factor"),
@@ -200,6 +201,14 @@ REFUSED = [
 def test_programs_that_cannot_generate(program, message):
     with pytest.raises(ValueError, match=message):
         inspect_generator(random.key(0), program, "x", energy_on(BASES["normal"]))
+
+
+def test_a_program_without_latents_has_a_density_of_its_own():
+    generator, params = inspect_generator(random.key(0), no_latents, "x", energy_on(BASES["normal"]))
+    z, x = generator.draws(params, random.split(random.key(1), 5))
+    assert z.shape == (5, 0)
+    found = jax.vmap(partial(generator.log_joint, params))(z, x)
+    np.testing.assert_allclose(found, dist.Normal(0.0, 1.0).log_prob(x).sum(-1), rtol=1e-6)
 
 
 def test_draws_outside_the_support():

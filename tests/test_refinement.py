@@ -12,6 +12,7 @@ import pytest
 from jax import random
 from numpyro import handlers
 from numpyro.distributions import constraints
+from numpyro.distributions.transforms import LowerCholeskyAffine
 from numpyro.infer import HMC, MCMC, init_to_sample
 from numpyro.infer.util import log_density
 
@@ -92,6 +93,24 @@ def test_the_density_of_latents_and_noise(fit, refined):
     # That of 64 draws of the prior, which all x share.
     assert abs(float(off.mean())) < 2 / np.sqrt(64)
     assert float(off.std()) < 2 / np.sqrt(64)
+
+
+def flow():
+    """The linear generator without latents, as a normal through a transform."""
+    weight = numpyro.param("weight", ROOT)
+    noise = dist.Normal(0, 1).expand([2]).to_event(1)
+    numpyro.sample("x", dist.TransformedDistribution(noise, LowerCholeskyAffine(BIAS, weight)))
+
+
+def test_a_flow_has_noise_alone_and_an_exact_density():
+    program = ebm.latent_model(random.key(1), fitted(flow), model, DATA)
+    trace = trace_of(program)
+    assert set(trace) == {"x_base_decentered", "x_base", "x", "x_log_weight"}
+    noise = random.normal(random.key(2), (50, 2))
+    found = jax.vmap(lambda e: log_density(program, (), {}, {"x_base_decentered": e})[0])(noise)
+    x = BIAS + noise @ ROOT.T
+    expected = BASE.log_prob(x) - energy(x) + jnp.linalg.slogdet(ROOT)[1]
+    np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
 def trace_of(program):
