@@ -19,6 +19,8 @@ from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
 
+pytestmark = pytest.mark.xdist_group("arviz")
+
 T3_999 = 10.2  # Student t, 3 degrees of freedom, 99.9% on either side: four held-out islands
 T15_9999 = 5.24  # 15 degrees of freedom, two-sided 99.99%
 

@@ -20,6 +20,8 @@ from numpyro.distributions import constraints
 import ebm_ppl as ebm
 from ebm_ppl import training
 
+pytestmark = pytest.mark.xdist_group("conformance")
+
 JARZYNSKI_HISTORY = {
     "loss",
     "ess",

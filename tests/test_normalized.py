@@ -20,6 +20,8 @@ from scipy.stats import gamma, norm
 
 import ebm_ppl as ebm
 
+pytestmark = pytest.mark.xdist_group("normalized")
+
 T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
 X = np.random.default_rng(0).normal(size=40) * 0.7
 FLAT = dist.ImproperUniform(constraints.real, (), ())

@@ -20,6 +20,8 @@ from ebm_ppl.annealing import Moves
 from ebm_ppl.certificate import Evidence, Pass, certify
 from ebm_ppl.weights import jackknife_log_mean_exp, pareto_khat
 
+pytestmark = pytest.mark.xdist_group("normalizer")
+
 T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
 GRID = np.linspace(-10.0, 10.0, 20_001)
 

@@ -18,6 +18,8 @@ from numpyro.infer.util import log_density
 
 import ebm_ppl as ebm
 
+pytestmark = pytest.mark.xdist_group("refinement")
+
 BASE = dist.Normal(jnp.array([1.0, -2.0]), jnp.array([0.5, 3.0])).to_event(1)
 WEIGHT, BIAS, SCALE = jnp.array([[0.9, 0.2], [-0.4, 0.7]]), jnp.array([0.5, -0.3]), 0.4
 ROOT = jnp.array([[0.3, 0.0], [0.5, 2.0]])

@@ -13,6 +13,8 @@ from scipy.stats import norm
 
 import ebm_ppl as ebm
 
+pytestmark = pytest.mark.xdist_group("sampling")
+
 METHODS = ("smc", "mala", "nuts")
 GRID = np.linspace(-10.0, 10.0, 20_001)
 NORMAL = dist.Normal(0.0, 1.0)

@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.score import HMCScore, ImportanceScore, Pair, VariationalScore
 
+pytestmark = pytest.mark.xdist_group("score")
+
 W = jnp.array([[1.0, 0.3], [-0.5, 0.8], [0.2, -0.4]])
 SIGMA = 0.3
 PARAMS = {"weight": W, "sigma": jnp.array(SIGMA)}
