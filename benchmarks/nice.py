@@ -1,6 +1,6 @@
 """A NICE flow as an energy: the exact likelihood judges how it was trained.
 
-    python benchmarks/nice.py DATA_FOLDER [--seconds 120] [--methods likelihood VERA Jarzynski PCD]
+    python benchmarks/nice.py DATA_FOLDER [--seconds 150] [--seed 0] [--methods likelihood VERA Jarzynski PCD]
 
 A NICE flow of four additive couplings (Dinh, Krueger and Bengio 2015) on 28x28 MNIST with noise of 0.1, in standardised
 principal components of the training rows, so that the flow starts at the Gaussian of the data.  Its density is
@@ -151,14 +151,14 @@ def decayed(rate, num_steps):
     return optax.cosine_decay_schedule(rate, num_steps, 0.02)
 
 
-def by_jarzynski(model, data, num_steps):
+def by_jarzynski(model, data, num_steps, seed):
     optim = optax.adam(decayed(1e-3, num_steps))
     backend = ebm.Jarzynski(model, optim, num_chains=NUM_CHAINS, num_walkers=NUM_WALKERS, num_kernel_steps=NUM_MOVES)
-    fit = backend.run(random.key(0), num_steps, data.train, progress_bar=False)
+    fit = backend.run(random.key(seed), num_steps, data.train, progress_bar=False)
     return fit.params["flow$params"], fit
 
 
-def by_vera(model, data, num_steps):
+def by_vera(model, data, num_steps, seed, importance_weights=True):
     optim, generator_optim = (
         optax.adam(decayed(rate, num_steps), b1=0.5, b2=b2) for rate, b2 in ((1e-3, 0.999), (2e-3, 0.99))
     )
@@ -169,22 +169,23 @@ def by_vera(model, data, num_steps):
         generator_optim,
         num_particles=NUM_CHAINS * NUM_WALKERS,
         gradient_penalty=0.0,
-        importance_weights=True,
+        importance_weights=importance_weights,
     )
-    state = backend.init(random.key(0), data.train)
+    state = backend.init(random.key(seed), data.train)
     # The two flows are equal at first, hidden layers included: the generator follows, it need not find features.
     state = replace(state, generator_params={"generator$params": state.params["flow$params"]})
     try:
-        fit = backend.run(random.key(0), num_steps, data.train, progress_bar=False, init_state=state)
+        fit = backend.run(random.key(seed), num_steps, data.train, progress_bar=False, init_state=state)
     except ebm.NonFiniteError as error:
         print(f"VERA was not finite after {error.step} updates; its last good state:")
         fit = error.fit
     return fit.params["flow$params"], fit
 
 
-def train(loss, carry, move, data, num_steps):
+def train(loss, carry, move, data, num_steps, seed):
     """Adam on ``loss(params, batch, carry)``; ``move(params, carry, key)`` renews the walkers before each update."""
-    params = FLOW.init(random.key(0), jnp.zeros(PIXELS))["params"]
+    key_init, key_run = random.split(random.key(seed))
+    params = FLOW.init(key_init, jnp.zeros(PIXELS))["params"]
     optim = optax.adam(decayed(1e-3, num_steps))
 
     def update(pixels, state, key):
@@ -196,7 +197,7 @@ def train(loss, carry, move, data, num_steps):
         updates, optim_state = optim.update(gradient, optim_state)
         return (optax.apply_updates(params, updates), optim_state, carry), None
 
-    keys = random.split(random.key(1), num_steps)
+    keys = random.split(key_run, num_steps)
     run = jax.jit(lambda pixels, state: lax.scan(partial(update, pixels), state, keys)[0])
     return jax.block_until_ready(run(data.train, (params, optim.init(params), carry)))[0], None
 
@@ -205,17 +206,18 @@ def log_density(params, u):
     return FLOW.apply({"params": params}, u)
 
 
-def by_likelihood(_, data, num_steps):
+def by_likelihood(_, data, num_steps, seed):
     return train(
         lambda params, rows, _: -jnp.mean(log_density(params, rows)),
         (),
         lambda params, carry, key: carry,
         data,
         num_steps,
+        seed,
     )
 
 
-def by_pcd(_, data, num_steps):
+def by_pcd(_, data, num_steps, seed):
     """Persistent contrastive divergence: MALA with an adapted step size, every weight equal."""
 
     def move(params, carry, key):
@@ -242,21 +244,22 @@ def by_pcd(_, data, num_steps):
     def loss(params, rows, carry):
         return -jnp.mean(log_density(params, rows)) + jnp.mean(log_density(params, carry[0]))
 
-    walkers = random.normal(random.key(2), (NUM_CHAINS * NUM_WALKERS, PIXELS))
-    return train(loss, (walkers, jnp.asarray(0.05)), move, data, num_steps)
+    walkers = random.normal(random.key(seed + 1_000), (NUM_CHAINS * NUM_WALKERS, PIXELS))
+    return train(loss, (walkers, jnp.asarray(0.05)), move, data, num_steps, seed)
 
 
 METHODS = {"likelihood": by_likelihood, "VERA": by_vera, "Jarzynski": by_jarzynski, "PCD": by_pcd}
+UNWEIGHTED = {"VERA-unweighted": partial(by_vera, importance_weights=False)}
 
 
-def steps_in(method, model, data, seconds):
+def steps_in(method, model, data, seconds, seed):
     """Updates that take so many seconds, with the time that compilation took."""
     # Once apart: a first call warms up more than its own executables.
-    method(model, data, 20)
+    method(model, data, 20, seed)
     times = []
     for num_steps in (20, 120):
         began = time.perf_counter()
-        method(model, data, num_steps)
+        method(model, data, num_steps, seed)
         times.append(time.perf_counter() - began)
     each = max(times[1] - times[0], 1e-3) / 100
     return max(100, int((seconds - times[0]) / each))
@@ -265,20 +268,22 @@ def steps_in(method, model, data, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--budget", type=int, default=1_000_000, help="energy evaluations for log Z")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--budget", type=int, default=8_000_000, help="energy evaluations for log Z")
+    parser.add_argument("--methods", nargs="+", choices=METHODS | UNWEIGHTED, default=list(METHODS))
     options = parser.parse_args()
     data = Data(options.folder)
     model = make_model(data)
     start = FLOW.init(random.key(0), jnp.zeros(PIXELS))["params"]
     print(f"the Gaussian that all start from: {data.test_log_likelihood(start):.1f} nats (exact, test)", flush=True)
     for name in options.methods:
-        num_steps = steps_in(METHODS[name], model, data, options.seconds)
+        method = (METHODS | UNWEIGHTED)[name]
+        num_steps = steps_in(method, model, data, options.seconds, options.seed)
         began = time.perf_counter()
-        params, fit = METHODS[name](model, data, num_steps)
+        params, fit = method(model, data, num_steps, options.seed)
         seconds = time.perf_counter() - began
-        told = f"{name:10s} {data.test_log_likelihood(params):8.1f} nats in {seconds:.0f} s, {num_steps} updates"
+        told = f"{name:15s} {data.test_log_likelihood(params):8.1f} nats in {seconds:.0f} s, {num_steps} updates"
         if fit is not None:
             log_z = ebm.log_normalizer(random.key(3), model, fit.params, data.train, budget=options.budget)
             told += f"; true log Z 0, {log_z}"

@@ -131,7 +131,7 @@ class Generator:
     def log_prior(self, params: Params, latents: Array) -> Array:
         """``log p(z)``."""
         priors, _ = self._at(params, latents)
-        return sum((jnp.sum(found.log_prob(given)) for found, given in priors), jnp.zeros(()))
+        return sum((jnp.sum(found.log_prob(given)) for found, given in priors), jnp.array(0.0, latents.dtype))
 
     def residuals(self, params: Params, latents: Array, value: Array) -> tuple[Array, Array]:
         """Latents and value of one pair in coordinates where their normals are standard."""
@@ -279,6 +279,14 @@ def _check_conditional(rng_key: Array, name: str, found: Any, distribution: Ener
             f"{found.event_shape}; expected one event of shape {distribution.event_shape}, as the energy's base has. "
             "The program makes one draw (many are made by jax.vmap): use .to_event(...), and no plates."
         )
+    try:
+        found.log_prob(found.sample(rng_key))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"The generator's x given z at site '{name}' is a {type(found).__name__} whose density at a given value is "
+            "not implemented: one of its transforms has no inverse. Use a flow that is inverted in closed form, of "
+            "couplings for example."
+        ) from error
     outside = ~distribution.support(found.sample(rng_key, (64,)))
     if bool(jnp.any(outside)):
         raise ValueError(

@@ -66,7 +66,7 @@ def latent_model(
         args: Its positional arguments.
         correct: False leaves ``1 / q̂`` out: x then follows q(x) exp(−U(x)), the square of the model's density where
             the generator is right, so that its draws look better than the model's.
-        score: Estimator of q̂; None takes :class:`ImportanceScore` as it comes.
+        score: Estimator of q̂; None takes :class:`ImportanceScore` as it comes.  A generator without latents needs none.
         num_lent: Draws of the prior among the samples of q̂, for posteriors of z of several modes.
         kwargs: The model's keyword arguments.
 

@@ -131,14 +131,15 @@ class VERA:
         gradient_penalty: γ; 0 leaves it out.  Less than 1 for thin shapes, where :func:`log_normalizer` still finds
             log Z near the generator's bound.
         score: ``"importance"`` (:class:`ImportanceScore`), ``"variational"`` (:class:`VariationalScore`, the paper's),
-            ``"hmc"`` (:class:`HMCScore`), or one of these with options.
+            ``"hmc"`` (:class:`HMCScore`), or one of these with options.  A generator without latents needs none: its
+            score is exact.
         num_energy_steps: Per update.
         num_generator_steps: Per update.
         importance_weights: True takes :math:`\nabla\log Z` from the draws of the last generator step, weighed by
-            exp(−U)/q̂ and self-normalised.  Then a generator that lags behind the energy biases it less, and draws
-            where the energy is high count nothing instead of most.  It needs a generator near the energy: with an
-            effective sample size (``Fit.history["ess"]``, a fraction) of a few draws the gradient is mostly noise.
-            Not in the paper.
+            exp(−U)/q̂ and self-normalised.  Then a generator that lags behind the energy biases it less: by about one
+            over the effective sample size (``Fit.history["generator_ess"]`` times ``num_particles``), and by the error
+            of q̂, which flows do not have.  It needs a generator near the energy: a few effective draws are mostly
+            noise.  Not in the paper.
 
     Raises:
         ValueError: Options that cannot work.
@@ -292,7 +293,7 @@ class VERA:
             "loss": loss,
             "generator_loss": told["generator_loss"],
             "entropy": {name: told["entropy"]},
-            "ess": {name: told["ess"]},
+            "generator_ess": {name: told["ess"]},
             "log_normalizer_bound": {name: progress.bound},
             "at_bound": jnp.max(jnp.stack(shares)) if shares else jnp.zeros_like(loss),
             "grad_norm": grad_norm,

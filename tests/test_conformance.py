@@ -48,6 +48,7 @@ VERA_HISTORY = {
     "at_bound",
     "grad_norm",
     "generator_grad_norm",
+    "generator_ess",
 }
 
 

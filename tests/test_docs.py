@@ -162,12 +162,13 @@ def test_examples_with_tiny_settings(name, arguments, files, parts, tmp_path, ca
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    open_before = plt.get_fignums()
     example.main([*arguments, "--output", str(tmp_path)])
     assert {path.name for path in tmp_path.iterdir()} == files
     printed = capsys.readouterr().out
     for part in parts:
         assert part in printed
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == open_before
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])

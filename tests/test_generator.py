@@ -154,6 +154,18 @@ def no_latents():
     numpyro.sample("x", dist.Normal(numpyro.param("a", jnp.zeros(2)), 1.0).to_event(1))
 
 
+class OneWay(dist.transforms.Transform):
+    domain = codomain = constraints.real_vector
+
+    def __call__(self, x):
+        return x + 0.1 * jnp.tanh(x)
+
+
+def has_no_inverse():
+    noise = dist.Normal(numpyro.param("a", jnp.zeros(2)), 1.0).to_event(1)
+    numpyro.sample("x", dist.TransformedDistribution(noise, OneWay()))
+
+
 def no_params():
     numpyro.sample("x", dist.Normal(latents(), 1.0).to_event(1))
 
@@ -191,6 +203,7 @@ REFUSED = [
     ),
     (latent(dist.Gamma(2.0)), "latent 'z' has support"),
     (latent(dist.Bernoulli(0.5)), "latent 'z' has support"),
+    (has_no_inverse, "one of its transforms has no inverse"),
     (no_params, "no parameters to learn"),
     (observes, "site 'y' is observed"),
     (has_a_factor, "site 'f' is observed, or a factor"),

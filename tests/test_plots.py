@@ -25,6 +25,7 @@ PLANE = dist.Normal(0, 1).expand([2]).to_event(1)
 @pytest.fixture(autouse=True)
 def no_figure_stays_open():
     """Every figure must also render without a warning."""
+    plt.close("all")  # what a test of another module left
     yield
     for number in plt.get_fignums():
         plt.figure(number).canvas.draw()

@@ -98,7 +98,7 @@ def test_the_density_of_latents_and_noise(fit, refined):
 
 
 def flow():
-    """The linear generator without latents, as a normal through a transform."""
+    """No latents: a normal through a transform."""
     weight = numpyro.param("weight", ROOT)
     noise = dist.Normal(0, 1).expand([2]).to_event(1)
     numpyro.sample("x", dist.TransformedDistribution(noise, LowerCholeskyAffine(BIAS, weight)))
