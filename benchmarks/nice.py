@@ -248,8 +248,8 @@ def by_pcd(_, data, num_steps, seed):
     return train(loss, (walkers, jnp.asarray(0.05)), move, data, num_steps, seed)
 
 
-METHODS = {"likelihood": by_likelihood, "VERA": by_vera, "Jarzynski": by_jarzynski, "PCD": by_pcd}
-UNWEIGHTED = {"VERA-unweighted": partial(by_vera, importance_weights=False)}
+COMPARED = {"likelihood": by_likelihood, "VERA": by_vera, "Jarzynski": by_jarzynski, "PCD": by_pcd}
+METHODS = COMPARED | {"VERA-unweighted": partial(by_vera, importance_weights=False)}
 
 
 def steps_in(method, model, data, seconds, seed):
@@ -271,14 +271,14 @@ def main():
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--budget", type=int, default=8_000_000, help="energy evaluations for log Z")
-    parser.add_argument("--methods", nargs="+", choices=METHODS | UNWEIGHTED, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
     options = parser.parse_args()
     data = Data(options.folder)
     model = make_model(data)
     start = FLOW.init(random.key(0), jnp.zeros(PIXELS))["params"]
     print(f"the Gaussian that all start from: {data.test_log_likelihood(start):.1f} nats (exact, test)", flush=True)
     for name in options.methods:
-        method = (METHODS | UNWEIGHTED)[name]
+        method = METHODS[name]
         num_steps = steps_in(method, model, data, options.seconds, options.seed)
         began = time.perf_counter()
         params, fit = method(model, data, num_steps, options.seed)

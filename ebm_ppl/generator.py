@@ -7,12 +7,12 @@ the program draws it at, and empty where x has a density of its own, as a flow h
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
-from jax import Array
+from jax import Array, lax, random
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from numpyro import handlers
@@ -24,9 +24,13 @@ from numpyro.primitives import Messenger
 from ebm_ppl.distribution import EnergyDistribution, same_support
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.model import Params
-from ebm_ppl.score import Pair
+from ebm_ppl.score import ExactScore, Pair, Score
 
 Program = Callable[[], Any]
+T = TypeVar("T")
+
+# Evaluations of a score that its estimator is fitted in.
+NUM_FITTING_STEPS = 150
 
 # How near to an end of an interval a parameter counts as standing at it, as a share of the interval.
 AT_BOUND = 0.01
@@ -168,6 +172,35 @@ class Generator:
         return handlers.substitute(self.program, data=self.constrain(params))
 
 
+def estimator(score: T, generator: Generator) -> T | ExactScore:
+    """``score``, or the exact one of a generator without latents."""
+    return score if generator.latents else ExactScore()
+
+
+def fit_score(
+    score: Score,
+    rng_key: Array,
+    generator: Generator,
+    params: Params,
+    num_draws: int,
+    tell: Callable[[Array, Array], Any],
+) -> tuple[Any, Any]:
+    """A score's estimator fitted to a generator that stays as it is.
+
+    Returns:
+        Its state, and what ``tell(values, log_density)`` said of every evaluation's draws.
+    """
+    pair = generator.pair(params)
+
+    def evaluate(state: Any, rng_key: Array) -> tuple[Any, Any]:
+        key_draw, key_score = random.split(rng_key)
+        latents, values = generator.draws(params, random.split(key_draw, num_draws))
+        found, state = score.evaluate(key_score, state, pair, latents, values)
+        return state, tell(values, found.log_density)
+
+    return lax.scan(evaluate, score.init(generator.num_latents), random.split(rng_key, NUM_FITTING_STEPS))
+
+
 def _bounds(transform: Transform) -> tuple[float, float] | None:
     codomain = transform.codomain
     while isinstance(codomain, constraints.independent):
@@ -231,7 +264,7 @@ def inspect_generator(
             f"The generator has sample sites {samples}, but none named '{name}', the model's energy site. Draw x given "
             f"the latents there: numpyro.sample('{name}', ebm_ppl.standardized_normal(base, net(z), scale))."
         )
-    _check_conditional(rng_key, name, trace[name]["fn"], distribution)
+    _check_conditional(rng_key, name, trace[name]["fn"], trace[name]["value"], distribution)
     if not params:
         raise ValueError("The generator has no parameters to learn: no numpyro.param and no module.")
     unconstrained = transform_fn(transforms, params, invert=True)
@@ -264,7 +297,7 @@ def _check_latent(name: str, found: Any) -> None:
         )
 
 
-def _check_conditional(rng_key: Array, name: str, found: Any, distribution: EnergyDistribution) -> None:
+def _check_conditional(rng_key: Array, name: str, found: Any, value: Array, distribution: EnergyDistribution) -> None:
     _check_mask(name, found)
     if found.support.is_discrete or not found.has_rsample:
         kind = "discrete" if found.support.is_discrete else "not reparametrised"
@@ -280,7 +313,7 @@ def _check_conditional(rng_key: Array, name: str, found: Any, distribution: Ener
             "The program makes one draw (many are made by jax.vmap): use .to_event(...), and no plates."
         )
     try:
-        found.log_prob(found.sample(rng_key))
+        found.log_prob(value)
     except NotImplementedError as error:
         raise ValueError(
             f"The generator's x given z at site '{name}' is a {type(found).__name__} whose density at a given value is "

@@ -297,7 +297,8 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params, found: 
     first = _energies_at_points(bound, params, key_start)
     second = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
     may_move = any(_has_parameters(energy.support) for energy in found.values())
-    for name, inside in _supports_agree(bound, original, params, key_start).items() if may_move else ():
+    agree = _supports_agree(bound, original, params, key_start) if may_move else {}
+    for name, inside in agree.items():
         if not bool(inside):
             raise ValueError(
                 f"The support of the base at site '{name}' changes with the parameters: walkers cannot follow it, and "

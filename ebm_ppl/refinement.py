@@ -8,18 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-from jax import Array, lax, random
+from jax import Array, random
 from jax.flatten_util import ravel_pytree
 from numpyro import handlers
 from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 
 from ebm_ppl.distribution import EnergyDistribution
-from ebm_ppl.generator import Generator
+from ebm_ppl.generator import Generator, estimator, fit_score
 from ebm_ppl.inspection import bind
 from ebm_ppl.model import Model, Params
 from ebm_ppl.score import ExactScore, ImportanceScore
 from ebm_ppl.training import Fit
-from ebm_ppl.vera import NUM_FITTING_STEPS, VERAState
+from ebm_ppl.vera import VERAState
 
 # Draws in each of the evaluations that the proposals are fitted in.
 NUM_FITTING_DRAWS = 64
@@ -97,9 +97,9 @@ def latent_model(
         raise TypeError(
             f"score is a {type(score).__name__}; expected an ImportanceScore, whose log q̂ can be followed by chains."
         )
-    estimator = score if generator.latents else ExactScore()
+    log_q = estimator(score, generator)
     energy, (lent, _) = found[name], state.draws(key_lent, num_lent)
-    score_state = _fitted(estimator, key_fit, generator, params) if correct else None
+    score_state = _fitted(log_q, key_fit, generator, params) if correct else None
 
     def program() -> Array:
         with handlers.trace() as trace, handlers.reparam(config=_standard_noise(name)):
@@ -112,7 +112,7 @@ def latent_model(
             log_weight = -jnp.where(energy.support(x), potential, jnp.inf)
             if score_state is not None:
                 pair = generator.pair(params)
-                log_weight -= estimator.log_density(key_noise, score_state, pair, latents, x, lent)
+                log_weight -= log_q.log_density(key_noise, score_state, pair, latents, x, lent)
         numpyro.factor(f"{name}_log_weight", log_weight)
         return x
 
@@ -144,11 +144,4 @@ def _standard_noise(name: str) -> Callable[[dict], Any]:
 @partial(jax.jit, static_argnums=0)
 def _fitted(score: ImportanceScore | ExactScore, rng_key: Array, generator: Generator, params: Params) -> Any:
     """The proposals of a score, fitted to a generator that no longer changes."""
-
-    def evaluate(state: Any, rng_key: Array) -> tuple[Any, None]:
-        key_draw, key_score = random.split(rng_key)
-        latents, values = generator.draws(params, random.split(key_draw, NUM_FITTING_DRAWS))
-        return score.evaluate(key_score, state, generator.pair(params), latents, values)[1], None
-
-    state = score.init(generator.num_latents)
-    return lax.scan(evaluate, state, random.split(rng_key, NUM_FITTING_STEPS))[0]
+    return fit_score(score, rng_key, generator, params, NUM_FITTING_DRAWS, lambda *_: None)[0]

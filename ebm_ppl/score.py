@@ -67,7 +67,7 @@ class Proposals(NamedTuple):
     elsewhere: Array
 
 
-def _self_normalized(log_mean_weight: Callable[[Array], tuple[Array, Array]], values: Array) -> tuple[ScoreInfo, Array]:
+def _self_normalized(log_mean_weight: Callable[[Array], tuple[Array, Any]], values: Array) -> tuple[ScoreInfo, Any]:
     """Score and log density from ``log_mean_weight``: values to log q̂ of every pair, and anything else."""
     # With the proposals fixed, its gradient is the self-normalised average of ∇ₓ log q(x | z′).
     found, pull, rest = jax.vjp(log_mean_weight, values, has_aux=True)
@@ -131,9 +131,7 @@ class ExactScore:
         self, rng_key: Array, state: tuple[()], pair: Pair, latents: Array, values: Array
     ) -> tuple[ScoreInfo, tuple[()]]:
         """Score and log density at ``values``."""
-        log_density, pull = jax.vjp(lambda values: jax.vmap(pair.log_joint)(latents, values), values)
-        (score,) = pull(jnp.ones_like(log_density))
-        return ScoreInfo(score, log_density), state
+        return _self_normalized(lambda values: (jax.vmap(pair.log_joint)(latents, values), state), values)
 
     def log_density(
         self, rng_key: Array, state: tuple[()], pair: Pair, latents: Array, value: Array, lent: Array

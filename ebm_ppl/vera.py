@@ -16,11 +16,11 @@ from jax import Array, lax, random
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.distribution import EnergyDistribution, starting_distribution
-from ebm_ppl.generator import Generator, Program, inspect_generator
+from ebm_ppl.generator import Generator, Program, estimator, fit_score, inspect_generator
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import inspect_model
 from ebm_ppl.model import Arguments, BoundModel, Model, Params
-from ebm_ppl.score import ExactScore, HMCScore, ImportanceScore, Score, VariationalScore
+from ebm_ppl.score import HMCScore, ImportanceScore, Score, VariationalScore
 from ebm_ppl.training import Fit, as_strong_array, run
 from ebm_ppl.weights import ess_fraction
 
@@ -28,8 +28,6 @@ SCORES = {"importance": ImportanceScore, "variational": VariationalScore, "hmc":
 
 # Memory, in updates, of the running bound on log Z.
 BOUND_MEMORY = 100
-# Evaluations of the score before the first update.
-NUM_FITTING_STEPS = 150
 
 
 @partial(
@@ -210,11 +208,8 @@ class VERA:
                 "generator draws for one. Move it into the event (.to_event), or fit with Jarzynski."
             )
         generator, generator_params = inspect_generator(key_generator, self.generator, name, distribution)
-        score_state = self._score_of(generator).init(generator.num_latents)
         bound_model = BoundModel(self.model, found.transforms, key_model, Arguments(args, kwargs))
-        score_state, bound = _fit_score(
-            self, key_score, bound_model, generator, found.params, generator_params, score_state
-        )
+        score_state, bound = _fit_first_score(self, key_score, bound_model, generator, found.params, generator_params)
         state = VERAState(
             params=found.params,
             transforms=found.transforms,
@@ -347,7 +342,7 @@ class VERA:
 
     def _score_of(self, generator: Generator) -> Score:
         assert not isinstance(self.score, str)
-        return self.score if generator.latents else ExactScore()
+        return estimator(self.score, generator)
 
     def _generator_step(
         self, generator: Generator, distribution: EnergyDistribution, progress: _Progress, rng_key: Array
@@ -440,26 +435,22 @@ def _repeat(step: Any, carry: Any, rng_key: Array, num_steps: int) -> tuple[Any,
 
 
 @partial(jax.jit, static_argnums=0)
-def _fit_score(
+def _fit_first_score(
     backend: VERA,
     rng_key: Array,
     bound: BoundModel,
     generator: Generator,
     params: Params,
     generator_params: Params,
-    score_state: Any,
 ) -> tuple[Any, Array]:
     """The score's estimator fitted to the first generator, before any gradient rests on it, and ``E_q[−U] + H(q)``."""
     distribution = bound.energies(params)[generator.name]
-    pair = generator.pair(generator_params)
 
-    def evaluate(state: Any, rng_key: Array) -> tuple[Any, Array]:
-        key_draw, key_score = random.split(rng_key)
-        latents, values = generator.draws(generator_params, random.split(key_draw, backend.num_particles))
-        found, state = backend._score_of(generator).evaluate(key_score, state, pair, latents, values)
-        return state, -jnp.mean(distribution._unchecked_potential(values) + found.log_density)
+    def elbo(values: Array, log_density: Array) -> Array:
+        return -jnp.mean(distribution._unchecked_potential(values) + log_density)
 
-    score_state, bounds = lax.scan(evaluate, score_state, random.split(rng_key, NUM_FITTING_STEPS))
+    score = backend._score_of(generator)
+    score_state, bounds = fit_score(score, rng_key, generator, generator_params, backend.num_particles, elbo)
     return score_state, jnp.mean(bounds[-BOUND_MEMORY:])
 
 
