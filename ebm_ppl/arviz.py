@@ -17,11 +17,13 @@ from jax import random
 from numpyro.infer import log_likelihood
 
 from ebm_ppl.certificate import LogNormalizer
-from ebm_ppl.distribution import EnergyDistribution, require_same_energy, rewrap
-from ebm_ppl.inspection import fingerprints, unmasked_rows
+from ebm_ppl.distribution import EnergyDistribution, rewrap
+from ebm_ppl.fingerprint import require_same_energy
+from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.jarzynski import JarzynskiState
 from ebm_ppl.model import Arguments, BoundModel, FullPlates, Model, Observation, observations
 from ebm_ppl.normalized import normalized
+from ebm_ppl.pointwise import require_pointwise
 from ebm_ppl.resampling import systematic
 from ebm_ppl.training import Fit
 from ebm_ppl.vera import VERAState
@@ -110,11 +112,12 @@ def to_arviz(
     event_dims = _event_dims(data, dims or {})
     bound = BoundModel(model, {}, key_model, arguments)
     energies = bound.energies(one)
+    for name, energy in energies.items():
+        require_pointwise(name, energy)
     if log_normalizer is not None:
         _check_belongs(log_normalizer, energies, params)
-        if log_normalizer.fingerprints:
-            for name, found in fingerprints(bound, one).items():
-                require_same_energy(name, found, log_normalizer.fingerprints[name])
+        for name, expected in log_normalizer.fingerprints.items():
+            require_same_energy(name, energies[name], expected)
     usable = log_normalizer is not None and (log_normalizer.is_certified or allow_uncertified)
     groups: dict[str, dict[str, Variable]] = {"posterior_predictive": {}}
     state = source.state if isinstance(source, Fit) else None

@@ -13,6 +13,7 @@ from scipy.stats import t as student_t
 
 from ebm_ppl.annealing import Ensemble, Moves
 from ebm_ppl.errors import UncertifiedNormalizerError
+from ebm_ppl.fingerprint import Fingerprint
 from ebm_ppl.weights import ess_fraction, jackknife_log_mean_exp, log_mean_exp, pareto_khat
 
 # Each limit is one-sided at 97.5%, so that both hold together with 95%.
@@ -146,8 +147,9 @@ class LogNormalizer:
         num_evaluations: Energy evaluations (with their gradients, where walkers move).
         params: The (constrained) parameters that it belongs to.
         batch_ndims: Number of leading axes of parameter draws; 0 for one point.
-        fingerprints: E and log base at fixed points (and the first draw), by which other energies are recognised and
-            refused; empty where nothing was evaluated.
+        fingerprints: E and log base (of the first draw) at points that cover the base, the walkers and the data, by
+            which other energies are recognised and refused; empty where nothing was evaluated.
+        conditions: Energy sites whose values, as the model had them, each site's log Z depends on.
     """
 
     estimate: dict[str, Array]
@@ -162,7 +164,8 @@ class LogNormalizer:
     num_evaluations: int = 0
     params: dict[str, Any] = field(default_factory=dict, repr=False)
     batch_ndims: int = 0
-    fingerprints: dict[str, Array] = field(default_factory=dict, repr=False)
+    fingerprints: dict[str, Fingerprint] = field(default_factory=dict, repr=False)
+    conditions: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_sites(cls, sites: dict[str, SiteCertificate], method: str, **options: Any) -> "LogNormalizer":
@@ -237,6 +240,11 @@ class LogNormalizer:
         return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
+        for name, others in self.conditions.items():
+            if others:
+                given = ", ".join(f"'{other}'" for other in others)
+                yield f"{name}: log Z at the model's present value of {given}"
+
         for name, estimate in self.estimate.items():
             verdict = "certified" if not self.flags[name] else "NOT certified"
             if self.method in EXACT_METHODS:

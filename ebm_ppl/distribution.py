@@ -7,21 +7,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
-from jax import Array, lax, random
-from jax.custom_derivatives import SymbolicZero
+from jax import Array, random
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
-from numpyro.distributions import constraints
-from numpyro.distributions.transforms import IdentityTransform, IndependentTransform, Transform, biject_to
+from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
 from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
+from ebm_ppl.fingerprint import fingerprint as fingerprint
+from ebm_ppl.fingerprint import require_same_energy
 from ebm_ppl.geometry import log_abs_det, standardizing_transform
+from ebm_ppl.guard import (
+    Constant,
+    Origin,
+    depends_on_traced,
+    refuse_constant,
+    traced_sites,
+    varying_energy_error,
+)
 from ebm_ppl.kernels import MALA, KernelState, initial_step_size
+from ebm_ppl.pointwise import as_energy, as_points
 from ebm_ppl.resampling import multinomial, systematic
+from ebm_ppl.supports import is_improper, points_in_support, same_support, unchecked_log_prob
 
 Energy = Callable[[Array], Array]
 
@@ -64,7 +73,11 @@ class EnergyDistribution(dist.Distribution):
     """
 
     arg_constraints: dict[str, Any] = {}
-    pytree_data_fields = ("factors", "base", "start", "log_normalizer")
+    pytree_data_fields = ("factors", "base", "start", "_varying_log_normalizer")
+    # A constant log Z is no leaf: nothing can differentiate, scale or add to it.
+    pytree_aux_fields = ("_constant_log_normalizer", "_origin")
+    # Traced sites of the run that built it; a copy made by pytree operations is built outside of any.
+    _traced: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -94,12 +107,46 @@ class EnergyDistribution(dist.Distribution):
         self.factors = {name: f if isinstance(f, Partial) else Partial(f) for name, f in named.items()}
         self.base = base
         self.start = start
-        self.log_normalizer = _as_log_normalizer(log_normalizer, base.batch_shape)
+        self._set_log_normalizer(_as_log_normalizer(log_normalizer, base.batch_shape))
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
+
         if isinstance(log_normalizer, LogNormalizer):
-            doubts = [require_same_energy(None, fingerprint(self), old) for old in log_normalizer.fingerprints.values()]
-            assert self.log_normalizer is not None
-            self.log_normalizer = self.log_normalizer + sum(doubts)
+            self._require_own(log_normalizer)
+
+    def _set_log_normalizer(self, value: Any) -> None:
+        is_constant = value is not None and not isinstance(value, jax.core.Tracer)
+        self._constant_log_normalizer = Constant(np.asarray(value)) if is_constant else None
+        self._varying_log_normalizer: Array | None = None if is_constant else value
+        self._traced = traced_sites() if is_constant else ()
+        self._origin = Origin.of(self._parts(), keep=is_constant)
+
+    def _require_own(self, certificate: LogNormalizer) -> None:
+        """The certificate's marks must be those of this energy; where they are traced, log Z is NaN if not."""
+        for expected in certificate.fingerprints.values():
+            doubt = require_same_energy(None, self, expected)
+            if not isinstance(doubt, jax.core.Tracer):
+                continue
+            if self._traced:
+                raise varying_energy_error(self._site_name(), self._traced)
+            self._set_log_normalizer(jnp.asarray(self.log_normalizer) + doubt)
+
+    def require_built_shapes(self) -> None:
+        """Refuse a distribution whose arrays have other axes than when it was built.
+
+        Raises:
+            ValueError: It came out of ``jax.vmap``, say, whose methods are to be called inside of it.
+        """
+        self._origin.require_shapes(self._parts(), self._site_name)
+
+    def _parts(self) -> tuple:
+        return self.factors, self.base, self.start, self._varying_log_normalizer
+
+    @property
+    def log_normalizer(self) -> Array | None:
+        """Known log Z, of the base's batch shape or a scalar; None where it is not known."""
+        if self._constant_log_normalizer is None:
+            return self._varying_log_normalizer
+        return jnp.asarray(self._constant_log_normalizer.value)
 
     @property
     def support(self) -> Any:
@@ -126,6 +173,7 @@ class EnergyDistribution(dist.Distribution):
 
     def potential(self, value: ArrayLike) -> Array:
         """U(x) = E(x) − log base(x), of shape ``(..., *batch_shape)``."""
+        value = as_points(value, self.support.is_discrete)
         potential = self._unchecked_potential(value)
         return jnp.where(self.support(value), potential, jnp.inf) if self._validate_args else potential
 
@@ -139,7 +187,8 @@ class EnergyDistribution(dist.Distribution):
 
     def _flatten(self, value: ArrayLike) -> tuple[Array, tuple[int, ...]]:
         """The value with one leading dimension, and the shape that its energies have."""
-        value = jnp.asarray(value)
+        self.require_built_shapes()
+        value = as_points(value, self.support.is_discrete)
         event_shape = self.batch_shape + self.event_shape
         leading = value.shape[: max(value.ndim - len(event_shape), 0)]
         try:
@@ -155,8 +204,9 @@ class EnergyDistribution(dist.Distribution):
 
     def _flat_energies(self, flat: Array) -> dict[str, Array]:
         expected = (flat.shape[0], *self.batch_shape)
-        energies = {name: factor(flat) for name, factor in self.factors.items()}
-        for name, energy in energies.items():
+        energies = {}
+        for name, factor in self.factors.items():
+            energy = factor(flat)
             if jnp.shape(energy) != expected:
                 raise ValueError(
                     f"Energy factor '{name}'{at_site(self._site_name())} returned shape {jnp.shape(energy)} for values "
@@ -164,6 +214,7 @@ class EnergyDistribution(dist.Distribution):
                     "dimensions (x.sum(-1)), drop a trailing 1 (e[..., 0]), or wrap a net that takes one event "
                     "in jax.vmap."
                 )
+            energies[name] = as_energy(energy, name, self._site_name())
         return energies
 
     def with_log_normalizer(self, log_normalizer: ArrayLike) -> "EnergyDistribution":
@@ -188,14 +239,25 @@ class EnergyDistribution(dist.Distribution):
             raise UnknownNormalizerError(
                 f"The normaliser of the energy{at_site(name)} is unknown, so its log density is too. {_WAY_OUT}"
             )
+        self.require_built_shapes()
+        value = as_points(value, self.support.is_discrete)
+        if self._constant_log_normalizer is not None:
+            self._require_constant_energy(name, value)
+
         # Closure conversion lifts the parameters inside the energy and the base out, so that the identity
         # below sees whether a derivative with respect to them is being taken.  A fresh function each time:
         # JAX caches the conversion by the function's identity.
-        value = jnp.asarray(value)
         converted, closure = jax.closure_convert(lambda v: self._unchecked_potential(v), value)
-        closure, log_normalizer = _refuse_constant(name, closure, self.log_normalizer)
+        closure, log_normalizer = refuse_constant(name, closure, self.log_normalizer)
+
         log_prob = -converted(value, *closure) - log_normalizer
         return jnp.where(self._validate_sample(value), log_prob, -jnp.inf) if self._validate_args else log_prob
+
+    def _require_constant_energy(self, name: str | None, value: Array) -> None:
+        """A constant log Z belongs to an energy that does not vary either."""
+        self._origin.require_values(self._parts(), name)
+        if self._traced and depends_on_traced(self._unchecked_potential, value):
+            raise varying_energy_error(name, self._traced)
 
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate draws by annealed sequential Monte Carlo from the base (or ``start``).
@@ -213,6 +275,7 @@ class EnergyDistribution(dist.Distribution):
             raise UnknownNormalizerError(
                 f"Drawing from the energy{at_site(name)} needs its normaliser, which is unknown. {_WAY_OUT}"
             )
+        self.require_built_shapes()
         start = starting_distribution(self, name)
         check_start_covers(self, name)
         if self.support.is_discrete:
@@ -253,45 +316,9 @@ class EnergyDistribution(dist.Distribution):
         return find_site_name(self, unwrap)
 
 
-def fingerprint(distribution: EnergyDistribution) -> Array:
-    """E and log base at eight fixed points near the base's centre, ``(2, 8, *batch_shape)``: what tells energies apart.
-
-    Apart, because energies that contain their base leave only rounding errors in the sum.
-    """
-    base = distribution.base
-    if base.support.is_discrete:
-        return jnp.zeros((2, 0))
-    named = [d for d in (base, distribution.start) if d is not None and not is_improper(d)]
-    transform = standardizing_transform(named[0]) if named else biject_to(base.support)
-    shape = transform.inverse_shape(base.batch_shape + base.event_shape)
-    # NumPy's numbers: the same whatever JAX's types and generators are.
-    points = np.random.default_rng(0).normal(size=(8, *shape)).astype(np.float32)
-    values = transform(jnp.asarray(points))
-    energy = distribution.energy(values)
-    return jnp.stack([energy, jnp.broadcast_to(unchecked_log_prob(base, values), energy.shape)])
-
-
-def require_same_energy(name: str | None, found: Array, expected: Array) -> Array:
-    """0 where two fingerprints are of one energy.
-
-    Under a trace, where nothing can be raised, another energy gives NaN.
-
-    Raises:
-        ValueError: It is another energy.
-    """
-    same = jnp.array(False)
-    if found.shape == expected.shape:
-        same = jnp.all(jnp.isclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True))
-    if not isinstance(same, jax.core.Tracer) and not bool(same):
-        raise ValueError(
-            f"log_normalizer belongs to another energy than that{at_site(name)}: they differ at fixed points, although "
-            "the parameters' names and values agree. Another base, other arguments of the model, or a changed net: "
-            "estimate it for this very energy; log_normalizer.estimate[site] is the bare number."
-        )
-    return lax.stop_gradient(jnp.where(same, 0.0, jnp.nan))
-
-
-def _as_log_normalizer(value: ArrayLike | LogNormalizer | None, batch_shape: tuple[int, ...]) -> Array | None:
+def _as_log_normalizer(
+    value: ArrayLike | LogNormalizer | None, batch_shape: tuple[int, ...]
+) -> Array | np.ndarray | None:
     if value is None:
         return None
     if isinstance(value, LogNormalizer):
@@ -307,35 +334,15 @@ def _as_log_normalizer(value: ArrayLike | LogNormalizer | None, batch_shape: tup
                 f"log_normalizer has log Z of shape {value.shape}; expected the base's batch shape {batch_shape}. "
                 "Estimate it for this very distribution."
             )
-    array = jnp.asarray(value, dtype=jnp.result_type(float) if isinstance(value, int) else None)
+    # NumPy's arrays stay constants inside a trace too.
+    array: Any = value if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+        array = array.astype(jnp.result_type(float))
     if jnp.broadcast_shapes(array.shape, batch_shape) != batch_shape:
         raise ValueError(
             f"log_normalizer has shape {array.shape}; expected a scalar or the base's batch shape {batch_shape}."
         )
     return array
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _refuse_constant(name: str | None, closure: list[Array], log_normalizer: Array) -> tuple[list[Array], Array]:
-    """Identity; its derivative raises where the closure is differentiated and log Z is constant."""
-    return closure, log_normalizer
-
-
-@partial(_refuse_constant.defjvp, symbolic_zeros=True)
-def _refuse_constant_jvp(name: str | None, primals: tuple, tangents: tuple) -> tuple:
-    closure_tangents, log_normalizer_tangent = tangents
-    learning = any(not isinstance(t, SymbolicZero) for t in jax.tree.leaves(closure_tangents, is_leaf=_is_zero))
-    if learning and isinstance(log_normalizer_tangent, SymbolicZero):
-        raise UnknownNormalizerError(
-            f"The energy{at_site(name)} is being differentiated with respect to parameters inside it, but its "
-            "log_normalizer is a constant: the term −∇log Z would be dropped and the fit or posterior would be wrong. "
-            "Give log_normalizer as a function of the same parameters, or fit with ebm_ppl.Jarzynski(model, ...)."
-        )
-    return primals, tangents
-
-
-def _is_zero(value: Any) -> bool:
-    return isinstance(value, SymbolicZero)
 
 
 def unwrap(fn: Any) -> EnergyDistribution | None:
@@ -356,13 +363,6 @@ def rewrap(fn: Any, replacement: EnergyDistribution) -> dist.Distribution:
     return replacement
 
 
-def is_improper(base: dist.Distribution) -> bool:
-    """Whether a base is an ``ImproperUniform`` under any wrapper or transform."""
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
-    return isinstance(base, dist.ImproperUniform)
-
-
 def starting_distribution(distribution: EnergyDistribution, name: str | None) -> dist.Distribution:
     """Where walkers start: ``start``, or the base itself where it is proper.
 
@@ -381,32 +381,6 @@ def starting_distribution(distribution: EnergyDistribution, name: str | None) ->
     return start
 
 
-def points_in_support(distribution: EnergyDistribution, rng_key: Array, num_points: int) -> Array:
-    """Scattered points of the base's support, ``(num_points, *batch, *event)``, whether or not it can be sampled."""
-    base = distribution.base
-    if base.support.is_discrete:
-        return base.sample(rng_key, (num_points,))
-    transform = biject_to(base.support)
-    shape = transform.inverse_shape(base.batch_shape + base.event_shape)
-    key_scale, key_points = random.split(rng_key)
-    # Over the scales that a bijector's image can tell from its ends, and further where nothing ends.
-    inner = transform
-    while isinstance(inner, IndependentTransform):
-        inner = inner.base_transform
-    reach = 1e4 if isinstance(inner, IdentityTransform) else 3.0
-    scales = reach ** random.uniform(key_scale, (num_points, *(1,) * len(shape)))
-    return transform(scales * random.normal(key_points, (num_points, *shape)))
-
-
-def same_support(one: constraints.Constraint, other: constraints.Constraint) -> bool:
-    """Whether two constraints are the same one, however their dimensions are called; False where that is not known."""
-    while isinstance(one, constraints.independent):
-        one = one.base_constraint
-    while isinstance(other, constraints.independent):
-        other = other.base_constraint
-    return one is other
-
-
 def check_start_covers(distribution: EnergyDistribution, name: str | None) -> None:
     """Refuse a ``start`` of another support than the base's: log Z would be that of a smaller, or of a larger, set.
 
@@ -416,7 +390,7 @@ def check_start_covers(distribution: EnergyDistribution, name: str | None) -> No
     start = distribution.start
     if start is None or same_support(start.support, distribution.support):
         return
-    inside = start.support(points_in_support(distribution, random.key(0), 256))
+    inside = start.support(points_in_support(distribution.base, random.key(0), 256))
     if not isinstance(inside, jax.core.Tracer) and not bool(jnp.all(inside)):
         raise ValueError(
             f"The start of the energy{at_site(name)} has support {start.support}, which leaves out part of the base's, "
@@ -431,12 +405,6 @@ def check_start_covers(distribution: EnergyDistribution, name: str | None) -> No
             f"The start of the energy{at_site(name)} has support {start.support}, which reaches beyond the base's, "
             f"{distribution.support}: walkers would leave it. Name a start over the base's support."
         )
-
-
-def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
-    """``base.log_prob`` without NumPyro's support checks, which every level of a nested distribution repeats."""
-    with numpyro.validation_enabled(False):
-        return base.log_prob(value)
 
 
 def potential_at(distribution: EnergyDistribution, transform: Transform, position: Array) -> Array:

@@ -21,10 +21,12 @@ from numpyro.distributions.transforms import Transform, biject_to
 from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
 
-from ebm_ppl.distribution import EnergyDistribution, same_support
+from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.model import Params
 from ebm_ppl.score import ExactScore, Pair, Score
+from ebm_ppl.snapshot import Snapshot, snapshot
+from ebm_ppl.supports import same_support
 
 Program = Callable[[], Any]
 T = TypeVar("T")
@@ -103,7 +105,7 @@ class Generator:
         is_normal: Whether all its sites are normals, transformed ones included, so that :meth:`residuals` exist.
     """
 
-    program: Program
+    program: Snapshot
     name: str
     transforms: dict[str, Transform]
     latents: dict[str, Array]
@@ -272,7 +274,7 @@ def inspect_generator(
     is_normal = all(
         _standard_residual(trace[site]["fn"], trace[site]["value"]) is not None for site in (name, *latents)
     )
-    return Generator(program, name, transforms, latents, is_normal), unconstrained
+    return Generator(snapshot(program), name, transforms, latents, is_normal), unconstrained
 
 
 def _check_mask(name: str, found: Any) -> None:

@@ -1,5 +1,6 @@
 """What a model holds, and every reason why it could not be fitted, found before the first step."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +12,7 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
+from jax.tree_util import Partial
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform, biject_to
@@ -20,12 +22,14 @@ from numpyro.infer.util import transform_fn
 from ebm_ppl.distribution import (
     EnergyDistribution,
     check_start_covers,
-    fingerprint,
-    points_in_support,
     starting_distribution,
     unwrap,
 )
+from ebm_ppl.fingerprint import Fingerprint, fingerprint
 from ebm_ppl.model import Arguments, BoundModel, EnergySites, Model, Params
+from ebm_ppl.pointwise import Company, doubt_of, in_company, require_equal, require_no_rows
+from ebm_ppl.snapshot import snapshot
+from ebm_ppl.supports import points_in_support
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,7 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
             ".expand/.to_event the base."
         )
     check_start_covers(distribution, name)
+    require_no_rows(name, distribution)
     own_dims = len(distribution.batch_shape)
     for frame in site["cond_indep_stack"]:
         size = trace[frame.name]["args"][0]
@@ -224,9 +229,17 @@ def _energy_alone(distribution: EnergyDistribution) -> None:
 
 
 def bind(
-    rng_key: Array, model: Model | EnergyDistribution, params: Params, args: tuple, kwargs: dict
+    rng_key: Array,
+    model: Model | EnergyDistribution,
+    params: Params,
+    args: tuple,
+    kwargs: dict,
+    *,
+    compiled: bool = True,
 ) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
     """A model on its data and its energies at ``params``; a bare distribution becomes the model of a site 'x'.
+
+    ``compiled=False`` evaluates a bare distribution as it stands, which may be traced.
 
     Raises:
         ValueError: Parameters that are missing or unknown, or no energy site.
@@ -238,7 +251,13 @@ def bind(
                 f"{sorted(params)}, {len(args)} arguments and {sorted(kwargs)}."
             )
         check_start_covers(model, "x")
-        return BoundModel(_energy_alone, {}, rng_key, Arguments((model,))), {"x": model}
+        require_no_rows("x", model, traced=compiled)
+        frozen = _with_present_content(model)
+        bound = BoundModel(_energy_alone, {}, rng_key, Arguments((frozen,)))
+        company = _energies_at_points(bound, {}, rng_key)[1]["x"] if compiled else in_company(model)
+        doubt_of("x", model, company)
+        return bound, {"x": frozen}
+
     bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
     found = check_params(bound, params)
     if not found:
@@ -246,6 +265,16 @@ def bind(
     for name, distribution in found.items():
         check_start_covers(distribution, name)
     return bound, found
+
+
+def _with_present_content(distribution: EnergyDistribution) -> EnergyDistribution:
+    """The same distribution, as a pytree that differs when an object inside its energy has changed."""
+    frozen = copy.copy(distribution)
+    frozen.factors = {
+        name: Partial(snapshot(factor.func), *factor.args, **factor.keywords)
+        for name, factor in distribution.factors.items()
+    }
+    return frozen
 
 
 def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribution]:
@@ -262,6 +291,9 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
         *bound.arguments.args, **bound.arguments.kwargs
     )
     # Data are not parameters: fixed, they would leave the likelihood.
+    for name, distribution in recorder.found.items():
+        require_no_rows(name, distribution)
+
     unknown = {name for name in params if name not in trace or trace[name].get("is_observed") or name in recorder.found}
     missing = {name for name, site in trace.items() if site["type"] == "param"} - set(params)
     if unknown or missing:
@@ -270,7 +302,42 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
             "every parameter of the model by its site's name, such as fit.params."
         )
     _check_repeatable(bound.rng_key, bound, params, recorder.found)
+    _check_given(conditions(bound, params, recorder.found), recorder.unobserved)
     return recorder.found
+
+
+def conditions(bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]) -> dict[str, tuple[str, ...]]:
+    """The energy sites whose values every site's energy depends on.
+
+    Args:
+        bound: The model.
+        params: Its parameters.
+        found: The energies there.
+    """
+    depends: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
+    if len(found) < 2:
+        return depends
+
+    key = random.fold_in(bound.rng_key, 1)
+    first, _ = _energies_at_points(bound, params, key)
+    for moved in found:
+        other, _ = _energies_at_points(bound, params, key, moved)
+        for name in set(found) - {moved}:
+            if not np.array_equal(np.asarray(first[name]), np.asarray(other[name]), equal_nan=True):
+                depends[name] += (moved,)
+    return depends
+
+
+def _check_given(depends: dict[str, tuple[str, ...]], unobserved: list[str]) -> None:
+    """A log Z, and draws, of a site that depends on another's value need that value."""
+    for name, others in depends.items():
+        for other in others:
+            if other in unobserved:
+                raise ValueError(
+                    f"The energy at site '{name}' depends on the value of energy site '{other}', which has none here. "
+                    f"Its log Z and its draws are those at one value of '{other}': call with data at '{other}' (or "
+                    f"first draw '{other}' from a model of it alone, and give a draw as its data)."
+                )
 
 
 @jax.jit
@@ -294,8 +361,8 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params, found: 
     key_params, key_start, key_other = random.split(rng_key, 3)
     # A last layer of zeros would hide what the layers before it do.
     original, params = params, _moved(key_params, params)
-    first = _energies_at_points(bound, params, key_start)
-    second = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
+    first, companies = _energies_at_points(bound, params, key_start)
+    second, _ = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
     may_move = any(_has_parameters(energy.support) for energy in found.values())
     agree = _supports_agree(bound, original, params, key_start) if may_move else {}
     for name, inside in agree.items():
@@ -312,6 +379,9 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params, found: 
                 "subsampled plate (then give the base their batch shape, without subsampling): walkers need one energy "
                 "per parameter value."
             )
+    # Last: what changes by chance changes in other company too.
+    for name, company in companies.items():
+        require_equal(name, found[name], company)
 
 
 def _has_parameters(support: constraints.Constraint) -> bool:
@@ -321,22 +391,25 @@ def _has_parameters(support: constraints.Constraint) -> bool:
         return True
 
 
-@jax.jit
-def _energies_at_points(bound: BoundModel, params: Params, rng_key: Array) -> dict[str, Array]:
-    found = bound.energies(params)
+@partial(jax.jit, static_argnames=("moved",))
+def _energies_at_points(
+    bound: BoundModel, params: Params, rng_key: Array, moved: str | None = None
+) -> tuple[dict[str, Array], dict[str, Company]]:
+    """Potentials at scattered points, and energies at few points in different company, by site."""
+    found = bound.energies(params, moved)
     values = {}
     for name, energy in found.items():
-        points = points_in_support(energy, rng_key, 8)
+        points = points_in_support(energy.base, rng_key, 8)
         values[name] = energy.potential(points)
         if energy.start is not None:
             values[name] = jnp.stack([values[name], energy.start.log_prob(points)])
-    return values
+    return values, {name: in_company(energy) for name, energy in found.items()}
 
 
 @jax.jit
-def fingerprints(bound: BoundModel, params: Params) -> dict[str, Array]:
-    """What tells the model's energies from others, by site."""
-    return {name: fingerprint(energy) for name, energy in bound.energies(params).items()}
+def fingerprints(bound: BoundModel, params: Params, more: dict[str, Array]) -> dict[str, Fingerprint]:
+    """What tells the model's energies from others, by site; at ``more`` points where a site has them."""
+    return {name: fingerprint(energy, more.get(name)) for name, energy in bound.energies(params).items()}
 
 
 @jax.jit
@@ -344,8 +417,8 @@ def _supports_agree(bound: BoundModel, params: Params, moved: Params, rng_key: A
     """Whether points of either support lie in the other, by site."""
     there = bound.energies(moved)
     return {
-        name: jnp.all(there[name].support(points_in_support(energy, rng_key, 64)))
-        & jnp.all(energy.support(points_in_support(there[name], rng_key, 64)))
+        name: jnp.all(there[name].support(points_in_support(energy.base, rng_key, 64)))
+        & jnp.all(energy.support(points_in_support(there[name].base, rng_key, 64)))
         for name, energy in bound.energies(params).items()
     }
 

@@ -4,6 +4,7 @@ The only module that runs models.  The normaliser enters in one place: every ene
 itself with a known ``log_normalizer``, so plates, subsampling, scales, masks and priors keep NumPyro's meaning.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from numpyro.infer.util import log_density, transform_fn
 from numpyro.primitives import Messenger
 
 from ebm_ppl.distribution import EnergyDistribution, rewrap, unwrap
+from ebm_ppl.snapshot import snapshot
+from ebm_ppl.supports import points_in_support
 
 Model = Callable[..., Any]
 Params = dict[str, Any]
@@ -30,12 +33,21 @@ Normalize = Callable[[str, EnergyDistribution], EnergyDistribution]
 
 
 class EnergySites(Messenger):
-    """Record every energy distribution; give unobserved ones a value, so that nothing samples them."""
+    """Record every energy distribution; give unobserved ones a value, so that nothing samples them.
 
-    def __init__(self, fn: Model) -> None:
+    Args:
+        fn: A model.
+        moved: A site whose value, observed or not, is replaced by random points of its support: what changes then
+            depends on it.
+        rng_key: For these points.
+    """
+
+    def __init__(self, fn: Model, moved: str | None = None, rng_key: Array | None = None) -> None:
         super().__init__(fn)
         self.found: dict[str, EnergyDistribution] = {}
         self.unobserved: list[str] = []
+        self.moved = moved
+        self.rng_key = rng_key
 
     def process_message(self, msg: dict) -> None:
         """Called by NumPyro at every site."""
@@ -48,6 +60,11 @@ class EnergySites(Messenger):
         if msg["value"] is None:
             self.unobserved.append(msg["name"])
             msg["value"] = jnp.zeros(msg["fn"].shape())
+        if msg["name"] == self.moved:
+            assert self.rng_key is not None
+            num = math.prod(msg["fn"].shape()) // max(1, math.prod(energy.batch_shape + energy.event_shape))
+            points = points_in_support(energy.base, self.rng_key, num)
+            msg["value"] = points.reshape(msg["fn"].shape())
 
 
 class KnownNormalizers(Messenger):
@@ -125,13 +142,17 @@ class BoundModel:
     rng_key: Array
     arguments: Arguments
 
+    def __post_init__(self) -> None:
+        # Programs are cached by the model: one whose closure has changed is another.
+        object.__setattr__(self, "model", snapshot(self.model))
+
     def constrain(self, params: Params) -> Params:
         """Values at the model's ``param`` and unobserved sample sites."""
         return transform_fn(self.transforms, params)
 
-    def energies(self, params: Params) -> dict[str, EnergyDistribution]:
-        """The energy distributions at these parameters, by site name."""
-        recorder = EnergySites(handlers.seed(self.model, self.rng_key))
+    def energies(self, params: Params, moved: str | None = None) -> dict[str, EnergyDistribution]:
+        """The energy distributions at these parameters, by site name; with another value at site ``moved``."""
+        recorder = EnergySites(handlers.seed(self.model, self.rng_key), moved, self.rng_key)
         handlers.substitute(recorder, data=self.constrain(params))(*self.arguments.args, **self.arguments.kwargs)
         return recorder.found
 

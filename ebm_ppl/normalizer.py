@@ -1,11 +1,13 @@
 """log Z of energies at fixed parameters: annealing in both directions, quadrature, enumeration."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax, random
 from jax.typing import ArrayLike
 from tqdm.auto import tqdm
@@ -13,14 +15,16 @@ from tqdm.auto import tqdm
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.bridge import Reference, bridge_to_draws
 from ebm_ppl.certificate import LogNormalizer, SiteCertificate, certify, exact_certificate, flags_of_exact
-from ebm_ppl.distribution import EnergyDistribution, fingerprint, starting_distribution
+from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
 from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.fingerprint import MAX_NUMBERS, MAX_POINTS, fingerprint
 from ebm_ppl.geometry import standardizing_transform
-from ebm_ppl.inspection import bind, fingerprints
+from ebm_ppl.inspection import bind, conditions, fingerprints
 from ebm_ppl.kernels import MALA, Kernel
 from ebm_ppl.model import BoundModel, Model, Params
 from ebm_ppl.placement import SiteAtParams, resampled, settle
+from ebm_ppl.pointwise import require_pointwise
 from ebm_ppl.resampling import systematic
 
 METHODS = ("bracket", "forward", "reverse", "quadrature", "enumeration")
@@ -109,18 +113,24 @@ def log_normalizer(
     params = {} if params is None else dict(params)
     draws, lead = _flatten_draws(params, batch_ndims)
     one = params if draws is None else _draw_in_the_middle(draws)
-    bound, found = bind(random.key(0) if rng_key is None else rng_key, model, one, args, kwargs)
+    is_exact = method in ("quadrature", "enumeration")
+    key_bind = random.key(0) if rng_key is None else rng_key
+    bound, found = bind(key_bind, model, one, args, kwargs, compiled=not is_exact)
+    rows = data_rows(bound, one)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
-    marks = {"x": fingerprint(model)} if isinstance(model, EnergyDistribution) else fingerprints(bound, first)
-    belongs_to: dict[str, Any] = {"params": params, "fingerprints": marks}
-    if method in ("quadrature", "enumeration"):
+    belongs_to: dict[str, Any] = {"params": params, "conditions": conditions(bound, one, found)}
+    if is_exact:
         exact = {
             name: _exactly(method, name, distribution, num_points)
             if draws is None
             else _exactly_at_draws(method, name, bound, draws, num_points)
             for name, distribution in found.items()
         }
-        return _collect(exact, lead, method, **belongs_to)
+        if isinstance(model, EnergyDistribution):
+            marks = {"x": fingerprint(model)}
+        else:
+            marks = fingerprints(bound, first, {name: _few(points[0]) for name, points in rows.items()})
+        return _collect(exact, lead, method, fingerprints=marks, **belongs_to)
     if rng_key is None:
         raise ValueError(f"method = {method!r} is stochastic; expected a PRNG key such as jax.random.key(0).")
     num_settling_moves = NUM_SETTLING_MOVES
@@ -141,8 +151,8 @@ def log_normalizer(
         num_temperatures,
         num_settling_moves,
     )
-    rows = data_rows(bound, one)
     sites, num_evaluations, keys = {}, 0, random.split(rng_key, len(found))
+    visited = {}
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
             raise ValueError(
@@ -158,6 +168,11 @@ def log_normalizer(
                 key_site, site, plan, given, rows.get(name), partial(_report, bar, method)
             )
         sites[name] = certify(evidence, tolerance)
+        # Where walkers and data are, whoever takes this log Z must have the same energy.
+        walkers = transform(forward.ensemble.position)
+        visited[name] = _few(walkers.reshape(-1, *walkers.shape[2:]))
+        if name in rows:
+            visited[name] = jnp.concatenate([visited[name], _few(rows[name][0])])
         num_evaluations += spent
         if draws is not None:
             step_size = forward.ladder.step_sizes[-1]
@@ -165,7 +180,14 @@ def log_normalizer(
             reference = Reference(site, sites[name], position, step_size)
             sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan.kernel, plan.options, tolerance)
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
-    return _collect(sites, lead, method, num_evaluations=num_evaluations, **belongs_to)
+    marks = fingerprints(bound, first, visited)
+    return _collect(sites, lead, method, num_evaluations=num_evaluations, fingerprints=marks, **belongs_to)
+
+
+def _few(points: Array) -> Array:
+    """At most :data:`~ebm_ppl.fingerprint.MAX_POINTS` of many points, evenly, and fewer large ones."""
+    num = min(len(points), MAX_POINTS, max(2, MAX_NUMBERS // (8 * max(1, math.prod(points.shape[1:])))))
+    return points[np.linspace(0, len(points) - 1, num).astype(int)]
 
 
 def _spread(num_moves: int, method: str, num_kernel_steps: int) -> tuple[int, int]:
@@ -228,6 +250,8 @@ def _exactly(method: str, name: str, distribution: EnergyDistribution, num_point
     estimate, flags = (
         quadrature(distribution, name, num_points) if method == "quadrature" else enumeration(distribution, name)
     )
+    if isinstance(estimate, jax.core.Tracer):
+        estimate += require_pointwise(name, distribution)
     return exact_certificate(estimate, flags)
 
 

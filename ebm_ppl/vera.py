@@ -326,7 +326,7 @@ class VERA:
         """
         if init_state is None:
             init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
-        elif init_state.generator.program is not self.generator:
+        elif init_state.generator.program.fn is not self.generator:
             raise ValueError(
                 "init_state belongs to another generator; continue with the VERA that made it, or without it."
             )

@@ -11,12 +11,17 @@ DOCS = PACKAGE.parent / "docs"
 # Maths at the bottom, hosts at the edge: a module may import only from those before it.
 ORDER = [
     "errors",
+    "snapshot",
+    "supports",
     "weights",
     "resampling",
     "kernels",
     "geometry",
     "annealing",
+    "fingerprint",
     "certificate",
+    "pointwise",
+    "guard",
     "distribution",
     "exact",
     "model",
@@ -38,7 +43,10 @@ ORDER = [
     "plots",
 ]
 NUMPYRO_MODULES = {
+    "supports",
     "geometry",
+    "fingerprint",
+    "guard",
     "distribution",
     "exact",
     "model",

@@ -1,0 +1,209 @@
+"""What a callable computes with now: the part of a compiled program's key that its identity does not tell.
+
+JAX caches compiled programs by the identity of the callables in their keys.  A model that closes over an object that
+changes (a flax.nnx module after a training step, an attribute, a global, a NumPy array) would meet the program of what
+it was.  A :class:`Snapshot` compares by identity *and* by content, so changed content is compiled anew.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import sys
+import sysconfig
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+_ATOMS = (bool, int, complex, str, bytes, type(None), type(Ellipsis), np.dtype)
+_LIBRARIES = tuple(
+    {str(pathlib.Path(sysconfig.get_paths()[name])) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    | {str(pathlib.Path(__file__).parent)}
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A callable that equals another one where both are the same callable with the same content.
+
+    Attributes:
+        fn: What it calls.
+        content: A hashable account of everything that ``fn`` refers to.
+    """
+
+    fn: Callable[..., Any]
+    content: "Content"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call ``fn``."""
+        return self.fn(*args, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Snapshot) and self.fn is other.fn and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash((id(self.fn), self.content))
+
+
+def snapshot(fn: Callable[..., Any]) -> Snapshot:
+    """``fn`` with its present content; a snapshot stays what it is."""
+    return fn if isinstance(fn, Snapshot) else Snapshot(fn, content_of(fn))
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """A hashable account of an object and what it refers to."""
+
+    tokens: tuple
+    digest: int = dataclasses.field(compare=False)
+
+    def __hash__(self) -> int:
+        return self.digest
+
+
+def content_of(value: Any) -> Content:
+    """Everything that an object refers to: attributes, closures, defaults, and globals of functions outside libraries.
+
+    JAX's arrays cannot change and count by identity; NumPy's count by their numbers.  Objects that tell nothing of
+    themselves count by identity.
+    """
+    tokens = tuple(_Reader().read(value))
+    return Content(tokens, hash(tokens))
+
+
+class _Same:
+    """An object that counts by identity, held so that nothing else can take its place in memory."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+class _Reader:
+    """One walk over an object's references; an object met again counts by the order in which it was met."""
+
+    def __init__(self) -> None:
+        self.seen: dict[int, int] = {}
+        self.held: list[Any] = []
+
+    def read(self, value: Any) -> Iterable[Any]:
+        if isinstance(value, _ATOMS):
+            yield type(value), value
+            return
+        if isinstance(value, float):
+            yield float, repr(value)  # NaN equals itself here
+            return
+        if isinstance(value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType):
+            yield _Same(value)
+            if isinstance(value, type) and not _is_library_class(value):
+                yield from self._once(value, self._class)
+            return
+        yield from self._once(value, self._compound)
+
+    def _once(self, value: Any, read: Callable[[Any], Iterable[Any]]) -> Iterable[Any]:
+        if id(value) in self.seen:
+            yield "met", self.seen[id(value)]
+            return
+        self.seen[id(value)] = len(self.seen)
+        self.held.append(value)
+        yield from read(value)
+
+    def _compound(self, value: Any) -> Iterable[Any]:
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            numbers = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            yield np.ndarray, value.shape, value.dtype.str, hashlib.sha256(numbers.data).digest()
+        elif isinstance(value, types.FunctionType):
+            yield from self._function(value)
+        elif isinstance(value, types.MethodType):
+            yield from self._children("method", (value.__func__, value.__self__))
+        elif isinstance(value, functools.partial):
+            yield from self._children("partial", (value.func, value.args, value.keywords))
+        elif isinstance(value, dict):
+            yield from self._children(type(value), (*value.keys(), *value.values()))
+        elif isinstance(value, list | tuple | np.ndarray):
+            yield from self._children(type(value), np.ravel(value) if isinstance(value, np.ndarray) else value)
+        elif isinstance(value, set | frozenset):
+            yield from self._children(type(value), sorted(value, key=repr))
+        else:
+            yield from self._object(value)
+
+    def _children(self, kind: Any, children: Iterable[Any]) -> Iterable[Any]:
+        children = tuple(children)
+        yield kind, len(children)
+        for child in children:
+            yield from self.read(child)
+
+    def _function(self, fn: types.FunctionType) -> Iterable[Any]:
+        yield fn.__code__
+        cells = [_contents(cell) for cell in fn.__closure__ or ()]
+        yield from self._children("defaults", (fn.__defaults__, fn.__kwdefaults__, *cells))
+        if hasattr(fn, "__wrapped__"):
+            yield from self.read(fn.__wrapped__)
+        if not fn.__code__.co_filename.startswith(_LIBRARIES):
+            yield from self._children("globals", _globals_of(fn))
+
+    def _class(self, kind: type) -> Iterable[Any]:
+        members = {name: value for name, value in vars(kind).items() if not name.startswith("__")}
+        yield from self._children(kind.__qualname__, (*members, *members.values()))
+
+    def _object(self, value: Any) -> Iterable[Any]:
+        yield from self.read(type(value))
+        state = dict(getattr(value, "__dict__", {}))
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
+                    state[slot] = getattr(value, slot)
+        if not state:
+            yield _Same(value)
+        if hasattr(value, "__wrapped__"):
+            state["__wrapped__"] = value.__wrapped__
+        yield from self._children("state", (*state, *state.values()))
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _globals_of(fn: types.FunctionType) -> list[Any]:
+    """Values of the global names that a function uses, and attributes of modules that do not belong to a library."""
+    found: list[Any] = []
+    names = list(_names(fn.__code__))
+    for name in names:
+        if name not in fn.__globals__:
+            continue
+        value = fn.__globals__[name]
+        found += [name, value]
+        if isinstance(value, types.ModuleType) and not _is_library_module(value):
+            found += [part for other in names if other in vars(value) for part in (other, vars(value)[other])]
+    return found
+
+
+def _names(code: types.CodeType) -> Iterable[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
+
+
+def _is_library_module(module: types.ModuleType) -> bool:
+    path = getattr(module, "__file__", None)
+    return path is None or path.startswith(_LIBRARIES)
+
+
+def _is_library_class(kind: type) -> bool:
+    module = sys.modules.get(kind.__module__)
+    return kind.__module__ != "__main__" and (module is None or _is_library_module(module))

@@ -1,0 +1,48 @@
+"""Supports and base distributions: what can be said of them without an energy."""
+
+import numpyro
+import numpyro.distributions as dist
+from jax import Array, random
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import IdentityTransform, IndependentTransform, biject_to
+
+
+def is_improper(base: dist.Distribution) -> bool:
+    """Whether a base is an ``ImproperUniform`` under any wrapper or transform."""
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    return isinstance(base, dist.ImproperUniform)
+
+
+def same_support(one: constraints.Constraint, other: constraints.Constraint) -> bool:
+    """Whether two constraints are the same one, however their dimensions are called; False where that is not known."""
+    while isinstance(one, constraints.independent):
+        one = one.base_constraint
+    while isinstance(other, constraints.independent):
+        other = other.base_constraint
+    return one is other
+
+
+def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
+    """``base.log_prob`` without NumPyro's support checks, which every level of a nested distribution repeats."""
+    with numpyro.validation_enabled(False):
+        return base.log_prob(value)
+
+
+def points_in_support(base: dist.Distribution, rng_key: Array, num_points: int) -> Array:
+    """Scattered points of a base's support, ``(num_points, *batch, *event)``, whether or not it can be sampled."""
+    if base.support.is_discrete:
+        return base.sample(rng_key, (num_points,))
+
+    transform = biject_to(base.support)
+    shape = transform.inverse_shape(base.batch_shape + base.event_shape)
+    key_scale, key_points = random.split(rng_key)
+
+    # Over the scales that a bijector's image can tell from its ends, and further where nothing ends.
+    inner = transform
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    reach = 1e4 if isinstance(inner, IdentityTransform) else 3.0
+
+    scales = reach ** random.uniform(key_scale, (num_points, *(1,) * len(shape)))
+    return transform(scales * random.normal(key_points, (num_points, *shape)))
