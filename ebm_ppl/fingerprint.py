@@ -126,7 +126,7 @@ def _digits(size: int, num_elements: int, num: int) -> np.ndarray:
     return digits
 
 
-def require_same_energy(name: str | None, distribution: Any, expected: Fingerprint) -> Array:
+def require_same_energy(name: str | None, distribution: Any, expected: Fingerprint) -> Array | np.ndarray:
     """0 where a distribution has the energies of a fingerprint.
 
     Energies that depend on nothing traced are compared at once, inside a trace too.  Others give NaN where they
@@ -147,7 +147,9 @@ def require_same_energy(name: str | None, distribution: Any, expected: Fingerpri
             excess = difference = jnp.array(jnp.inf)
         same = excess <= 0
 
-    if not isinstance(same, jax.core.Tracer) and not bool(same):
+    if isinstance(same, jax.core.Tracer):
+        return lax.stop_gradient(jnp.where(same, 0.0, jnp.nan))
+    if not bool(same):
         what = f"by up to {float(difference):.3g} nats" if fits else f"in shape ({event_shape} here)"
         raise ValueError(
             f"log_normalizer belongs to another energy than that{at_site(name)}: at the points that it was marked "
@@ -155,7 +157,8 @@ def require_same_energy(name: str | None, distribution: Any, expected: Fingerpri
             "arguments of the model, or a changed net: estimate it for this very energy; "
             "log_normalizer.estimate[site] is the bare number."
         )
-    return lax.stop_gradient(jnp.where(same, 0.0, jnp.nan))
+    # NumPy's number: JAX's would be traced here.
+    return np.zeros(())
 
 
 def _compare(found: Fingerprint, expected: Fingerprint) -> tuple[Array, Array]:

@@ -78,7 +78,7 @@ def in_company(distribution: Any) -> Company:
     return Company(together, others, alone, 1.0 + jnp.abs(together) + log_base)
 
 
-def require_pointwise(name: str, distribution: Any) -> Array:
+def require_pointwise(name: str, distribution: Any) -> Array | np.ndarray:
     """0 for an energy that depends on one point at a time.
 
     An energy that depends on something traced gives NaN where it does not; others are refused at once.
@@ -96,12 +96,12 @@ def require_pointwise(name: str, distribution: Any) -> Array:
     return doubt_of(name, distribution, company)
 
 
-def doubt_of(name: str, distribution: Any, company: Company) -> Array:
+def doubt_of(name: str, distribution: Any, company: Company) -> Array | np.ndarray:
     """What :func:`require_pointwise` says of energies that were evaluated in company."""
     company = jax.lax.stop_gradient(company)
     if not any(isinstance(value, jax.core.Tracer) for value in company):
         require_equal(name, distribution, company)
-        return jnp.zeros(())
+        return np.zeros(())  # NumPy's number: JAX's would be traced here
 
     precision = float(jnp.finfo(jnp.result_type(float)).eps)
     differ = [jnp.any(_differ(company, found, precision)) for found in (company.others, company.alone)]

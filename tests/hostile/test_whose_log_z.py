@@ -173,6 +173,27 @@ def test_a_mismatch_inside_a_trace_that_could_be_seen_is_raised():
             transform(log_prob)(jnp.ones(3) if transform is jax.vmap else 1.0)
 
 
+def beside_a_latent(x, y):
+    """The energy has a fixed parameter; ``loc`` is sampled."""
+    rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+    loc = numpyro.sample("loc", NORMAL)
+    with numpyro.plate("n", 8):
+        numpyro.sample("x", ebm.EnergyDistribution(lambda v: 0.5 * rate * v**2, NORMAL), obs=x)
+        numpyro.sample("y", dist.Normal(loc, 1), obs=y)
+
+
+def test_other_latents_are_sampled_beside_a_fixed_energy():
+    """The posterior of ``loc`` in closed form: the energy's log Z is a constant and does no harm."""
+    log_z = ebm.log_normalizer(None, beside_a_latent, {"rate": jnp.array(3.0)}, X, X, method="quadrature")
+    known = ebm.normalized(beside_a_latent, log_z)
+    mcmc = MCMC(NUTS(known), num_warmup=200, num_samples=1000, progress_bar=False)
+    mcmc.run(random.key(0), X, X)
+    draws = mcmc.get_samples()["loc"]
+    assert abs(float(draws.mean()) - X.sum() / 9) < 5 * (1 / 3) / np.sqrt(300)
+    found = log_likelihood(known, {"loc": draws[:3]}, X, X)["x"]
+    np.testing.assert_allclose(found, np.tile(dist.Normal(0, 0.5).log_prob(X), (3, 1)), atol=1e-4)
+
+
 # A constant log Z and an energy that varies
 
 FLAT = dist.ImproperUniform(constraints.real, (), ())
