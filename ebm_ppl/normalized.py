@@ -1,18 +1,20 @@
 """Models whose normalisers are known: ordinary NumPyro models, on which all of NumPyro and ArviZ is right."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
+from numpyro.infer import log_likelihood
 from numpyro.primitives import Messenger
 
 from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
 from ebm_ppl.distribution import EnergyDistribution, fingerprint, require_same_energy
 from ebm_ppl.errors import UnknownNormalizerError
 from ebm_ppl.exact import enumeration, quadrature
-from ebm_ppl.model import KnownNormalizers, Model, Normalize, Params
+from ebm_ppl.model import FullPlates, KnownNormalizers, Model, Normalize, Params
 
 
 class _Fixed(Messenger):
@@ -29,10 +31,30 @@ class _Fixed(Messenger):
                 msg["type"] = "deterministic"
 
     def postprocess_message(self, msg: dict) -> None:
-        fixed = self.params.get(msg["name"])
+        fixed = self.params.get(msg.get("name", ""))  # subsamples, keys and control flow have no name
         if fixed is not None and msg["value"] is not fixed:
             # A handler outside brought another value, which log Z does not belong to: equal, or nothing.
             msg["value"] = jax.tree.map(lambda own, given: jnp.where(own == given, own, jnp.nan), fixed, msg["value"])
+
+
+class _EveryRow(FullPlates):
+    """Switch subsampling off inside ``numpyro.infer.log_likelihood``, which has one number for every row of the data.
+
+    NumPyro does not say who runs a model: only its function's own frame tells this use from a step of SVI.
+    """
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] in ("plate", "sample") and _is_running(log_likelihood):
+            super().process_message(msg)
+
+
+def _is_running(function: Any) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is function.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def normalized(
@@ -53,6 +75,8 @@ def normalized(
     - With one over parameter draws: give ``log_normalizer.samples`` as the posterior samples, to
       ``log_likelihood`` or ``Predictive``; each draw then has its own log Z.
 
+    Plates keep their subsampling under SVI and ``Predictive``; ``log_likelihood`` gets every row of the data.
+
     Args:
         model: A NumPyro model with energy sites.
         log_normalizer: From :func:`log_normalizer`.
@@ -64,6 +88,7 @@ def normalized(
         ValueError: (When the model runs) a site that neither quadrature nor enumeration serves, or that
             ``log_normalizer`` lacks.
     """
+    model = _EveryRow(model)
     if log_normalizer is None:
         return KnownNormalizers(model, lambda name, distribution: _exact(name, distribution, num_points))
     if not allow_uncertified:
