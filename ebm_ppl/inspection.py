@@ -231,7 +231,7 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
     _refuse_rows(
         name,
         wrapped,
-        np.asarray(wrapped.support(value)),
+        np.asarray(distribution.support(value)),
         f"lies outside the base's support ({distribution.support})",
         "Choose a base whose support holds the data, or transform the data into it.",
     )

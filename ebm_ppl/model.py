@@ -185,7 +185,7 @@ class FullPlates(Messenger):
         elif msg["type"] == "sample" and msg["is_observed"] and isinstance(msg["fn"], dist.ExpandedDistribution):
             fn, shape = msg["fn"], jnp.shape(msg["value"])
             rows = shape[: len(shape) - fn.event_dim]
-            is_switched = any(frame.name.split("/")[-1] in self.switched for frame in msg["cond_indep_stack"])
+            is_switched = any(frame.name in self.switched for frame in msg["cond_indep_stack"])
             if is_switched and len(rows) == len(fn.batch_shape) and rows != fn.batch_shape:
                 msg["fn"] = fn.base_dist.expand(rows)
 

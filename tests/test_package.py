@@ -37,6 +37,7 @@ ORDER = [
     "vera",
     "refinement",
     "names",
+    "groups",
     "arviz",
     "plots",
 ]
