@@ -65,11 +65,13 @@ class Naming:
 def without_masked(found: Observation) -> np.ndarray:
     """Data with NaN for what a mask leaves out: it is missing, and whatever was filled in is no data."""
     value, counts = np.array(found.value), unmasked(found.distribution)
+    if value.dtype.kind == "V":
+        value = value.astype(np.float32)  # files know NumPy's own types only
     if counts.all():
         return value
     counts = counts.reshape(counts.shape + (1,) * (len(found.distribution.shape()) - counts.ndim))
     value, counts = np.broadcast_arrays(value, counts)
-    return np.where(counts, value, np.asarray(np.nan, np.result_type(value.dtype, np.float16)))
+    return np.where(counts, value, np.asarray(np.nan, np.result_type(value.dtype, np.float32)))
 
 
 def rows_that_count(values: Mapping[str, np.ndarray], data: Mapping[str, Observation], naming: Naming) -> Group:

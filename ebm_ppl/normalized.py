@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -25,6 +26,9 @@ class _Fixed(Messenger):
         self.params = params
 
     def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow":
+            # Sites in the body of a loop or a branch see no handler but those that are handed in.
+            msg["kwargs"]["substitute_stack"].append(("substitute", self.params))
         if msg["type"] in ("param", "sample") and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
             if msg["type"] == "sample":
@@ -94,7 +98,7 @@ def normalized(
     if not allow_uncertified:
         log_normalizer.require_certified()
     if log_normalizer.batch_ndims:
-        return KnownNormalizers(model, _from_samples)
+        return _at_draws(model, log_normalizer)
     return _Fixed(KnownNormalizers(model, _constant(log_normalizer)), log_normalizer.params)
 
 
@@ -127,11 +131,22 @@ def _constant(log_normalizer: LogNormalizer) -> Normalize:
     return constant
 
 
-def _from_samples(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
-    value: Any = numpyro.param(log_normalizer_site(name), None)
-    if value is None:
+def _at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
+    """The model with a log Z per draw, which it is given where samples of its sites are."""
+
+    @wraps(model)
+    def known(*args: Any, **kwargs: Any) -> Any:
+        # Asked for outside the model, whose scopes would change the names.
+        given = {name: numpyro.param(log_normalizer_site(name), None) for name in log_normalizer.estimate}
+        return KnownNormalizers(model, partial(_from_samples, given))(*args, **kwargs)
+
+    return known
+
+
+def _from_samples(given: Params, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+    if given.get(name) is None:
         raise UnknownNormalizerError(
             f"Energy site '{name}' has one log Z per parameter draw, and this run was given none: pass "
             "log_normalizer.samples as the posterior samples of log_likelihood or Predictive."
         )
-    return distribution.with_log_normalizer(value)
+    return distribution.with_log_normalizer(given[name])
