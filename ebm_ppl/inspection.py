@@ -207,11 +207,6 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
     check_start_covers(distribution, name)
     own_dims = len(distribution.batch_shape)
     for frame in site["cond_indep_stack"]:
-        if trace[frame.name]["type"] != "plate":
-            raise ValueError(
-                f"Plate '{frame.name}', around energy site '{name}', has the name of a {trace[frame.name]['type']} "
-                "site, and one would be given the other's value. Rename the plate."
-            )
         size = trace[frame.name]["args"][0]
         if -frame.dim <= own_dims and frame.size != size:
             raise ValueError(

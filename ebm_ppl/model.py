@@ -124,9 +124,11 @@ class EnergySites(Messenger):
         super().__init__(fn)
         self.found: dict[str, EnergyDistribution] = {}
         self.unobserved: list[str] = []
+        self.is_plate: dict[str, bool] = {}
 
     def process_message(self, msg: dict) -> None:
         """Called by NumPyro at every site."""
+        self._refuse_shared_name(msg)
         if not _is_sample(msg):
             return
         energy = unwrap(msg["fn"])
@@ -136,6 +138,16 @@ class EnergySites(Messenger):
         if msg["value"] is None:
             self.unobserved.append(msg["name"])
             msg["value"] = jnp.zeros(msg["fn"].shape())
+
+    def _refuse_shared_name(self, msg: dict) -> None:
+        is_plate = msg["type"] == "plate"
+        if not is_plate and msg["type"] not in ("sample", "param", "deterministic"):
+            return
+        if self.is_plate.setdefault(msg["name"], is_plate) != is_plate:
+            raise ValueError(
+                f"A plate and another site are both called '{msg['name']}': each would be given the other's value. "
+                "Rename the plate."
+            )
 
 
 class KnownNormalizers(Messenger):
