@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 # Of these the value is the content.
@@ -34,7 +35,7 @@ class Arguments:
         """Arrays are traced; whatever else there is belongs to the structure, told apart by content."""
         leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
         is_array = [_is_traced(leaf) for leaf in leaves]
-        arrays = tuple(leaf if yes else None for leaf, yes in zip(leaves, is_array, strict=True))
+        arrays = tuple(_unmasked(leaf) if yes else None for leaf, yes in zip(leaves, is_array, strict=True))
         static = tuple(None if yes else _Static(leaf) for leaf, yes in zip(leaves, is_array, strict=True))
         return arrays, (treedef, static)
 
@@ -61,6 +62,10 @@ class _Static:
 
     def __repr__(self) -> str:
         return f"{type(self.value).__name__}"
+
+
+def _unmasked(leaf: Any) -> Any:
+    return leaf.data if isinstance(leaf, np.ma.MaskedArray) else leaf  # JAX takes none, even without a mask
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -215,14 +220,18 @@ def as_numbers(place: str, value: Any) -> Any:
             "numpyro.handlers.mask(mask=~np.ma.getmaskarray(x))."
         )
     try:
-        array = np.asarray(value)
+        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+        array = jnp.asarray(value) if is_traced else np.asarray(value)
     except Exception as error:
         raise ValueError(
             f"Data at {place} is a {type(value).__name__} that is no array ({error}). Give numbers of one shape: "
             "obs=jnp.asarray(...)."
         ) from error
+    if isinstance(array, jax.Array):
+        return array
     if is_numeric(array.dtype):
-        return value if isinstance(value, np.ndarray | np.generic | float | int) else array
+        is_plain = isinstance(value, np.ndarray | np.generic | float | int) and not isinstance(value, np.ma.MaskedArray)
+        return value if is_plain else array
 
     odd: Any = next((item for item in array.ravel().tolist() if isinstance(item, str | bytes)), None)
     if odd is None and array.dtype.kind in "Of":

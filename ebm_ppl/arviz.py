@@ -179,7 +179,7 @@ def _contents(
         rng_key, params, history = source.state.rng_key, source.params, source.history
     else:
         params = dict(source)
-    one = params if is_fit else jax.tree.map(lambda leaf: jnp.asarray(leaf)[0, 0], params)
+    one = jax.tree.map(lambda leaf: jnp.asarray(leaf) if is_fit else jnp.asarray(leaf)[0, 0], params)
 
     key_model, key_resample = random.split(rng_key)
     data = observations(key_model, model, one, arguments)

@@ -289,6 +289,8 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
     Raises:
         ValueError: The message names them.
     """
+    # Loops index what is substituted in them, which NumPy's arrays refuse under a trace.
+    params = jax.tree.map(jnp.asarray, params)
     recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
     trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
         *bound.arguments.args, **bound.arguments.kwargs

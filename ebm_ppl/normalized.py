@@ -28,7 +28,7 @@ class _Fixed(Messenger):
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow":
             # Sites in the body of a loop or a branch see no handler but those that are handed in.
-            msg["kwargs"]["substitute_stack"].append(("substitute", self.params))
+            msg["kwargs"]["substitute_stack"].append(("substitute", jax.tree.map(jnp.asarray, self.params)))
         if msg["type"] in ("param", "sample") and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
             if msg["type"] == "sample":

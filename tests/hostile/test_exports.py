@@ -343,7 +343,7 @@ def test_a_plate_with_the_name_of_a_parameter():
         lambda: untrained(model, X.ravel()),
         lambda: ebm.log_normalizer(None, model, {"lam": 1.0}, X.ravel(), method="quadrature"),
     ):
-        with pytest.raises(ValueError, match="both called 'lam'.*Rename the plate"):
+        with pytest.raises(ValueError, match=r"both called 'lam'.*Rename the plate"):
             step()
 
 
