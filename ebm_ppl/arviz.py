@@ -179,6 +179,7 @@ def _contents(
         rng_key, params, history = source.state.rng_key, source.params, source.history
     else:
         params = dict(source)
+        _check_posterior(_leaves(params))
     one = jax.tree.map(lambda leaf: jnp.asarray(leaf) if is_fit else jnp.asarray(leaf)[0, 0], params)
 
     key_model, key_resample = random.split(rng_key)
@@ -356,6 +357,16 @@ def _add_generated(groups: dict[str, Group], state: VERAState, held: _Contents) 
         "entropy_weight": float(state.entropy_weight),
         "log_normalizer_bound": float(state.log_normalizer_bound),
     }
+
+
+def _check_posterior(leaves: Mapping[str, Any]) -> None:
+    leads = {name: np.shape(leaf)[:2] for name, leaf in leaves.items()}
+    if len(set(leads.values())) > 1 or any(len(lead) < 2 for lead in leads.values()):
+        shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
+        raise ValueError(
+            f"Posterior draws have shapes {shapes}; expected (chain, draw, ...), the same two for all, as from "
+            "mcmc.get_samples(group_by_chain=True)."
+        )
 
 
 def _check_draws(draws: Mapping[str, Any], data: Mapping[str, Observation]) -> None:

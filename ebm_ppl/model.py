@@ -50,9 +50,14 @@ def _is_sample(msg: dict) -> bool:
 
 
 class _NoEnergies(Messenger):
-    """Refuse energies in the body of a loop or a branch, which hides its sites from every handler around it."""
+    """Refuse energies and parameters in the body of a loop or a branch, which no handler around it reaches."""
 
     def process_message(self, msg: dict) -> None:
+        if msg["type"] == "param":
+            raise ValueError(
+                f"Parameter '{msg['name']}' is declared inside numpyro's scan or cond, where it would keep its initial "
+                "value for ever. Declare it outside."
+            )
         if msg["type"] != "sample":
             return
         _refuse_nested(msg["name"], msg["fn"])

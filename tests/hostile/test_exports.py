@@ -474,6 +474,12 @@ def test_draws_that_fit_no_site(draws, match):
         ebm.to_arviz(untrained(model, x), model, x, draws=draws)
 
 
+@pytest.mark.parametrize("draws", [{"tau": np.ones(5)}, {"tau": np.ones((2, 5)), "other": np.ones((2, 4))}])
+def test_posterior_draws_that_are_not_by_chain(draws):
+    with pytest.raises(ValueError, match=r"Posterior draws have shapes .*group_by_chain=True"):
+        ebm.to_arviz(draws, rows, X.ravel(), MASK.ravel())
+
+
 def test_attributes_are_strings_and_numbers():
     model, x = sites(("x",), ("rows",)), X.ravel()
     data = ebm.to_arviz(untrained(model, x), model, x)

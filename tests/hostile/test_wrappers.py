@@ -141,7 +141,8 @@ def test_a_frame_changed_in_place_is_another_argument():
 def test_types_belong_to_content():
     assert len({content(value) for value in (1, 1.0, True, "1", b"1", 1j)}) == 6
     assert content(0.0) != content(-0.0)
-    assert content(np.sqrt) == content(np.sqrt)
+    for function in (np.sqrt, jax.nn.relu, jax.jit(jnp.square), jnp.add, "".join):
+        assert content(function) == content(function)
     assert content(functools.partial(lambda: 0)) != content(functools.partial(lambda: 0))
 
 
@@ -516,6 +517,19 @@ def test_an_energy_in_a_loop_or_a_branch(looped):
     ):
         with pytest.raises(ValueError, match=r"Energy site 'x' is inside numpyro's scan or cond.*Sample it outside"):
             step()
+
+
+def test_a_parameter_in_a_loop():
+    def looped(x):
+        def step(carry, _):
+            return carry + numpyro.param("k", 1.0), None
+
+        total, _ = scan(step, 0.0, None, length=3)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", bowl(total), obs=x)
+
+    with pytest.raises(ValueError, match=r"Parameter 'k' is declared inside numpyro's scan or cond.*outside"):
+        initialise(looped, X)
 
 
 # Parameters that no gradient can move
