@@ -45,7 +45,6 @@ NUMPYRO_MODULES = {
     "geometry",
     "distribution",
     "exact",
-    "arguments",
     "model",
     "inspection",
     "placement",
