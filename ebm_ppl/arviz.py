@@ -8,20 +8,24 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import random
+from numpyro import handlers
 from numpyro.infer import log_likelihood
 
 from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.distribution import EnergyDistribution, rewrap
 from ebm_ppl.fingerprint import require_same_energy
+from ebm_ppl.groups import Group, Naming, Variable, rows_that_count, sizes_of, without_masked
 from ebm_ppl.inspection import unmasked_rows
 from ebm_ppl.jarzynski import JarzynskiState
-from ebm_ppl.model import Arguments, BoundModel, FullPlates, Model, Observation, observations
+from ebm_ppl.model import Arguments, BoundModel, Model, Observation, observations
+from ebm_ppl.names import Dimensions, distinct, labels
 from ebm_ppl.normalized import normalized
 from ebm_ppl.pointwise import require_pointwise
 from ebm_ppl.resampling import systematic
@@ -38,10 +42,29 @@ if TYPE_CHECKING:
 else:
     ArvizData = Any
 
-Variable = tuple[tuple[str, ...], np.ndarray]
-
 # Draws of a generator, which are independent: chains so that ArviZ finds its two dimensions.
 GENERATED = (4, 1000)
+
+GIVEN = "given to to_arviz"
+
+# What the names of a site's own attributes and variables begin with, beside those of its history.
+ATTRIBUTES = (
+    "log_normalizer",
+    "log_normalizer_flags",
+    "log_normalizer_stderr",
+    "log_normalizer_lower",
+    "log_normalizer_upper",
+    "mean_log_density",
+    "holdout_chains",
+)
+STATISTICS = ("log_weight", "energy", "ancestor", "ess", "khat", "held_out")
+SHARED = (
+    "inference_library",
+    "inference_library_version",
+    "log_normalizer_source",
+    "log_normalizer_bound",
+    "entropy_weight",
+)
 
 
 def to_arviz(
@@ -102,14 +125,67 @@ def to_arviz(
     import xarray as xr
 
     arguments = Arguments(args, kwargs)
+    held = _contents(source, model, arguments, log_normalizer, draws, dims)
+    usable = log_normalizer is not None and (log_normalizer.is_certified or allow_uncertified)
+
     if isinstance(source, Fit):
-        rng_key, params = source.state.rng_key, source.params
+        groups, attributes = _of_fit(source, held, log_normalizer, usable)
     else:
-        rng_key, params = random.key(0), dict(source)
+        groups, attributes = _of_draws(model, arguments, held, log_normalizer, usable)
+    if log_normalizer is not None and not usable:
+        _warn_of_flags(log_normalizer, "mean_log_density" if isinstance(source, Fit) else "log_likelihood")
+
+    _add_draws(groups.setdefault("posterior_predictive", Group()), held)
+    groups["observed_data"] = Group()
+    for name, found in held.data.items():
+        where = (*held.naming.rows(name, found), *held.event_dims[name])
+        groups["observed_data"].variables[held.naming.variables[name]] = (where, without_masked(found))
+
+    groups = {name: group for name, group in groups.items() if group.variables}
+    written = held.naming.dimensions.coordinates(coords, sizes_of(groups))
+    tree = xr.DataTree.from_dict({name: _dataset(xr, group, written) for name, group in groups.items()})
+    tree.attrs.update(attributes)
+    if importlib.metadata.version("arviz") < "1":
+        import arviz
+
+        return arviz.InferenceData.from_datatree(tree)
+    return tree
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a source holds and what it is called: parameters, the data and energies there, given draws of x."""
+
+    rng_key: jax.Array
+    params: Mapping[str, Any]
+    data: dict[str, Observation]
+    energies: dict[str, EnergyDistribution]
+    draws: Mapping[str, Any]
+    naming: Naming
+    event_dims: dict[str, tuple[str, ...]]
+    parameters: dict[str, Variable]
+
+
+def _contents(
+    source: Fit | Mapping[str, Any],
+    model: Model,
+    arguments: Arguments,
+    log_normalizer: LogNormalizer | None,
+    draws: Mapping[str, Any] | None,
+    dims: Mapping[str, Sequence[str]] | None,
+) -> _Contents:
+    """Run the model at the source's (first) parameters, check everything against it, and name it all."""
+    is_fit, history = isinstance(source, Fit), {}
+    rng_key: jax.Array = random.key(0)
+    if isinstance(source, Fit):
+        rng_key, params, history = source.state.rng_key, source.params, source.history
+    else:
+        params = dict(source)
+        _check_posterior(_leaves(params))
+    one = jax.tree.map(lambda leaf: jnp.asarray(leaf) if is_fit else jnp.asarray(leaf)[0, 0], params)
+
     key_model, key_resample = random.split(rng_key)
-    one = params if isinstance(source, Fit) else jax.tree.map(lambda leaf: jnp.asarray(leaf)[0, 0], params)
     data = observations(key_model, model, one, arguments)
-    event_dims = _event_dims(data, dims or {})
     bound = BoundModel(model, {}, key_model, arguments)
     energies = bound.energies(one)
     for name, energy in energies.items():
@@ -118,60 +194,80 @@ def to_arviz(
         _check_belongs(log_normalizer, energies, params)
         for name, expected in log_normalizer.fingerprints.items():
             require_same_energy(name, energies[name], expected)
-    usable = log_normalizer is not None and (log_normalizer.is_certified or allow_uncertified)
-    groups: dict[str, dict[str, Variable]] = {"posterior_predictive": {}}
-    state = source.state if isinstance(source, Fit) else None
-    running = state.log_normalizer() if isinstance(state, JarzynskiState) and log_normalizer is None else None
-    reported = running if log_normalizer is None else log_normalizer
-    attributes = _attributes(reported, energies)
-    if isinstance(source, Fit):
-        groups |= {"sample_stats": {}, "islands": {}, "training": _training(source.history)}
+
+    leaves = _leaves(params)
+    naming = _naming(energies, data, leaves, history, dims)
+    event_dims = {name: naming.event(name, found) for name, found in data.items()}
+    parameters = _parameters(leaves, naming, num_draw_dims=0 if is_fit else 2)
+    _check_draws(draws or {}, data)
+    return _Contents(key_resample, params, data, energies, draws or {}, naming, event_dims, parameters)
+
+
+def _of_fit(
+    fit: Fit, held: _Contents, log_normalizer: LogNormalizer | None, usable: bool
+) -> tuple[dict[str, Group], dict[str, Any]]:
+    """Groups and attributes of a fit, without data and given draws."""
+    state, ends = fit.state, held.naming.ends
+    groups = {name: Group() for name in ("posterior_predictive", "sample_stats", "islands")}
+    groups["training"] = Group(_training(fit.history, held.naming))
+
+    reported = log_normalizer
+    if isinstance(state, JarzynskiState) and log_normalizer is None:
+        reported = state.log_normalizer()
+    attributes = _attributes(reported, ends)
+
     if isinstance(state, VERAState):
-        generated, more = _generated(key_resample, state, draws, event_dims, energies)
-        groups |= generated
-        attributes |= more
+        attributes |= _add_generated(groups, state, held)
     if isinstance(state, JarzynskiState):
         for index, (name, site) in enumerate(state.walkers.items()):
-            suffix = _suffix(name, energies)
-            found = _walkers(random.fold_in(key_resample, index), name, site, event_dims[name], energies[name], suffix)
-            for group, variables in found.items():
-                groups[group] |= variables
-            num_chains = site.log_weight.shape[0]
-            attributes[f"holdout_chains{suffix}"] = json.dumps(list(range(site.num_training_chains, num_chains)))
-    if isinstance(source, Fit):
-        if usable:
-            assert log_normalizer is not None
-            attributes |= _mean_log_densities(log_normalizer, energies, data)
-    else:
-        groups["posterior"] = _posterior(params)
-        if usable:
-            assert log_normalizer is not None
-            groups["log_likelihood"] = _log_likelihood(model, arguments, log_normalizer, data)
-    if log_normalizer is not None and not usable:
-        reasons = "; ".join(f"site '{name}': {flag}" for name, flags in log_normalizer.flags.items() for flag in flags)
-        missing = "mean_log_density" if isinstance(source, Fit) else "log_likelihood"
-        warnings.warn(
-            f"{missing} is left out, because log Z ({log_normalizer.method}) is not certified: {reasons} "
-            "Pass log_normalizer=ebm_ppl.log_normalizer(...) at these parameters, or allow_uncertified=True.",
-            stacklevel=2,
-        )
-    for name, values in (draws or {}).items():
-        leading = _batch_dims(name, np.ndim(values) - 2 - len(event_dims[name]))
-        groups["posterior_predictive"][_plain(name)] = (
-            ("chain", "draw", *leading, *event_dims[name]),
-            np.array(values),
-        )
-    groups["observed_data"] = {
-        _plain(name): ((*found.dims, *event_dims[name]), np.array(found.value)) for name, found in data.items()
-    }
-    datasets = {group: _dataset(xr, variables, coords or {}) for group, variables in groups.items() if variables}
-    tree = xr.DataTree.from_dict(datasets)
-    tree.attrs.update(attributes)
-    if importlib.metadata.version("arviz") < "1":
-        import arviz
+            _add_walkers(groups, random.fold_in(held.rng_key, index), name, site, held)
+            held_out = list(range(site.num_training_chains, site.log_weight.shape[0]))
+            attributes[f"holdout_chains{ends[name]}"] = json.dumps(held_out)
+    if usable:
+        assert log_normalizer is not None
+        attributes |= _mean_log_densities(log_normalizer, held.energies, held.data, ends)
+    return groups, attributes
 
-        return arviz.InferenceData.from_datatree(tree)
-    return tree
+
+def _of_draws(
+    model: Model, arguments: Arguments, held: _Contents, log_normalizer: LogNormalizer | None, usable: bool
+) -> tuple[dict[str, Group], dict[str, Any]]:
+    """Groups and attributes of posterior draws, without data and given draws of x."""
+    groups = {"posterior": Group(held.parameters)}
+    if usable:
+        assert log_normalizer is not None
+        groups["log_likelihood"] = _log_likelihood(model, arguments, log_normalizer, held)
+    return groups, _attributes(log_normalizer, held.naming.ends)
+
+
+def _warn_of_flags(log_normalizer: LogNormalizer, missing: str) -> None:
+    reasons = "; ".join(f"site '{name}': {flag}" for name, flags in log_normalizer.flags.items() for flag in flags)
+    warnings.warn(
+        f"{missing} is left out, because log Z ({log_normalizer.method}) is not certified: {reasons} "
+        "Pass log_normalizer=ebm_ppl.log_normalizer(...) at these parameters, or allow_uncertified=True.",
+        stacklevel=3,
+    )
+
+
+def _naming(
+    energies: Mapping[str, EnergyDistribution],
+    data: Mapping[str, Observation],
+    leaves: Mapping[str, Any],
+    history: Mapping[str, Any],
+    dims: Mapping[str, Sequence[str]] | None,
+) -> Naming:
+    variables = distinct([*data, *energies, *leaves])
+    stems = {
+        name: [*ATTRIBUTES, *STATISTICS, *history, *(f"energy_{factor}" for factor in _factors(energy).values())]
+        for name, energy in energies.items()
+    }
+    ends = labels(list(energies), stems, [*SHARED, *ATTRIBUTES, *STATISTICS, *history])
+    plates = [dim for found in data.values() for dim in found.dims if isinstance(dim, str)]
+    return Naming(variables, ends, Dimensions(variables, plates, dims))
+
+
+def _factors(energy: EnergyDistribution) -> dict[str, str]:
+    return distinct(energy.factors, ())
 
 
 def _check_belongs(log_normalizer: LogNormalizer, energies: dict[str, Any], params: Mapping[str, Any]) -> None:
@@ -195,97 +291,145 @@ def _check_belongs(log_normalizer: LogNormalizer, energies: dict[str, Any], para
             )
 
 
-def _walkers(
-    rng_key: jax.Array, name: str, site: Walkers, event_dims: tuple[str, ...], energy: EnergyDistribution, suffix: str
-) -> dict[str, dict[str, Variable]]:
+def _add_walkers(
+    groups: dict[str, Group],
+    rng_key: jax.Array,
+    name: str,
+    site: Walkers,
+    held: _Contents,
+) -> None:
     """One energy site's part of ``posterior_predictive``, ``sample_stats`` and ``islands``."""
-    num_batch_dims = site.log_weight.ndim - 2
+    naming, event_dims, energy = held.naming, held.event_dims[name], held.energies[name]
+    end, num_batch_dims = naming.ends[name], site.log_weight.ndim - 2
     # `to_event` around an energy with a batch shape makes the event's first dimensions those of its normalisers.
     num_declared = len(event_dims) - (site.values.ndim - site.log_weight.ndim)
-    batch_dims = (*_batch_dims(name, num_batch_dims - num_declared), *event_dims[:num_declared])
+    batch_dims = (*naming.batch(name, num_batch_dims - num_declared), *event_dims[:num_declared])
     leading = ("chain", "draw", *batch_dims)
-    ancestors = _ancestors(rng_key, site)
-    values = np.array(site.values)
-    indices = ancestors.reshape(ancestors.shape + (1,) * (values.ndim - ancestors.ndim))
-    draws = np.take_along_axis(values, indices, axis=1)
-    factors = energy.factor_energies(site.values)
-    stats: dict[str, Variable] = {
-        f"log_weight{suffix}": (leading, np.array(site.log_weight)),
-        f"energy{suffix}": (leading, np.array(sum(factors.values()))),
-        f"ancestor{suffix}": (leading, ancestors),
-    }
-    if len(factors) > 1:
-        for factor, values_of_factor in factors.items():
-            stats[f"energy_{_plain(factor)}{suffix}"] = (leading, np.array(values_of_factor))
+
+    stats = groups["sample_stats"]
+    stats.attrs |= {"draws": "walkers, which carry weights", "draws_are_weighted": 1}
+    stats.attrs[f"log_weights{end}"] = f"sample_stats/log_weight{end}"
+    stats.variables[f"log_weight{end}"] = (leading, np.array(site.log_weight))
+    stats.variables |= _energies(energy, site.values, leading, end)
+
+    if name not in held.draws:
+        predictive, ancestors = groups["posterior_predictive"], _ancestors(rng_key, site)
+        values = np.array(site.values)
+        indices = ancestors.reshape(ancestors.shape + (1,) * (values.ndim - ancestors.ndim))
+        draws = np.take_along_axis(values, indices, axis=1)
+        predictive.variables[naming.variables[name]] = ((*leading, *event_dims[num_declared:]), draws)
+        predictive.attrs |= {"draws": "walkers, resampled by their weights", "draws_are_weighted": 0}
+        stats.variables[f"ancestor{end}"] = (leading, ancestors)
+
     num_chains = site.log_weight.shape[0]
-    islands: dict[str, Variable] = {
-        f"ess{suffix}": (("chain", *batch_dims), np.array(ess_fraction(site.log_weight, axis=1))),
-        f"khat{suffix}": (("chain", *batch_dims), np.array(pareto_khat(jnp.moveaxis(site.log_weight, 1, 0)))),
-        f"held_out{suffix}": (("chain",), (np.arange(num_chains) >= site.num_training_chains).astype(int)),
+    held_out = (np.arange(num_chains) >= site.num_training_chains).astype(int)
+    groups["islands"].variables |= {
+        f"ess{end}": (("chain", *batch_dims), np.array(ess_fraction(site.log_weight, axis=1))),
+        f"khat{end}": (("chain", *batch_dims), np.array(pareto_khat(jnp.moveaxis(site.log_weight, 1, 0)))),
+        f"held_out{end}": (("chain",), held_out),
     }
-    predictive: dict[str, Variable] = {_plain(name): ((*leading, *event_dims[num_declared:]), draws)}
-    return {"posterior_predictive": predictive, "sample_stats": stats, "islands": islands}
 
 
-def _generated(
-    rng_key: jax.Array,
-    state: VERAState,
-    draws: Mapping[str, Any] | None,
-    event_dims: dict[str, tuple[str, ...]],
-    energies: dict[str, EnergyDistribution],
-) -> tuple[dict[str, dict[str, Variable]], dict[str, Any]]:
-    """Groups and attributes of a generator's draws, or of those given in their place."""
-    name, num_chains = state.generator.name, GENERATED[0]
-    if draws is not None and name in draws:
-        values = jnp.asarray(draws[name])
-    else:
-        _, values = state.draws(rng_key, num_chains * GENERATED[1])
-        values = values.reshape(num_chains, -1, *values.shape[1:])
-    factors = energies[name].factor_energies(values)
-    stats: dict[str, Variable] = {"energy": (("chain", "draw"), np.array(sum(factors.values())))}
+def _energies(energy: EnergyDistribution, values: Any, dims: tuple[str, ...], end: str) -> dict[str, Variable]:
+    """The energy of draws, and its factors where they are named."""
+    factors = energy.factor_energies(values)
+    found: dict[str, Variable] = {f"energy{end}": (dims, np.array(sum(factors.values())))}
     if len(factors) > 1:
-        stats |= {f"energy_{_plain(factor)}": (("chain", "draw"), np.array(v)) for factor, v in factors.items()}
-    predictive: dict[str, Variable] = {_plain(name): (("chain", "draw", *event_dims[name]), np.array(values))}
-    attributes = {
+        for factor, written in _factors(energy).items():
+            found[f"energy_{written}{end}"] = (dims, np.array(factors[factor]))
+    return found
+
+
+def _add_generated(groups: dict[str, Group], state: VERAState, held: _Contents) -> dict[str, Any]:
+    """A generator's draws, or those given in their place, with their energies; and its attributes."""
+    name, num_chains = state.generator.name, GENERATED[0]
+    naming, event_dims = held.naming, held.event_dims[name]
+    if name in held.draws:
+        values, what = jnp.asarray(held.draws[name]), GIVEN
+    else:
+        _, values = state.draws(held.rng_key, num_chains * GENERATED[1])
+        values, what = values.reshape(num_chains, -1, *values.shape[1:]), "of the generator, not of the model"
+
+    attrs = {"draws": what, "draws_are_weighted": 0}
+    stats, predictive = groups["sample_stats"], groups["posterior_predictive"]
+    stats.variables |= _energies(held.energies[name], values, ("chain", "draw"), naming.ends[name])
+    predictive.variables[naming.variables[name]] = (("chain", "draw", *event_dims), np.array(values))
+    stats.attrs |= attrs
+    predictive.attrs |= attrs
+    return {
         "entropy_weight": float(state.entropy_weight),
         "log_normalizer_bound": float(state.log_normalizer_bound),
     }
-    return {"posterior_predictive": predictive, "sample_stats": stats}, attributes
 
 
-def _posterior(params: Mapping[str, Any]) -> dict[str, Variable]:
-    variables: dict[str, Variable] = {}
-    for name, tree in params.items():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            full = _plain(name) + jax.tree_util.keystr(path)
-            variables[full] = (
-                ("chain", "draw", *(f"{full}_dim_{k}" for k in range(np.ndim(leaf) - 2))),
-                np.array(leaf),
+def _check_posterior(leaves: Mapping[str, Any]) -> None:
+    leads = {name: np.shape(leaf)[:2] for name, leaf in leaves.items()}
+    if len(set(leads.values())) > 1 or any(len(lead) < 2 for lead in leads.values()):
+        shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
+        raise ValueError(
+            f"Posterior draws have shapes {shapes}; expected (chain, draw, ...), the same two for all, as from "
+            "mcmc.get_samples(group_by_chain=True)."
+        )
+
+
+def _check_draws(draws: Mapping[str, Any], data: Mapping[str, Observation]) -> None:
+    for name, values in draws.items():
+        if name not in data:
+            raise ValueError(f"draws names site '{name}', where no data are; expected some of {sorted(data)}.")
+        event, found = data[name].distribution.event_shape, np.shape(values)
+        if len(found) < 2 + len(event) or found[len(found) - len(event) :] != event:
+            raise ValueError(
+                f"draws['{name}'] has shape {found}; expected (chain, draw, ...) and last the event shape {event}."
             )
-    return variables
 
 
-def _log_likelihood(
-    model: Model, arguments: Arguments, log_normalizer: LogNormalizer, data: dict[str, Observation]
-) -> dict[str, Variable]:
+def _add_draws(group: Group, held: _Contents) -> None:
+    """Draws of x that were given, in the place of any others."""
+    for name, values in held.draws.items():
+        leading = held.naming.batch(name, np.ndim(values) - 2 - len(held.event_dims[name]))
+        dims = ("chain", "draw", *leading, *held.event_dims[name])
+        group.variables[held.naming.variables[name]] = (dims, np.array(values))
+        group.attrs |= {"draws": GIVEN, "draws_are_weighted": 0}
+
+
+def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by site name, or, of a tree, by that of every leaf."""
+    return {
+        name + jax.tree_util.keystr(path): leaf
+        for name, tree in params.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _parameters(leaves: Mapping[str, Any], naming: Naming, num_draw_dims: int) -> dict[str, Variable]:
+    """Parameters as variables; their ``dims`` are checked in exports that have no group for them, too."""
+    return {
+        naming.variables[name]: (
+            (
+                *("chain", "draw")[:num_draw_dims],
+                *naming.dimensions.of(name, np.ndim(leaf) - num_draw_dims, "a value of parameter"),
+            ),
+            np.array(leaf),
+        )
+        for name, leaf in leaves.items()
+    }
+
+
+def _log_likelihood(model: Model, arguments: Arguments, log_normalizer: LogNormalizer, held: _Contents) -> Group:
+    """Log densities of every row that counts, at every draw."""
     if log_normalizer.batch_ndims != 2:
         raise ValueError(
             f"log_normalizer has {log_normalizer.batch_ndims} axes of draws; expected 2, one log Z for every (chain, "
             "draw): ebm_ppl.log_normalizer(..., batch_ndims=2)."
         )
-    with FullPlates():
-        found = log_likelihood(
-            normalized(model, log_normalizer, allow_uncertified=True),
-            log_normalizer.samples,
-            *arguments.args,
-            batch_ndims=2,
-            **arguments.kwargs,
-        )
-    return {
-        _plain(name): (("chain", "draw", *data[name].dims), np.array(value))
-        for name, value in found.items()
-        if name in data
-    }
+    # Keys that the model asks for itself, for a net's initial values: nothing may be sampled here.
+    keyed = handlers.seed(
+        normalized(model, log_normalizer, allow_uncertified=True), held.rng_key, hide_types=["sample", "plate"]
+    )
+    found = log_likelihood(keyed, log_normalizer.samples, *arguments.args, batch_ndims=2, **arguments.kwargs)
+    return rows_that_count(
+        {name: np.array(value) for name, value in found.items() if name in held.data}, held.data, held.naming
+    )
 
 
 def _ancestors(rng_key: jax.Array, walkers: Walkers) -> np.ndarray:
@@ -296,37 +440,38 @@ def _ancestors(rng_key: jax.Array, walkers: Walkers) -> np.ndarray:
     return np.moveaxis(np.array(picked).reshape(rows.shape), -1, 1)
 
 
-def _event_dims(data: dict[str, Observation], dims: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    named = {}
-    for name, found in data.items():
-        count = len(found.distribution.event_shape)
-        names = tuple(dims.get(name, [f"{_plain(name)}_dim_{k}" for k in range(count)]))
-        if len(names) != count:
-            raise ValueError(f"dims['{name}'] = {list(names)}; an event of site '{name}' has {count} dimensions.")
-        named[name] = names
-    return named
-
-
-def _training(history: dict[str, Any]) -> dict[str, Variable]:
+def _training(history: dict[str, Any], naming: Naming) -> dict[str, Variable]:
     variables: dict[str, Variable] = {}
     for key, entry in history.items():
         if not isinstance(entry, dict):
             variables[key] = (("step",), np.array(entry))
             continue
         for name, values in entry.items():
-            suffix = f"_{_plain(name)}" if len(entry) > 1 else ""
-            variables[f"{key}{suffix}"] = (("step", *_batch_dims(name, np.ndim(values) - 1)), np.array(values))
+            dims = ("step", *naming.batch(name, np.ndim(values) - 1))
+            variables[f"{key}{naming.ends[name]}"] = (dims, np.array(values))
     return variables
 
 
-def _dataset(xr: Any, variables: dict[str, Variable], coords: Mapping[str, Sequence]) -> Any:
-    sizes = {dim: size for dims, values in variables.values() for dim, size in zip(dims, values.shape, strict=True)}
+def _dataset(xr: Any, group: Group, coords: Mapping[str, Sequence]) -> Any:
+    def along(dim: str, places: np.ndarray) -> np.ndarray:
+        return np.asarray(coords[dim])[places] if dim in coords else places
+
     # Plots of ArviZ 1.x fail on dimensions without coordinates.
-    index = {dim: np.asarray(coords[dim]) if dim in coords else np.arange(size) for dim, size in sizes.items()}
-    return xr.Dataset(variables).assign_coords(index)
+    index: dict[str, Any] = {}
+    for dims, values in group.variables.values():
+        for dim, size in zip(dims, values.shape, strict=True):
+            if dim in group.places:
+                index[dim] = along(*group.places[dim])
+            elif dim in coords and len(coords[dim]) == size:
+                index[dim] = np.asarray(coords[dim])
+            else:
+                index[dim] = np.arange(size)
+    for name, (dim, plate, places) in group.labels.items():
+        index[name] = (dim, along(plate, places))
+    return xr.Dataset(group.variables, attrs=group.attrs).assign_coords(index)
 
 
-def _attributes(log_normalizer: LogNormalizer | None, energies: dict[str, EnergyDistribution]) -> dict[str, Any]:
+def _attributes(log_normalizer: LogNormalizer | None, ends: Mapping[str, str]) -> dict[str, Any]:
     """Flat strings and numbers only: netCDF takes nothing else."""
     attributes: dict[str, Any] = {
         "inference_library": "ebm_ppl",
@@ -335,12 +480,11 @@ def _attributes(log_normalizer: LogNormalizer | None, energies: dict[str, Energy
     if log_normalizer is None:
         return attributes
     attributes["log_normalizer_source"] = log_normalizer.method
-    for name in energies:
-        suffix = _suffix(name, energies)
-        attributes[f"log_normalizer_flags{suffix}"] = json.dumps(log_normalizer.flags[name], ensure_ascii=False)
+    for name, end in ends.items():
+        attributes[f"log_normalizer_flags{end}"] = json.dumps(log_normalizer.flags[name], ensure_ascii=False)
         if log_normalizer.batch_ndims:
             # One number per draw: it is in the log-likelihood; the attributes say how far to trust it.
-            attributes[f"log_normalizer_stderr{suffix}"] = float(jnp.max(log_normalizer.stderr[name]))
+            attributes[f"log_normalizer_stderr{end}"] = float(jnp.max(log_normalizer.stderr[name]))
             continue
         for key, value in (
             ("log_normalizer", log_normalizer.estimate),
@@ -348,13 +492,17 @@ def _attributes(log_normalizer: LogNormalizer | None, energies: dict[str, Energy
             ("log_normalizer_lower", log_normalizer.lower),
             ("log_normalizer_upper", log_normalizer.upper),
         ):
-            attributes[f"{key}{suffix}"] = _attribute(value[name])
+            attributes[f"{key}{end}"] = _attribute(value[name])
     return attributes
 
 
 def _mean_log_densities(
-    log_normalizer: LogNormalizer, energies: dict[str, EnergyDistribution], data: dict[str, Observation]
+    log_normalizer: LogNormalizer,
+    energies: dict[str, EnergyDistribution],
+    data: dict[str, Observation],
+    ends: Mapping[str, str],
 ) -> dict[str, float]:
+    """Means over the rows that count."""
     means = {}
     for name, energy in energies.items():
         if name not in data:
@@ -365,22 +513,9 @@ def _mean_log_densities(
         )
         num_rows = np.sum(unmasked_rows(wrapped))
         if num_rows:
-            means[f"mean_log_density{_suffix(name, energies)}"] = float(jnp.sum(log_density) / num_rows)
+            means[f"mean_log_density{ends[name]}"] = float(jnp.sum(log_density) / num_rows)
     return means
-
-
-def _suffix(name: str, energies: Mapping[str, Any]) -> str:
-    return f"_{_plain(name)}" if len(energies) > 1 else ""
-
-
-def _batch_dims(name: str, num_dims: int) -> tuple[str, ...]:
-    return tuple(f"{_plain(name)}_batch_{k}" for k in range(num_dims))
 
 
 def _attribute(value: Any) -> Any:
     return float(value) if np.ndim(value) == 0 else np.array(value)
-
-
-def _plain(name: str) -> str:
-    # A slash separates groups in a DataTree.
-    return name.replace("/", ".")

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.certificate import UNREACHED_NATS, Evidence, pass_of
 from ebm_ppl.distribution import unwrap
-from ebm_ppl.inspection import unmasked_rows
+from ebm_ppl.inspection import unmasked
 from ebm_ppl.kernels import Kernel
 from ebm_ppl.model import BoundModel, Observation, Params, observations
 from ebm_ppl.placement import (
@@ -150,7 +150,7 @@ def data_rows(bound: BoundModel, params: Params) -> dict[str, Array]:
         own_shape = energy.batch_shape + energy.event_shape
         values = np.broadcast_to(np.asarray(found.value), found.distribution.shape()).reshape(-1, *own_shape)
         num_rows = len(values)
-        checks = (np.isfinite(values), np.asarray(energy.support(values)), unmasked_rows(found.distribution))
+        checks = (np.isfinite(values), np.asarray(energy.support(values)), unmasked(found.distribution))
         values = values[np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)]
         if not len(values):
             continue

@@ -23,6 +23,7 @@ from numpyro.primitives import Messenger
 
 from ebm_ppl.distribution import EnergyDistribution
 from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.inspection import as_real
 from ebm_ppl.model import Params
 from ebm_ppl.score import ExactScore, Pair, Score
 from ebm_ppl.snapshot import Snapshot, snapshot
@@ -244,8 +245,9 @@ def inspect_generator(
                 "with every call. Use a net without state, such as layer norm."
             )
         if site["type"] == "param":
-            params[found] = site["value"]
-            transforms[found] = biject_to(site["kwargs"].get("constraint", constraints.real))
+            constraint = site["kwargs"].get("constraint", constraints.real)
+            params[found] = as_real(found, site["value"], constraint)
+            transforms[found] = biject_to(constraint)
         elif site["type"] == "sample":
             if site["is_observed"]:
                 raise ValueError(

@@ -122,8 +122,9 @@ def _parameters(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]:
                 "call and walkers' weights would be wrong. Use a net without state, such as layer norm."
             )
         if site["type"] == "param":
-            values[name] = site["value"]
-            transforms[name] = biject_to(site["kwargs"].get("constraint", constraints.real))
+            constraint = site["kwargs"].get("constraint", constraints.real)
+            values[name] = as_real(name, site["value"], constraint)
+            transforms[name] = biject_to(constraint)
         elif site["type"] == "sample" and not site["is_observed"] and unwrap(site["fn"]) is None:
             _check_latent(name, site)
             values[name] = site["value"]
@@ -131,6 +132,30 @@ def _parameters(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]:
     if not values:
         raise ValueError("The model has no parameters to fit: no numpyro.param, module or unobserved sample site.")
     return values, transforms
+
+
+def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
+    """The initial value of a parameter, a whole number as a float; what no gradient can move is refused.
+
+    Raises:
+        ValueError: Parameters over integers, or a tree with leaves that are not real numbers.
+    """
+    if constraint.is_discrete:
+        raise ValueError(
+            f"Parameter '{name}' has the discrete constraint {constraint}; gradients need a continuous one. Write "
+            f"numpyro.param('{name}', ..., constraint=constraints.positive) for example, or pass it as an argument."
+        )
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    if is_leaf and jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        return jnp.asarray(value, jnp.result_type(float))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"Parameter '{name}'{jax.tree_util.keystr(path)} starts at {dtype} values; expected floats, which a "
+                f"gradient can move: numpyro.param('{name}', 1.0). What is not to be learned is no parameter."
+            )
+    return value
 
 
 def _check_init_params(init_params: Params, run_without: Callable[[], dict[str, dict]]) -> None:
@@ -206,7 +231,7 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
     _refuse_rows(
         name,
         wrapped,
-        np.asarray(wrapped.support(value)),
+        np.asarray(distribution.support(value)),
         f"lies outside the base's support ({distribution.support})",
         "Choose a base whose support holds the data, or transform the data into it.",
     )
@@ -214,7 +239,9 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
 
 def _refuse_rows(name: str, wrapped: Any, good: np.ndarray, finding: str, remedy: str) -> None:
     """Raise where any element of an unmasked row is not ``good``."""
-    bad = ~good.reshape((*wrapped.batch_shape, -1)).all(-1) & unmasked_rows(wrapped)
+    counts = unmasked(wrapped)
+    bad = ~good.reshape((*counts.shape, -1)).all(-1) & counts
+    bad = bad.any(tuple(range(len(wrapped.batch_shape), bad.ndim)))
     if bad.any():
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
         raise ValueError(
@@ -244,6 +271,11 @@ def bind(
     Raises:
         ValueError: Parameters that are missing or unknown, or no energy site.
     """
+    if isinstance(model, dist.Distribution) and not isinstance(model, EnergyDistribution):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a NumPyro model, or the EnergyDistribution itself, without "
+            "wrappers: .expand, .mask and .to_event belong inside a model, transforms inside the energy's base."
+        )
     if isinstance(model, EnergyDistribution):
         if params or args or kwargs:
             raise ValueError(
@@ -286,6 +318,8 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
     Raises:
         ValueError: The message names them.
     """
+    # Loops index what is substituted in them, which NumPy's arrays refuse under a trace.
+    params = jax.tree.map(jnp.asarray, params)
     recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
     trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
         *bound.arguments.args, **bound.arguments.kwargs
@@ -423,13 +457,21 @@ def _supports_agree(bound: BoundModel, params: Params, moved: Params, rng_key: A
     }
 
 
-def unmasked_rows(wrapped: Any) -> np.ndarray:
-    """Which rows of an energy site count, a boolean array of its (plates and own) batch shape."""
-    if isinstance(wrapped, EnergyDistribution):
-        return np.ones(wrapped.batch_shape, bool)
-    rows = unmasked_rows(wrapped.base_dist)
+def unmasked(wrapped: Any) -> np.ndarray:
+    """Which elements of a site count: a boolean array of its batch shape and, after it, what ``to_event`` declared."""
     if isinstance(wrapped, dist.Independent):
-        return rows.all(tuple(range(-wrapped.reinterpreted_batch_ndims, 0)))
+        return unmasked(wrapped.base_dist)
+    if not isinstance(wrapped, dist.ExpandedDistribution | dist.MaskedDistribution):
+        return np.ones(wrapped.batch_shape, bool)
+    inside = unmasked(wrapped.base_dist)
+    declared = inside.shape[len(wrapped.base_dist.batch_shape) :]
     if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(wrapped._mask, jax.core.Tracer):
-        rows = rows & np.asarray(wrapped._mask)
-    return np.broadcast_to(rows, wrapped.batch_shape)
+        mask = np.asarray(wrapped._mask)
+        inside = inside & mask.reshape(mask.shape + (1,) * len(declared))
+    return np.broadcast_to(inside, wrapped.batch_shape + declared)
+
+
+def unmasked_rows(wrapped: Any) -> np.ndarray:
+    """Which rows of a site count, at least in part: a boolean array of its batch shape."""
+    elements = unmasked(wrapped)
+    return elements.any(tuple(range(len(wrapped.batch_shape), elements.ndim)))

@@ -24,6 +24,7 @@ from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import inspect_model
 from ebm_ppl.kernels import MALA, Kernel, KernelState, adapt_step_size, initial_step_size, move
 from ebm_ppl.model import Arguments, BoundModel, Model, Params
+from ebm_ppl.optimizers import check_on_params, check_optimizer, updates_of
 from ebm_ppl.placement import SiteAtParams, anneal_site
 from ebm_ppl.resampling import Resampling, systematic
 from ebm_ppl.training import Fit, as_strong_array, run
@@ -95,7 +96,8 @@ class Jarzynski:
     Args:
         model: A NumPyro model with one or more observed :class:`EnergyDistribution` sites.  Parameters are its
             ``param`` sites and its unobserved global sample sites (fitted by MAP, in the convention of ``AutoDelta``).
-        optim: An optax gradient transformation, applied to unconstrained parameters.
+        optim: An optax gradient transformation, applied to unconstrained parameters.  It is told ``value=loss`` where
+            it takes that.
         kernel: :class:`MALA` or :class:`ULA` (the paper's).
         num_chains: Islands, held-out ones included.
         num_walkers: Walkers per island.
@@ -111,7 +113,7 @@ class Jarzynski:
 
     Raises:
         ValueError: Numbers of walkers or islands that cannot work.
-        TypeError: ``optim`` is not an optax gradient transformation.
+        TypeError: ``optim`` is not an optax gradient transformation, or searches along the loss.
 
     Source: Carbone, Hua, Coste and Vanden-Eijnden (2023), Algorithms 1–4.
     """
@@ -130,11 +132,7 @@ class Jarzynski:
     num_temperatures: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.optim, optax.GradientTransformation):
-            raise TypeError(
-                f"optim is a {type(self.optim).__name__}; expected an optax gradient transformation such as "
-                "optax.adam(1e-3)."
-            )
+        check_optimizer("optim", self.optim)
         for option in ("num_walkers", "num_kernel_steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} = {getattr(self, option)}; expected at least 1.")
@@ -174,6 +172,7 @@ class Jarzynski:
         """
         key_model, key_walkers, key_next = random.split(rng_key, 3)
         found = inspect_model(key_model, self.model, Arguments(args, kwargs), init_params=init_params)
+        check_on_params("optim", self.optim, found.params)
         bound = BoundModel(self.model, found.transforms, key_model, Arguments(args, kwargs))
         walkers = {}
         for index, name in enumerate(found.energies):
@@ -213,7 +212,7 @@ class Jarzynski:
 
         # Gradient
         loss, grads = jax.value_and_grad(partial(self._loss, bound, state.walkers))(state.params)
-        updates, optim_state = self.optim.update(grads, state.optim_state, state.params)
+        updates, optim_state = updates_of(self.optim, grads, state.optim_state, state.params, loss)
 
         # Switch
         scale, params, walkers, evaluated = self._controlled_switch(bound, state, updates)

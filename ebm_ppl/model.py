@@ -7,13 +7,12 @@ itself with a known ``log_normalizer``, so plates, subsampling, scales, masks an
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
@@ -22,6 +21,7 @@ from numpyro.distributions.transforms import Transform
 from numpyro.infer.util import log_density, transform_fn
 from numpyro.primitives import Messenger
 
+from ebm_ppl.arguments import Arguments, as_numbers
 from ebm_ppl.distribution import EnergyDistribution, rewrap, unwrap
 from ebm_ppl.snapshot import snapshot
 from ebm_ppl.supports import points_in_support
@@ -30,6 +30,99 @@ Model = Callable[..., Any]
 Params = dict[str, Any]
 Normalize = Callable[[str, EnergyDistribution], EnergyDistribution]
 """An energy site's name and its distribution to the same with a known normaliser."""
+
+
+def _is_sample(msg: dict) -> bool:
+    """Whether a message is of a sample site, whose data are then numbers; sites that hide an energy are refused.
+
+    Messages of ``subsample``, ``prng_key`` and control flow have no name.
+    """
+    if msg["type"] == "subsample":
+        msg["value"] = as_numbers("numpyro.subsample", msg["value"])
+    elif msg["type"] == "control_flow":
+        # The body of a loop comes first; branches come after what decides between them.
+        bodies = (1, 2) if msg["fn"].__name__ == "cond_wrapper" else (0,)
+        msg["args"] = tuple(_NoEnergies(arg) if k in bodies else arg for k, arg in enumerate(msg["args"]))
+    if msg["type"] != "sample":
+        return False
+
+    _refuse_nested(msg["name"], msg["fn"])
+    if msg["is_observed"]:
+        msg["value"] = as_numbers(f"site '{msg['name']}'", msg["value"])
+    return True
+
+
+class _NoEnergies(Messenger):
+    """Refuse energies and parameters in the body of a loop or a branch, which no handler around it reaches."""
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "param":
+            raise ValueError(
+                f"Parameter '{msg['name']}' is declared inside numpyro's scan or cond, where it would keep its initial "
+                "value for ever. Declare it outside."
+            )
+        if msg["type"] != "sample":
+            return
+        _refuse_nested(msg["name"], msg["fn"])
+        energy = unwrap(msg["fn"])
+        if energy is not None and energy.log_normalizer is None:
+            raise ValueError(
+                f"Energy site '{msg['name']}' is inside numpyro's scan or cond, where its normaliser can't be given. "
+                "Sample it outside: the whole series as one event with one energy (jax.lax.scan or cond inside the "
+                "energy), or, for independent steps, in a plate."
+            )
+
+
+def _refuse_nested(name: str, fn: Any) -> None:
+    """Refuse a distribution that is made of an energy whose normaliser is unknown."""
+    energy = unwrap(fn)
+    parts = {"the site's distribution": fn} if energy is None else {"base": energy.base, "start": energy.start}
+    for part, found in parts.items():
+        path = find_energy(found)
+        if path is None:
+            continue
+        if energy is not None:
+            remedy = (
+                "Add the energies up instead, on the inner one's own base: EnergyDistribution({'inner': ..., 'outer': "
+                "...}, base)."
+            )
+        elif isinstance(_unexpanded(fn), dist.TransformedDistribution):
+            remedy = (
+                "Transform the base and undo it in the energy, which is the same density with the same log Z: "
+                "EnergyDistribution(lambda y: energy(transform.inv(y)), dist.TransformedDistribution(base, transform))."
+            )
+        else:
+            remedy = (
+                "Mixtures and other compounds need every component's normaliser. Write one energy of the whole on one "
+                "base, such as -logsumexp(log_weights - energies), or give the component a known log_normalizer=."
+            )
+        raise ValueError(
+            f"Site '{name}' holds an energy with an unknown normaliser inside another distribution ({part}: "
+            f"{' of '.join(reversed(path))}): nothing could find or normalise it there. {remedy}"
+        )
+
+
+def find_energy(found: Any) -> list[str] | None:
+    """Types on the way to an energy with an unknown normaliser, among a distribution and all that it is made of."""
+    if isinstance(found, EnergyDistribution) and found.log_normalizer is None:
+        return ["EnergyDistribution"]
+    if isinstance(found, dist.Distribution):
+        parts, step = list(vars(found).values()), [type(found).__name__]
+    elif isinstance(found, list | tuple | dict):
+        parts, step = list(found.values() if isinstance(found, dict) else found), []
+    else:
+        return None
+    for part in parts:
+        path = find_energy(part)
+        if path is not None:
+            return step + path
+    return None
+
+
+def _unexpanded(fn: Any) -> Any:
+    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
+        fn = fn.base_dist
+    return fn
 
 
 class EnergySites(Messenger):
@@ -48,10 +141,12 @@ class EnergySites(Messenger):
         self.unobserved: list[str] = []
         self.moved = moved
         self.rng_key = rng_key
+        self.is_plate: dict[str, bool] = {}
 
     def process_message(self, msg: dict) -> None:
         """Called by NumPyro at every site."""
-        if msg["type"] != "sample":
+        self._refuse_shared_name(msg)
+        if not _is_sample(msg):
             return
         energy = unwrap(msg["fn"])
         if energy is None:
@@ -66,6 +161,16 @@ class EnergySites(Messenger):
             points = points_in_support(energy.base, self.rng_key, num)
             msg["value"] = points.reshape(msg["fn"].shape())
 
+    def _refuse_shared_name(self, msg: dict) -> None:
+        is_plate = msg["type"] == "plate"
+        if not is_plate and msg["type"] not in ("sample", "param", "deterministic"):
+            return
+        if self.is_plate.setdefault(msg["name"], is_plate) != is_plate:
+            raise ValueError(
+                f"A plate and another site are both called '{msg['name']}': each would be given the other's value. "
+                "Rename the plate."
+            )
+
 
 class KnownNormalizers(Messenger):
     """Put ``normalize(name, distribution)`` in the place of every energy whose log Z is unknown."""
@@ -76,7 +181,7 @@ class KnownNormalizers(Messenger):
 
     def process_message(self, msg: dict) -> None:
         """Called by NumPyro at every site."""
-        if msg["type"] != "sample":
+        if not _is_sample(msg):
             return
         energy = unwrap(msg["fn"])
         if energy is not None and energy.log_normalizer is None:
@@ -94,7 +199,14 @@ def _is_unbounded(support: constraints.Constraint) -> bool:
 
 
 class FullPlates(Messenger):
-    """Switch subsampling off: every plate has all its rows."""
+    """Switch subsampling off: every plate has all its rows.
+
+    A batch that came in from outside stays one: its site is as large as its data.
+    """
+
+    def __init__(self, fn: Model | None = None) -> None:
+        super().__init__(fn)
+        self.switched: set[str] = set()
 
     def process_message(self, msg: dict) -> None:
         """Called by NumPyro at every site."""
@@ -102,30 +214,14 @@ class FullPlates(Messenger):
             size = msg["args"][0]
             msg["args"] = (size, size)
             msg["value"] = jnp.arange(size)
+            self.switched.add(msg["name"])
 
-
-@jax.tree_util.register_pytree_node_class
-@dataclass(frozen=True)
-class Arguments:
-    """What a model is called with; a pytree whose arrays are leaves and whose other values are static."""
-
-    args: tuple = ()
-    kwargs: dict = field(default_factory=dict)
-
-    def tree_flatten(self) -> tuple[tuple, tuple]:
-        """Arrays are traced; strings, flags and sizes are part of the structure, so a new value retraces."""
-        leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
-        is_array = [isinstance(leaf, jax.Array | np.ndarray | np.generic) for leaf in leaves]
-        arrays = tuple(leaf if yes else None for leaf, yes in zip(leaves, is_array, strict=True))
-        static = tuple(None if yes else leaf for leaf, yes in zip(leaves, is_array, strict=True))
-        return arrays, (treedef, static)
-
-    @classmethod
-    def tree_unflatten(cls, aux: tuple, arrays: tuple) -> "Arguments":
-        """Inverse of :meth:`tree_flatten`."""
-        treedef, static = aux
-        leaves = [array if fixed is None else fixed for array, fixed in zip(arrays, static, strict=True)]
-        return cls(*jax.tree.unflatten(treedef, leaves))
+        elif msg["type"] == "sample" and msg["is_observed"] and isinstance(msg["fn"], dist.ExpandedDistribution):
+            fn, shape = msg["fn"], jnp.shape(msg["value"])
+            rows = shape[: len(shape) - fn.event_dim]
+            is_switched = any(frame.name in self.switched for frame in msg["cond_indep_stack"])
+            if is_switched and len(rows) == len(fn.batch_shape) and rows != fn.batch_shape:
+                msg["fn"] = fn.base_dist.expand(rows)
 
 
 @partial(
@@ -169,10 +265,13 @@ class BoundModel:
 
 @dataclass(frozen=True)
 class Observation:
-    """Data at one observed site: its value, the names of its leading (plate) dimensions, and its distribution."""
+    """Data at one observed site: its value, its leading dimensions, and its distribution.
+
+    A dimension is a plate's name, or, without a plate, its place among the distribution's own.
+    """
 
     value: Array
-    dims: tuple[str, ...]
+    dims: tuple[str | int, ...]
     distribution: dist.Distribution
 
 
@@ -196,6 +295,6 @@ def observations(
         # Dimensions that are the energy's own are counted as on the walkers.
         own = 0 if energy is None else len((*energy.batch_shape, *energy.event_shape)) - len(site["fn"].event_shape)
         shared = num_batch_dims - own
-        dims = tuple(plates.get(k - num_batch_dims, f"{name}_batch_{k - shared}") for k in range(num_batch_dims))
+        dims = tuple(plates.get(k - num_batch_dims, k - shared) for k in range(num_batch_dims))
         found[name] = Observation(site["value"], dims, site["fn"])
     return found

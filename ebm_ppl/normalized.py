@@ -1,15 +1,16 @@
 """Models whose normalisers are known: ordinary NumPyro models, on which all of NumPyro and ArviZ is right."""
 
-from collections.abc import Callable
+import sys
+from functools import partial, wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-from jax import random
+from jax import Array, random
 from numpyro import handlers
-from numpyro.primitives import Messenger
+from numpyro.infer import log_likelihood
 
 from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
 from ebm_ppl.distribution import EnergyDistribution
@@ -17,43 +18,8 @@ from ebm_ppl.errors import UnknownNormalizerError
 from ebm_ppl.exact import enumeration, quadrature
 from ebm_ppl.fingerprint import require_same_energy
 from ebm_ppl.guard import traced_sites, varying_energy_error
-from ebm_ppl.model import Arguments, BoundModel, KnownNormalizers, Model, Normalize, Params
+from ebm_ppl.model import Arguments, BoundModel, FullPlates, KnownNormalizers, Model, Normalize, Params
 from ebm_ppl.pointwise import require_no_rows, require_pointwise
-
-
-class _Fixed(Messenger):
-    """Fix parameters: sample sites become deterministic, without a prior; any other value makes NaN."""
-
-    def __init__(self, fn: Callable, params: Params) -> None:
-        super().__init__(fn)
-        self.params = params
-
-    def process_message(self, msg: dict) -> None:
-        if msg["type"] in ("param", "sample") and msg["name"] in self.params:
-            msg["value"] = self.params[msg["name"]]
-            if msg["type"] == "sample":
-                msg["type"] = "deterministic"
-
-    def postprocess_message(self, msg: dict) -> None:
-        fixed = self.params.get(msg.get("name", ""))
-        if fixed is not None and msg["value"] is not fixed:
-            # A handler outside brought another value, which log Z does not belong to: equal, or nothing.
-            msg["value"] = _own_value(msg["name"], fixed, msg["value"])
-
-
-def _own_value(name: str, fixed: Any, given: Any) -> Any:
-    """The value that log Z belongs to; an error where another was given, NaN where that is traced."""
-    leaves = list(zip(jax.tree.leaves(fixed), jax.tree.leaves(given), strict=True))
-    if any(isinstance(leaf, jax.core.Tracer) for pair in leaves for leaf in pair):
-        return jax.tree.map(lambda own, other: jnp.where(own == other, own, jnp.nan), fixed, given)
-
-    if not all(np.array_equal(own, other) for own, other in leaves):
-        raise ValueError(
-            f"Site '{name}' was given another value than that which log_normalizer belongs to. Estimate it there: "
-            "ebm_ppl.log_normalizer(rng_key, model, params, ...); for draws give log_normalizer.samples, from "
-            "batch_ndims=1 or 2."
-        )
-    return fixed
 
 
 def normalized(
@@ -74,6 +40,8 @@ def normalized(
     - With one over parameter draws: give ``log_normalizer.samples`` as the posterior samples, to
       ``log_likelihood`` or ``Predictive``; each draw then has its own log Z.
 
+    Plates keep their subsampling under SVI and ``Predictive``; ``log_likelihood`` gets every row of the data.
+
     Args:
         model: A NumPyro model with energy sites.
         log_normalizer: From :func:`log_normalizer`.
@@ -85,13 +53,14 @@ def normalized(
         ValueError: (When the model runs) a site that neither quadrature nor enumeration serves, or that
             ``log_normalizer`` lacks.
     """
+    model = _EveryRow(model)
     if log_normalizer is None:
         return KnownNormalizers(model, _exactly(num_points))
     if not allow_uncertified:
         log_normalizer.require_certified()
     if log_normalizer.batch_ndims:
-        return _OfDraws(model, log_normalizer)
-    return _Fixed(KnownNormalizers(model, _constant(log_normalizer)), log_normalizer.params)
+        return _at_draws(model, log_normalizer)
+    return _Fixed(model, log_normalizer)
 
 
 def _exactly(num_points: int | None) -> Normalize:
@@ -121,57 +90,129 @@ def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) 
     return distribution.with_log_normalizer(log_z)
 
 
-def _constant(log_normalizer: LogNormalizer) -> Normalize:
-    def constant(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
-        if name not in log_normalizer.estimate:
+class _Fixed(KnownNormalizers):
+    """Fix parameters at the values that log Z belongs to: sample sites become deterministic, without a prior."""
+
+    def __init__(self, fn: Model, log_normalizer: LogNormalizer) -> None:
+        super().__init__(fn, self._constant)
+        self.certificate = log_normalizer
+        self.params = log_normalizer.params
+        self.doubts: list[Array] = []
+
+    def __enter__(self) -> "_Fixed":
+        self.doubts = []
+        return super().__enter__()
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] == "control_flow":
+            # Sites in the body of a loop or a branch see no handler but those that are handed in.
+            msg["kwargs"]["substitute_stack"].append(("substitute", jax.tree.map(jnp.asarray, self.params)))
+        if msg["type"] in ("param", "sample") and msg["name"] in self.params:
+            msg["value"] = self.params[msg["name"]]
+            if msg["type"] == "sample":
+                msg["type"] = "deterministic"
+        super().process_message(msg)
+
+    def postprocess_message(self, msg: dict) -> None:
+        fixed = self.params.get(msg.get("name", ""))  # subsamples, keys and control flow have no name
+        if fixed is not None and msg["value"] is not fixed:
+            # A handler outside brought another value, which log Z does not belong to: equal, or nothing.
+            msg["value"] = self._own_value(msg, fixed)
+
+    def _own_value(self, msg: dict, fixed: Any) -> Any:
+        """The value that log Z belongs to; an error where another was given, NaN where that is traced."""
+        given = msg["value"]
+        leaves = list(zip(jax.tree.leaves(fixed), jax.tree.leaves(given), strict=True))
+        if any(isinstance(leaf, jax.core.Tracer) for pair in leaves for leaf in pair):
+            if msg["type"] != "param":
+                return jax.tree.map(lambda own, other: jnp.where(own == other, own, jnp.nan), fixed, given)
+            # SVI traces every parameter: the energy stays one of numbers, and log Z is NaN where another was given.
+            self.doubts += [jnp.where(jnp.all(own == other), 0.0, jnp.nan) for own, other in leaves]
+            return fixed
+
+        if not all(np.array_equal(own, other) for own, other in leaves):
             raise ValueError(
-                f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the model has energy site '{name}'; "
-                "estimate it with ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
+                f"Site '{msg['name']}' was given another value than that which log_normalizer belongs to. Estimate it "
+                "there: ebm_ppl.log_normalizer(rng_key, model, params, ...); for draws give log_normalizer.samples, "
+                "from batch_ndims=1 or 2."
             )
-        estimate = log_normalizer.estimate[name]
+        return fixed
+
+    def _constant(self, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+        if name not in self.certificate.estimate:
+            raise ValueError(
+                f"log_normalizer has sites {sorted(self.certificate.estimate)}, but the model has energy site "
+                f"'{name}'; estimate it with ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
+            )
+        estimate = self.certificate.estimate[name]
         if estimate.shape != distribution.batch_shape:
             raise ValueError(
                 f"log_normalizer has log Z of shape {estimate.shape} at energy site '{name}', whose batch shape is now "
                 f"{distribution.batch_shape}; estimate it for the same arguments."
             )
-        if name in log_normalizer.fingerprints:
-            doubt = require_same_energy(name, distribution, log_normalizer.fingerprints[name])
+
+        doubts = list(self.doubts)
+        if name in self.certificate.fingerprints:
+            doubt = require_same_energy(name, distribution, self.certificate.fingerprints[name])
             if isinstance(doubt, jax.core.Tracer):
                 # A sampler would take NaN for a place without mass.
                 if sites := traced_sites():
                     raise varying_energy_error(name, sites)
-                estimate += doubt
-        return distribution.with_log_normalizer(estimate)
-
-    return constant
+                doubts.append(doubt)
+        return distribution.with_log_normalizer(sum(doubts, estimate) if doubts else estimate)
 
 
-class _OfDraws(KnownNormalizers):
-    """A model with one log Z per parameter draw, whose energies are compared with the marks at the first draw."""
+def _at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
+    """The model with a log Z per draw, which it is given where samples of its sites are."""
 
-    def __init__(self, model: Model, log_normalizer: LogNormalizer) -> None:
-        super().__init__(model, _from_samples)
-        self.certificate = log_normalizer
+    @wraps(model)
+    def known(*args: Any, **kwargs: Any) -> Any:
+        _require_same_at_first_draw(model, log_normalizer, Arguments(args, kwargs))
+        # Asked for outside the model, whose scopes would change the names.
+        given = {name: numpyro.param(log_normalizer_site(name), None) for name in log_normalizer.estimate}
+        return KnownNormalizers(model, partial(_from_samples, given))(*args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model."""
-        lead = (0,) * self.certificate.batch_ndims
-        marks = self.certificate.fingerprints
-        # The draws may be traced here, the arguments are not: what they make of the first draw is a number.
-        with handlers.block(), jax.ensure_compile_time_eval():
-            first = jax.tree.map(lambda leaf: leaf[lead], self.certificate.params)
-            found = BoundModel(self.fn, {}, random.key(0), Arguments(args, kwargs)).energies(first) if marks else {}
-        for name, distribution in found.items():
-            if name in marks:
-                require_same_energy(name, distribution, marks[name])
-        return super().__call__(*args, **kwargs)
+    return known
 
 
-def _from_samples(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
-    value: Any = numpyro.param(log_normalizer_site(name), None)
-    if value is None:
+def _require_same_at_first_draw(model: Model, log_normalizer: LogNormalizer, arguments: Arguments) -> None:
+    """The draws may be traced, the arguments are not: what they make of the first draw is a number."""
+    if not log_normalizer.fingerprints:
+        return
+    with handlers.block(), jax.ensure_compile_time_eval():
+        lead = (0,) * log_normalizer.batch_ndims
+        first = jax.tree.map(lambda leaf: leaf[lead], log_normalizer.params)
+        energies = BoundModel(model, {}, random.key(0), arguments).energies(first)
+
+    for name, expected in log_normalizer.fingerprints.items():
+        if name in energies:
+            require_same_energy(name, energies[name], expected)
+
+
+def _from_samples(given: Params, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+    if given.get(name) is None:
         raise UnknownNormalizerError(
             f"Energy site '{name}' has one log Z per parameter draw, and this run was given none: pass "
             "log_normalizer.samples as the posterior samples of log_likelihood or Predictive."
         )
-    return distribution.with_log_normalizer(value)
+    return distribution.with_log_normalizer(given[name])
+
+
+class _EveryRow(FullPlates):
+    """Switch subsampling off inside ``numpyro.infer.log_likelihood``, which has one number for every row of the data.
+
+    NumPyro does not say who runs a model: only its function's own frame tells this use from a step of SVI.
+    """
+
+    def process_message(self, msg: dict) -> None:
+        if msg["type"] in ("plate", "sample") and _is_running(log_likelihood):
+            super().process_message(msg)
+
+
+def _is_running(function: Any) -> bool:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is function.__code__:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

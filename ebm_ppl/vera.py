@@ -20,6 +20,7 @@ from ebm_ppl.generator import Generator, Program, estimator, fit_score, inspect_
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import inspect_model
 from ebm_ppl.model import Arguments, BoundModel, Model, Params
+from ebm_ppl.optimizers import check_on_params, check_optimizer, updates_of
 from ebm_ppl.score import HMCScore, ImportanceScore, Score, VariationalScore
 from ebm_ppl.training import Fit, as_strong_array, run
 from ebm_ppl.weights import ess_fraction
@@ -141,7 +142,7 @@ class VERA:
 
     Raises:
         ValueError: Options that cannot work.
-        TypeError: An optimiser is not an optax gradient transformation.
+        TypeError: An optimiser is not an optax gradient transformation, or searches along the loss.
 
     Source: Grathwohl et al. (2021), equations 6 to 10 and Algorithm 1.
     """
@@ -161,12 +162,7 @@ class VERA:
 
     def __post_init__(self) -> None:
         for option in ("optim", "generator_optim"):
-            value = getattr(self, option)
-            if not isinstance(value, optax.GradientTransformation):
-                raise TypeError(
-                    f"{option} is a {type(value).__name__}; expected an optax gradient transformation such as "
-                    "optax.adam(1e-3)."
-                )
+            check_optimizer(option, getattr(self, option))
         for option in ("num_particles", "num_energy_steps", "num_generator_steps"):
             if getattr(self, option) < 1:
                 raise ValueError(f"{option} = {getattr(self, option)}; expected at least 1.")
@@ -208,6 +204,8 @@ class VERA:
                 "generator draws for one. Move it into the event (.to_event), or fit with Jarzynski."
             )
         generator, generator_params = inspect_generator(key_generator, self.generator, name, distribution)
+        check_on_params("optim", self.optim, found.params)
+        check_on_params("generator_optim", self.generator_optim, generator_params)
         bound_model = BoundModel(self.model, found.transforms, key_model, Arguments(args, kwargs))
         score_state, bound = _fit_first_score(self, key_score, bound_model, generator, found.params, generator_params)
         state = VERAState(
@@ -358,13 +356,14 @@ class VERA:
         pair = generator.pair(lax.stop_gradient(progress.params))
         score, score_state = self._score_of(generator).evaluate(key_score, progress.score_state, pair, latents, values)
         (grads,) = pull((force + self.entropy_weight * score.score) / self.num_particles)
-        updates, optim_state = self.generator_optim.update(grads, progress.optim_state, progress.params)
-        params = optax.apply_updates(progress.params, updates)
         entropy = -jnp.mean(score.log_density)
+        loss = jnp.mean(potential) - self.entropy_weight * entropy
+        updates, optim_state = updates_of(self.generator_optim, grads, progress.optim_state, progress.params, loss)
+        params = optax.apply_updates(progress.params, updates)
         now = entropy - jnp.mean(potential)
         bound = progress.bound + (now - progress.bound) / BOUND_MEMORY
         told = {
-            "generator_loss": jnp.mean(potential) - self.entropy_weight * entropy,
+            "generator_loss": loss,
             "entropy": entropy,
             "grad_norm": optax.tree.norm(grads),
             "in_support": jnp.all(distribution.support(values)),
@@ -403,7 +402,7 @@ class VERA:
             return distribution.with_log_normalizer(log_z)
 
         loss, grads = jax.value_and_grad(partial(bound.negative_log_joint, normalize=normalize))(params)
-        updates, optim_state = self.optim.update(grads, optim_state, params)
+        updates, optim_state = updates_of(self.optim, grads, optim_state, params, loss)
         return (optax.apply_updates(params, updates), optim_state), (loss, optax.tree.norm(grads))
 
 
