@@ -9,9 +9,9 @@ import numpyro
 from numpyro.primitives import Messenger
 
 from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
-from ebm_ppl.distribution import EnergyDistribution, fingerprint, require_same_energy
+from ebm_ppl.distribution import EnergyDistribution, fingerprint, require_same_energy, unwrap
 from ebm_ppl.errors import UnknownNormalizerError
-from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.exact import integral, rows_at, total
 from ebm_ppl.model import KnownNormalizers, Model, Normalize, Params
 
 
@@ -65,7 +65,7 @@ def normalized(
             ``log_normalizer`` lacks.
     """
     if log_normalizer is None:
-        return KnownNormalizers(model, lambda name, distribution: _exact(name, distribution, num_points))
+        return _ExactNormalizers(model, num_points)
     if not allow_uncertified:
         log_normalizer.require_certified()
     if log_normalizer.batch_ndims:
@@ -73,13 +73,28 @@ def normalized(
     return _Fixed(KnownNormalizers(model, _constant(log_normalizer)), log_normalizer.params)
 
 
-def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) -> EnergyDistribution:
-    discrete = distribution.support.is_discrete
-    log_z, flags = enumeration(distribution, name) if discrete else quadrature(distribution, name, num_points)
-    if flags:
-        method = "Enumeration" if discrete else "Quadrature"
-        raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(flags)}")
-    return distribution.with_log_normalizer(log_z)
+class _ExactNormalizers(KnownNormalizers):
+    """Exact log Z at every energy site, checked at the data there."""
+
+    def __init__(self, fn: Model, num_points: int | None) -> None:
+        super().__init__(fn, self._normalize)
+        self.num_points = num_points
+        self.rows: jax.Array | None = None
+
+    def process_message(self, msg: dict) -> None:
+        energy = unwrap(msg["fn"]) if msg["type"] == "sample" else None
+        if energy is not None:
+            observed = msg["value"] if msg["is_observed"] else None
+            self.rows = None if observed is None else rows_at(energy, observed)
+        super().process_message(msg)
+
+    def _normalize(self, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+        discrete = distribution.support.is_discrete
+        found = total(distribution, name) if discrete else integral(distribution, name, self.num_points, self.rows)
+        if found.flags:
+            method = "Enumeration" if discrete else "Quadrature"
+            raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(found.flags)}")
+        return distribution.with_log_normalizer(found.estimate)
 
 
 def _constant(log_normalizer: LogNormalizer) -> Normalize:

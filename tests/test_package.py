@@ -15,9 +15,12 @@ ORDER = [
     "resampling",
     "kernels",
     "geometry",
+    "cubature",
     "annealing",
     "certificate",
+    "discrete",
     "distribution",
+    "integrand",
     "exact",
     "model",
     "inspection",
@@ -39,8 +42,9 @@ ORDER = [
 ]
 NUMPYRO_MODULES = {
     "geometry",
+    "discrete",
     "distribution",
-    "exact",
+    "integrand",
     "model",
     "inspection",
     "placement",
