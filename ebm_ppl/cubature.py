@@ -7,8 +7,8 @@ are looked at too, and inside a compiled model.
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,22 +87,36 @@ def _rule() -> tuple[np.ndarray, ...]:
 
 
 NODES, WEIGHTS, TO_COEFFICIENTS, ANTIDERIVATIVE = _rule()
+# Where the nodes of a cell lie in it, (nodes, 1, dims).
+OFFSETS = {
+    dims: np.stack(np.meshgrid(*[NODES] * dims, indexing="ij"), axis=-1).reshape(-1, 1, dims) for dims in (1, 2)
+}
 
 
-def lattice(half_width: float, per_axis: int, batch: int, dims: int, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Corners and widths of equal cells over ``[−half_width, half_width]^dims``, the last axis fastest."""
+@lru_cache(maxsize=8)
+def _lattice(half_width: float, per_axis: int, dims: int, dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Corners, widths and nodes of one element's lattice: numbers that every call shares."""
     width = 2 * half_width / per_axis
     ticks = -half_width + width * np.arange(per_axis)
     corners = np.stack(np.meshgrid(*[ticks] * dims, indexing="ij"), axis=-1).reshape(-1, 1, dims)
-    corners = jnp.asarray(np.broadcast_to(corners, (len(corners), batch, dims)), dtype)
-    return corners, jnp.full(corners.shape[:2], width, dtype)
+    nodes = corners[:, None] + width * OFFSETS[dims]
+    widths = np.full(corners.shape[:2], width)
+    return corners.astype(dtype), widths.astype(dtype), nodes.reshape(-1, 1, dims).astype(dtype)
+
+
+def lattice(half_width: float, per_axis: int, batch: int, dims: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """Corners, widths and nodes of equal cells over ``[−half_width, half_width]^dims``, the last axis fastest."""
+    parts = _lattice(half_width, per_axis, dims, np.dtype(dtype).name)
+    return tuple(  # type: ignore[return-value]
+        jnp.asarray(part if batch == 1 else np.broadcast_to(part, (len(part), batch, *part.shape[2:])))
+        for part in parts
+    )
 
 
 def nodes_of(corner: Array, width: Array) -> Array:
     """The nodes of cells, ``(num_cells · nodes, batch, dims)``."""
-    dims = corner.shape[-1]
-    offsets = np.stack(np.meshgrid(*[NODES] * dims, indexing="ij"), axis=-1).reshape(-1, 1, dims)
-    points = corner[:, None] + width[:, None, :, None] * jnp.asarray(offsets, corner.dtype)
+    offsets = jnp.asarray(OFFSETS[corner.shape[-1]], corner.dtype)
+    points = corner[:, None] + width[:, None, :, None] * offsets
     return points.reshape(-1, *corner.shape[1:])
 
 
@@ -117,79 +131,84 @@ def log_weights(width: Array, dims: int) -> Array:
 def judge(density: Density, corner: Array, width: Array, rows: Rows | None) -> Cells:
     """What the density at the nodes says about each cell."""
     num_cells, batch, dims = corner.shape
+    shape = (num_cells, batch, *(NUM_NODES,) * dims)
     eps = jnp.finfo(width.dtype).eps
-    log_value, magnitude = (x.reshape(num_cells, -1, batch) for x in density[:2])
-    top = jnp.max(log_value, axis=1)
+    axes = tuple(range(2, 2 + dims))
+    log_value, magnitude = (_batch_first(values, num_cells).reshape(shape) for values in density[:2])
+    top = jnp.max(log_value, axis=axes)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
-    value = jnp.exp(log_value - top[:, None])
+    value = jnp.exp(log_value - _beside(top, dims))
     noise = eps * jnp.where(value > 0, value * magnitude, 0.0)
-    weights = jnp.asarray(WEIGHTS if dims == 1 else np.multiply.outer(WEIGHTS, WEIGHTS).reshape(-1), width.dtype)
-    mass = jnp.einsum("j,cjb->cb", weights, value)
-    rounding = jnp.einsum("j,cjb->cb", weights, noise)
-    floor = 4 * jnp.max(noise, axis=1)
+    floor = 4 * jnp.max(noise, axis=axes)
 
     # Series whose tail has not died away, and slopes that do not integrate to the differences.
-    grid = value.reshape(num_cells, *(NUM_NODES,) * dims, batch)
-    error = sum(_tail(grid, axis) for axis in range(dims))
+    error = sum(_tail(value, axis) for axis in axes)
     if density.slope is not None:
-        slope = jnp.where(value[..., None] > 0, value[..., None] * density.slope.reshape(*value.shape, dims), 0.0)
-        slope = slope * width[:, None, :, None]
-        floor += 4 * eps * jnp.max(jnp.abs(slope), axis=(1, 3))
-        error += sum(_mismatch(grid, slope[..., axis].reshape(grid.shape), axis) for axis in range(dims))
+        step = _beside(width, dims)[..., None] * _batch_first(density.slope, num_cells).reshape(*shape, dims)
+        step = jnp.where(value[..., None] > 0, value[..., None] * step, 0.0)
+        floor += 4 * eps * jnp.max(jnp.abs(step), axis=(*axes, -1))
+        error += sum(_mismatch(value, step[..., axis - 2], axis) for axis in axes)
     error = jnp.maximum(error - floor, 0.0)
-    log_size = dims * jnp.log(width)
-    log_error = top + jnp.log(error) + log_size
+    mass, rounding = _mean(value, dims), _mean(noise, dims)
 
     # Where mass stops at an infinite energy, no grid places the edge, and derivatives lack its motion.
-    is_cut = jnp.any(jnp.isneginf(log_value), axis=1) & (mass > 0)
-    log_error = jnp.maximum(log_error, jnp.where(is_cut, top + (dims - 1) * jnp.log(width), -jnp.inf))
+    is_cut = jnp.any(jnp.isneginf(log_value), axis=axes) & (mass > 0)
+    error = jnp.maximum(error, jnp.where(is_cut, 1.0 / width, 0.0))
     if rows is not None:
-        at_rows = _log_error_at_rows(value, top, floor, corner, width, rows)
-        log_error = jnp.maximum(log_error, at_rows + log_size)
-    return Cells(
-        corner, width, top + jnp.log(mass) + log_size, log_error, top + jnp.log(rounding) + log_size
-    )
+        error = jnp.maximum(error, _error_at_rows(value, top, floor, corner, width, rows))
+    log_size = top + dims * jnp.log(width)
+    return Cells(corner, width, *(jnp.log(part) + log_size for part in (mass, error, rounding)))
 
 
-def _tail(grid: Array, axis: int) -> Array:
+def _batch_first(values: Array, num_cells: int) -> Array:
+    """``(num_cells, batch, nodes, ...)`` from ``(num_cells · nodes, batch, ...)``."""
+    return jnp.swapaxes(values.reshape(num_cells, -1, *values.shape[1:]), 1, 2)
+
+
+def _beside(values: Array, dims: int) -> Array:
+    return values.reshape(*values.shape, *(1,) * dims)
+
+
+def _mean(values: Array, dims: int) -> Array:
+    """Means over cells, by the rule's weights."""
+    for _ in range(dims):
+        values = values @ jnp.asarray(WEIGHTS, values.dtype)
+    return values
+
+
+def _tail(value: Array, axis: int) -> Array:
     """The largest of the last two Legendre coefficients along an axis, averaged over the lines of the other."""
-    matrix = jnp.asarray(TO_COEFFICIENTS[-2:], grid.dtype)
-    return _over_lines(jnp.max(jnp.abs(jnp.tensordot(matrix, grid, (1, axis + 1))), axis=0))
+    matrix = jnp.asarray(TO_COEFFICIENTS[-2:].T, value.dtype)
+    largest = jnp.max(jnp.abs(jnp.moveaxis(value, axis, -1) @ matrix), axis=-1)
+    return _mean(largest, largest.ndim - 2)
 
 
-def _mismatch(grid: Array, slope: Array, axis: int) -> Array:
+def _mismatch(value: Array, step: Array, axis: int) -> Array:
     """How far differences along an axis are from the integrals of the slopes, averaged likewise."""
-    predicted = jnp.tensordot(jnp.asarray(ANTIDERIVATIVE, grid.dtype), slope, (1, axis + 1))
-    difference = jnp.moveaxis(grid, axis + 1, 0) - predicted
-    centre = jnp.tensordot(jnp.asarray(WEIGHTS, grid.dtype), difference, (0, 0))
-    return _over_lines(jnp.max(jnp.abs(difference - centre), axis=0))
+    predicted = jnp.moveaxis(step, axis, -1) @ jnp.asarray(ANTIDERIVATIVE.T, value.dtype)
+    difference = jnp.moveaxis(value, axis, -1) - predicted
+    centre = difference @ jnp.asarray(WEIGHTS, value.dtype)
+    largest = jnp.max(jnp.abs(difference - centre[..., None]), axis=-1)
+    return _mean(largest, largest.ndim - 2)
 
 
-def _over_lines(values: Array) -> Array:
-    return values if values.ndim == 2 else jnp.einsum("j,cjb->cb", jnp.asarray(WEIGHTS, values.dtype), values)
-
-
-def _log_error_at_rows(
-    value: Array, top: Array, floor: Array, corner: Array, width: Array, rows: Rows
-) -> Array:
-    """log of how far the density at a cell's rows is from what its nodes interpolate, the worst row of each."""
-    num_cells, batch, dims = corner.shape
+def _error_at_rows(value: Array, top: Array, floor: Array, corner: Array, width: Array, rows: Rows) -> Array:
+    """How far the density at a cell's rows is from what its nodes interpolate, the worst row of each, over e^top."""
+    _, batch, dims = corner.shape
     local = (rows.position - corner[:, None]) / width[:, None, :, None]
     inside = jnp.all((local >= 0) & (local < 1), axis=-1) & rows.is_valid
     cell = jnp.argmax(inside, axis=0)
     element = jnp.broadcast_to(jnp.arange(batch), cell.shape)
     position = (rows.position - corner[cell, element]) / width[cell, element][..., None]
 
-    predicted = value.transpose(0, 2, 1)[cell, element].reshape(*cell.shape, *(NUM_NODES,) * dims)
+    predicted = value[cell, element]
     for axis in reversed(range(dims)):
         predicted = jnp.einsum("rb...j,rbj->rb...", predicted, _interpolation(position[..., axis]))
-    reference = top[cell, element]
     # A row far above every node of its cell is enough said; it must not overflow.
-    found = jnp.exp(jnp.minimum(rows.density.log_value - reference, 80.0))
+    found = jnp.exp(jnp.minimum(rows.density.log_value - top[cell, element], 80.0))
     noise = jnp.finfo(width.dtype).eps * jnp.where(found > 0, found * rows.density.magnitude, 0.0)
     error = jnp.maximum(jnp.abs(found - predicted) - 4 * (floor[cell, element] + noise), 0.0)
-    log_error = jnp.where(jnp.any(inside, axis=0), reference + jnp.log(error), -jnp.inf)
-    return jnp.full(width.shape, -jnp.inf, width.dtype).at[cell, element].max(log_error)
+    return jnp.zeros_like(width).at[cell, element].max(jnp.where(jnp.any(inside, axis=0), error, 0.0))
 
 
 def _interpolation(position: Array) -> Array:
@@ -205,6 +224,12 @@ def relative_error(cells: Cells) -> Array:
     """All errors over all mass, ``(batch,)``."""
     total = logsumexp(cells.log_mass, axis=0)
     return jnp.exp(logsumexp(cells.log_error, axis=0) - total)
+
+
+@jax.jit
+def is_open(cells: Cells, tolerance: float) -> Array:
+    """Whether any element's error is over the tolerance; NaN is nothing that splitting could mend."""
+    return jnp.any(relative_error(cells) > tolerance)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -262,10 +287,11 @@ def split_worst(density_at: DensityAt, cells: Cells, start: Array, rows: Rows | 
 
 
 @partial(jax.jit, static_argnums=1)
-def _heaviest(cells: Cells, num_cells: int) -> tuple[Array, Array, Array]:
-    _, index = lax.top_k(cells.log_mass.T, num_cells)
+def heaviest(cells: Cells, num_cells: int) -> tuple[Array, Cells]:
+    """The cells with the most mass in each batch element, and where they are, ``(num_cells, batch)``."""
+    _, index = lax.top_k(cells.log_mass.T, min(num_cells, cells.width.shape[0]))
     element = jnp.arange(cells.width.shape[1])
-    return index.T, cells.corner[index.T, element], cells.width[index.T, element]
+    return index.T, jax.tree.map(lambda column: column[index.T, element], cells)
 
 
 @jax.jit
@@ -276,7 +302,7 @@ def _overwrite(cells: Cells, index: Array, others: Cells) -> Cells:
 
 def look_at_slopes(density_at: DensityAt, cells: Cells, rows: Rows | None) -> Cells:
     """Judge the cells with the most mass by their slopes too."""
-    index, corner, width = _heaviest(cells, min(NUM_CELLS_WITH_SLOPES, cells.width.shape[0]))
+    index, (corner, width, *_) = heaviest(cells, NUM_CELLS_WITH_SLOPES)
     return _overwrite(cells, index, judge(density_at(nodes_of(corner, width), True), corner, width, rows))
 
 
@@ -284,13 +310,11 @@ def refine(
     density_at: DensityAt, cells: Cells, rows: Rows | None, tolerance: float, effort: Effort, is_traced: bool
 ) -> Cells:
     """Split until the errors are under ``tolerance`` of the mass, or nothing more may be spent."""
+    if not is_traced and not bool(is_open(cells, tolerance)):
+        return cells
     size, dims = cells.width.shape[0], cells.corner.shape[-1]
     num_children = min(effort.num_splits, size) * 2**dims
     room = with_room(cells, effort.num_levels * num_children)
-
-    def is_open(cells: Cells) -> Array:
-        # NaN, here a total that is not finite, is nothing that splitting could mend.
-        return jnp.any(relative_error(cells) > tolerance)
 
     def step(state: tuple[Array, Cells]) -> tuple[Array, Cells]:
         level, cells = state
@@ -299,9 +323,9 @@ def refine(
 
     state = (jnp.asarray(0), room)
     if is_traced:
-        return lax.while_loop(lambda s: (s[0] < effort.num_levels) & is_open(s[1]), step, state)[1]
+        return lax.while_loop(lambda s: (s[0] < effort.num_levels) & is_open(s[1], tolerance), step, state)[1]
     for _ in range(effort.num_levels):
-        if not bool(is_open(state[1])):
+        if not bool(is_open(state[1], tolerance)):
             break
         state = step(state)
     return state[1]
@@ -310,20 +334,18 @@ def refine(
 @partial(jax.jit, static_argnums=(1, 2))
 def log_share_beyond(log_value: Array, per_axis: int, dims: int, width: Array) -> Array:
     """log of the mass beyond the ends of the lattice, if every end goes on falling as between its last two nodes."""
-    batch = log_value.shape[-1]
-    log_value = log_value.reshape(*(per_axis,) * dims, *(NUM_NODES,) * dims, batch)
+    log_value = log_value.reshape(*(per_axis,) * dims, *(NUM_NODES,) * dims, -1)
+    gap = width * (NODES[1] - NODES[0])
     missed = []
     for axis in range(dims):
-        line = log_value
-        if dims == 2:
-            log_weight = jnp.asarray(np.log(WEIGHTS), log_value.dtype) + jnp.log(width)
-            shape = [1] * 5
-            shape[2 + 1 - axis] = NUM_NODES
-            line = logsumexp(line + log_weight.reshape(shape), axis=(1 - axis, 2 + 1 - axis))
-        line = line.reshape(per_axis * NUM_NODES, batch)
-        for last, inner in ((0, 1), (-1, -2)):
-            gap = width * abs(NODES[1] - NODES[0])
-            rate = (line[inner] - line[last]) / gap
-            beyond = line[last] - jnp.log(jnp.where(rate > 0, rate, 1.0))
-            missed.append(jnp.where(rate > 0, beyond, jnp.where(jnp.isneginf(line[last]), -jnp.inf, jnp.inf)))
+        for cell, nodes in ((0, [0, 1]), (-1, [-1, -2])):
+            line = jnp.take(jnp.take(log_value, cell, axis=axis), np.array(nodes), axis=dims - 1 + axis)
+            if dims == 2:
+                # Marginal over the other axis: its cells come first, its nodes after or before the two.
+                line = jnp.moveaxis(line, 1 + axis, -1)
+                line = line + (jnp.asarray(np.log(WEIGHTS), line.dtype) + jnp.log(width)).reshape(-1, 1, 1)
+                line = logsumexp(line, axis=(0, 1)).T
+            rate = (line[1] - line[0]) / gap
+            beyond = line[0] - jnp.log(jnp.where(rate > 0, rate, 1.0))
+            missed.append(jnp.where(rate > 0, beyond, jnp.where(jnp.isneginf(line[0]), -jnp.inf, jnp.inf)))
     return logsumexp(jnp.stack(missed), axis=0)

@@ -14,10 +14,12 @@ from jax.nn import logsumexp
 from jax.typing import ArrayLike
 
 from ebm_ppl.cubature import (
+    NUM_CELLS_WITH_SLOPES,
     NUM_NODES,
     Cells,
     Effort,
     Rows,
+    heaviest,
     judge,
     lattice,
     log_share_beyond,
@@ -35,6 +37,7 @@ DEFAULT_POINTS = {1: 2_049, 2: 513}
 EFFORT = {1: Effort(64, 16), 2: Effort(40, 32)}
 # Inside a model every leap of NUTS pays for them.
 POINTS_IN_MODELS = {1: 2_049, 2: 257}
+CELLS_IN_MODELS = {1: 128, 2: 128}
 EFFORT_IN_MODELS = {1: Effort(16, 4), 2: Effort(12, 8)}
 MAX_ROWS_IN_MODELS = 256
 MAX_MISSED = 1e-6
@@ -99,14 +102,16 @@ def integral(
         raise ValueError(f"num_points = {num_points}; expected an odd number of at least 9.")
 
     per_axis = _cells_per_axis(num_points or DEFAULT_POINTS[integrand.dims])
-    corner, width = lattice(integrand.half_width, per_axis, integrand.batch, integrand.dims, integrand.dtype)
-    density = integrand.density(nodes_of(corner, width), False)
+    corner, width, nodes = lattice(integrand.half_width, per_axis, integrand.batch, integrand.dims, integrand.dtype)
+    has_slopes = len(corner) <= NUM_CELLS_WITH_SLOPES
+    density = integrand.density(nodes, has_slopes)
     if isinstance(density.log_value, jax.core.Tracer):
         return _integral_in_model(integrand, num_points or POINTS_IN_MODELS[integrand.dims], rows)
 
     at_rows = None if rows is None else integrand.rows(rows)
     cells = judge(density, corner, width, at_rows)
-    cells = look_at_slopes(integrand.density, cells, at_rows)
+    if not has_slopes:
+        cells = look_at_slopes(integrand.density, cells, at_rows)
     cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT[integrand.dims], is_traced=False)
     log_missed = log_share_beyond(density.log_value, per_axis, integrand.dims, width[0, 0])
     return _read(integrand, cells, log_missed, at_rows)
@@ -204,43 +209,36 @@ def _integral_in_model(integrand: Integrand, num_points: int, rows: Array | None
     """The same under a trace: cells are found at fixed parameters, and their nodes then carry the derivatives."""
     dims, batch = integrand.dims, integrand.batch
     per_axis = _cells_per_axis(num_points)
-    corner, width = lattice(integrand.half_width, per_axis, batch, dims, integrand.dtype)
-    at_lattice = nodes_of(corner, width)
+    corner, width, at_lattice = lattice(integrand.half_width, per_axis, batch, dims, integrand.dtype)
 
     def search(position: Array) -> tuple[Cells, _Verdict, Array]:
+        """The cells with nearly all mass, what speaks against them, and log of what the others hold."""
         density = integrand.density(position, False)
         at_rows = None if rows is None else integrand.rows(rows)
         cells = judge(density, corner, width, at_rows)
         cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT_IN_MODELS[dims], is_traced=True)
         log_missed = log_share_beyond(density.log_value, per_axis, dims, width[0, 0])
-        return cells, _verdict(cells, log_missed, at_rows, integrand.half_width)[1], density.log_value
+        log_z, verdict = _verdict(cells, log_missed, at_rows, integrand.half_width)
+        index, chosen = heaviest(cells, CELLS_IN_MODELS[dims])
+        rest = cells.log_mass.at[index, jnp.arange(batch)].set(-jnp.inf)
+        log_rest = logsumexp(rest, axis=0)
+        # What has no derivative counts as missed.
+        return chosen, verdict._replace(missed=verdict.missed + jnp.exp(log_rest - log_z)), log_rest
 
     # Which cells are split is no function to differentiate: parameters inside the energy are constants here.
     converted, constants = jax.closure_convert(search, at_lattice)
-    cells, verdict, log_value = converted(at_lattice, *map(lax.stop_gradient, constants))
-    log_value = lax.stop_gradient(log_value)
+    cells, verdict, log_rest = converted(at_lattice, *map(lax.stop_gradient, constants))
 
-    def log_sum(position: Array, log_value: Array, cells: Cells) -> Array:
-        # Nodes without mass must not meet the energy's derivative, which may be infinite there: 0 · inf is NaN.
-        is_used = jnp.repeat(cells.log_mass > -jnp.inf, NUM_NODES**dims, axis=0) & (log_value > -jnp.inf)
-        safe = jnp.where(is_used[..., None], position, somewhere)
-        found = integrand.density(safe, False).log_value + log_weights(cells.width, dims)
-        return logsumexp(jnp.where(is_used, found, -jnp.inf), axis=0)
+    # Nodes without mass must not meet the energy's derivative, which may be infinite there: 0 · inf is NaN.
+    position = nodes_of(cells.corner, cells.width)
+    log_value, constants = jax.closure_convert(lambda t: integrand.density(t, False).log_value, position)
+    found = lax.stop_gradient(log_value(position, *map(lax.stop_gradient, constants)))
+    is_used = (found > -jnp.inf) & jnp.repeat(cells.log_mass > -jnp.inf, NUM_NODES**dims, axis=0)
+    somewhere = position[jnp.argmax(found, axis=0), jnp.arange(batch)]
+    safe = jnp.where(is_used[..., None], position, somewhere)
+    summed = integrand.density(safe, False).log_value + log_weights(cells.width, dims)
+    log_z = jnp.logaddexp(logsumexp(jnp.where(is_used, summed, -jnp.inf), axis=0), log_rest)
 
-    best = jnp.argmax(log_value, axis=0)
-    somewhere = at_lattice[best, jnp.arange(batch)]
-    size = len(corner)
-    kept, split = (jax.tree.map(lambda column, part=part: column[part], cells) for part in (slice(size), slice(size, None)))
-    log_z = log_sum(at_lattice, log_value, kept)
-
-    def with_split(_: None) -> Array:
-        position = nodes_of(split.corner, split.width)
-        values, constants = jax.closure_convert(lambda t: integrand.density(t, False).log_value, position)
-        return log_sum(position, values(position, *map(lax.stop_gradient, constants)), split)
-
-    none = jnp.full(batch, -jnp.inf, integrand.dtype)
-    more = lax.cond(jnp.any(split.log_mass > -jnp.inf), with_split, lambda _: none, None)
-    log_z = jnp.logaddexp(log_z, more)
     log_z = jnp.where(verdict.is_good(), log_z, jnp.nan).reshape(integrand.batch_shape)
     return Exact(log_z, _stated(verdict).reshape(integrand.batch_shape), ())
 

@@ -1,7 +1,6 @@
 """An energy as a density over a box, in coordinates ``u = sinh(t)`` in which its base is standard."""
 
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -49,46 +48,42 @@ class Integrand:
         if with_slopes and self.has_slopes:
             try:
                 return self._with_slopes(position)
-            except Exception:  # The values alone were found before: what fails is the energy's derivative.
+            except Exception:
+                # An energy that fails by itself fails again below; what failed otherwise is its derivative.
                 self.has_slopes = False
-        unconstrained = self._unconstrained(position)
+        value, log_density, magnitude = self._at(position)
+        return Density(log_density, magnitude)
+
+    def _with_slopes(self, position: Array) -> Density:
+        """Forward derivatives, which cost little where every operation is dispatched on its own."""
+        slopes = []
+        for axis in range(self.dims):
+            along = jnp.broadcast_to(jnp.asarray(np.eye(self.dims)[axis], position.dtype), position.shape)
+            (value, log_density, magnitude), (_, slope, _) = jax.jvp(self._at, (position,), (along,))
+            slopes.append(slope)
+
+        # Values are rounded too, and the energy with them.
+        _, (by_scale, _) = jax.jvp(self._potential, (value,), (value,))
+        magnitude = magnitude + jnp.abs(by_scale).reshape(magnitude.shape)
+        return Density(log_density, magnitude, jnp.stack(slopes, axis=-1))
+
+    def _at(self, position: Array) -> tuple[Array, Array, Array]:
+        """x, the log density, and the size of what it was summed from."""
+        unconstrained = jnp.sinh(position).reshape(-1, *self.batch_shape, *self.event_shape)
         value = self.transform(unconstrained)
         potential, magnitude = self._potential(value)
         log_det = log_abs_det(self.transform, unconstrained, value)
-        return self._assembled(position, potential - log_det, magnitude)
-
-    def _with_slopes(self, position: Array) -> Density:
-        unconstrained = self._unconstrained(position)
-        value, pull_value = jax.vjp(self.transform, unconstrained)
-        potential, pull, magnitude = jax.vjp(self._potential, value, has_aux=True)
-        (by_value,) = pull(jnp.ones_like(potential))
-        log_det, pull_log_det = jax.vjp(partial(self._log_det, potential.shape), unconstrained)
-        slope = pull_value(by_value)[0] - pull_log_det(jnp.ones_like(log_det))[0]
-        slope = jnp.tanh(position) - slope.reshape(position.shape) * jnp.cosh(position)
-
-        # Values are rounded too, and the energy with them.
-        axes = tuple(range(potential.ndim, value.ndim))
-        magnitude = magnitude + jnp.abs(value * by_value).sum(axes)
-        return self._assembled(position, potential - log_det, magnitude)._replace(slope=slope)
-
-    def _unconstrained(self, position: Array) -> Array:
-        return jnp.sinh(position).reshape(-1, *self.batch_shape, *self.event_shape)
-
-    def _log_det(self, shape: tuple[int, ...], unconstrained: Array) -> Array:
-        return jnp.broadcast_to(log_abs_det(self.transform, unconstrained, self.transform(unconstrained)), shape)
+        log_jacobian = jnp.log(jnp.cosh(position)).sum(-1)
+        log_density = log_jacobian + (log_det - potential).reshape(log_jacobian.shape)
+        return value, log_density, magnitude.reshape(log_jacobian.shape)
 
     def _potential(self, value: Array) -> tuple[Array, Array]:
         """U, and the size of what it is the sum of."""
         energies = self.distribution.factor_energies(value).values()
         log_base = unchecked_log_prob(self.distribution.base, value)
         potential = sum(energies) - log_base
-        return potential, sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
-
-    def _assembled(self, position: Array, potential: Array, magnitude: Array) -> Density:
-        log_jacobian = jnp.log(jnp.cosh(position)).sum(-1)
-        flat = log_jacobian.shape
-        magnitude = jnp.broadcast_to(magnitude, potential.shape)
-        return Density(log_jacobian - potential.reshape(flat), magnitude.reshape(flat))
+        magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
+        return potential, jnp.broadcast_to(magnitude, potential.shape)
 
     def rows(self, values: Array) -> Rows:
         """Data rows of shape ``(num_rows, *batch_shape, *event_shape)`` in the box's coordinates."""
