@@ -1,8 +1,8 @@
 """Adaptive integration of a density over a box of one or two dimensions, with one Z per batch element.
 
-The box is a lattice of cells with 16 Gauss-Legendre nodes per dimension.  Each cell is judged by the tail of its Legendre
-series, by whether its slopes integrate to its differences, and at the data rows that lie in it; the cells that are
-worst off are split, level by level.  Every size is fixed beforehand, so the same steps run on numbers, where slopes
+The box is a lattice of cells with 16 Gauss-Legendre nodes per dimension.  Each cell is judged by the tail of its
+Legendre series, by whether its slopes integrate to its differences, and at the data rows that lie in it; the cells
+that are worst off are split, level by level.  Every size is fixed beforehand, so the same steps run on numbers, where slopes
 are looked at too, and inside a compiled model.
 """
 
@@ -88,9 +88,7 @@ def _rule() -> tuple[np.ndarray, ...]:
 
 NODES, WEIGHTS, TO_COEFFICIENTS, ANTIDERIVATIVE = _rule()
 # Where the nodes of a cell lie in it, (nodes, 1, dims).
-OFFSETS = {
-    dims: np.stack(np.meshgrid(*[NODES] * dims, indexing="ij"), axis=-1).reshape(-1, 1, dims) for dims in (1, 2)
-}
+OFFSETS = {dims: np.stack(np.meshgrid(*[NODES] * dims, indexing="ij"), axis=-1).reshape(-1, 1, dims) for dims in (1, 2)}
 
 
 @lru_cache(maxsize=8)
@@ -121,7 +119,7 @@ def nodes_of(corner: Array, width: Array) -> Array:
 
 
 def log_weights(width: Array, dims: int) -> Array:
-    """log of the nodes' weights, ``(num_cells · nodes, batch)``."""
+    """Log of the nodes' weights, ``(num_cells · nodes, batch)``."""
     weights = WEIGHTS if dims == 1 else np.multiply.outer(WEIGHTS, WEIGHTS).reshape(-1)
     logs = jnp.asarray(np.log(weights), width.dtype)[:, None] + dims * jnp.log(width)[:, None]
     return logs.reshape(-1, width.shape[-1])
@@ -142,12 +140,15 @@ def judge(density: Density, corner: Array, width: Array, rows: Rows | None) -> C
     floor = 4 * jnp.max(noise, axis=axes)
 
     # Series whose tail has not died away, and slopes that do not integrate to the differences.
-    error = sum(_tail(value, axis) for axis in axes)
+    error = jnp.zeros_like(width)
+    for axis in axes:
+        error += _tail(value, axis)
     if density.slope is not None:
         step = _beside(width, dims)[..., None] * _batch_first(density.slope, num_cells).reshape(*shape, dims)
         step = jnp.where(value[..., None] > 0, value[..., None] * step, 0.0)
         floor += 4 * eps * jnp.max(jnp.abs(step), axis=(*axes, -1))
-        error += sum(_mismatch(value, step[..., axis - 2], axis) for axis in axes)
+        for axis in axes:
+            error += _mismatch(value, step[..., axis - 2], axis)
     error = jnp.maximum(error - floor, 0.0)
     mass, rounding = _mean(value, dims), _mean(noise, dims)
 
@@ -254,9 +255,7 @@ def _replace(cells: Cells, index: Array, children: Cells, start: Array) -> Cells
     is_open = jnp.isfinite(cells.log_error[index, element])
     num_copies = children.width.shape[0] // index.shape[0]
     is_new = jnp.tile(is_open, (num_copies, 1))
-    children = children._replace(
-        **{column: jnp.where(is_new, getattr(children, column), -jnp.inf) for column in logs}
-    )
+    children = children._replace(**{column: jnp.where(is_new, getattr(children, column), -jnp.inf) for column in logs})
     emptied = cells._replace(
         **{
             column: getattr(cells, column)
@@ -333,7 +332,7 @@ def refine(
 
 @partial(jax.jit, static_argnums=(1, 2))
 def log_share_beyond(log_value: Array, per_axis: int, dims: int, width: Array) -> Array:
-    """log of the mass beyond the ends of the lattice, if every end goes on falling as between its last two nodes."""
+    """Log of the mass beyond the ends of the lattice, if every end goes on falling as between its last two nodes."""
     log_value = log_value.reshape(*(per_axis,) * dims, *(NUM_NODES,) * dims, -1)
     gap = width * (NODES[1] - NODES[0])
     missed = []
@@ -346,6 +345,7 @@ def log_share_beyond(log_value: Array, per_axis: int, dims: int, width: Array) -
                 line = line + (jnp.asarray(np.log(WEIGHTS), line.dtype) + jnp.log(width)).reshape(-1, 1, 1)
                 line = logsumexp(line, axis=(0, 1)).T
             rate = (line[1] - line[0]) / gap
-            beyond = line[0] - jnp.log(jnp.where(rate > 0, rate, 1.0))
+            # From the box's end on: what lies between it and the last node is its cell's.
+            beyond = line[0] - rate * width * NODES[0] - jnp.log(jnp.where(rate > 0, rate, 1.0))
             missed.append(jnp.where(rate > 0, beyond, jnp.where(jnp.isneginf(line[0]), -jnp.inf, jnp.inf)))
     return logsumexp(jnp.stack(missed), axis=0)

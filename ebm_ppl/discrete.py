@@ -30,7 +30,7 @@ class _Renamed(constraints.Constraint):
         self.transform = transform
 
     @property
-    def event_dim(self) -> int:  # type: ignore[override]
+    def event_dim(self) -> int:
         return self.original.event_dim
 
     def __call__(self, x: Array) -> Array:
@@ -57,7 +57,9 @@ class _RenamedDistribution(dist.Distribution):
     arg_constraints: dict[str, Any] = {}
     pytree_data_fields = ("original", "transform")
 
-    def __init__(self, original: dist.Distribution, transform: Transform, batch_shape: tuple, event_shape: tuple) -> None:
+    def __init__(
+        self, original: dist.Distribution, transform: Transform, batch_shape: tuple, event_shape: tuple
+    ) -> None:
         self.original = original
         self.transform = transform
         super().__init__(batch_shape, event_shape, validate_args=False)
@@ -72,7 +74,7 @@ class _RenamedDistribution(dist.Distribution):
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """Mass of the state that the value names."""
-        return self.original.log_prob(jnp.round(self.transform.inv(value)))
+        return self.original.log_prob(jnp.round(self.transform.inv(value)).astype(jnp.result_type(int)))
 
 
 def mass_function(base: dist.Distribution) -> dist.Distribution:
@@ -134,7 +136,7 @@ def _atoms(support: Any, shape: tuple[int, ...], name: str | None) -> np.ndarray
     """Values of one element, or, where counts have a total, of one vector of them."""
     if support is constraints.boolean:
         return np.arange(2)
-    bounds = [getattr(support, end, None) for end in ("lower_bound", "upper_bound")]
+    bounds: list[Any] = [getattr(support, end, None) for end in ("lower_bound", "upper_bound")]
     is_interval = isinstance(support, type(constraints.integer_interval(0, 1)))
     is_counts = isinstance(support, type(constraints.multinomial(1)))
     if not (is_interval or is_counts):
@@ -168,8 +170,8 @@ def _counts(total: int, size: int) -> np.ndarray:
 
 def _too_many(count: str, name: str | None) -> str:
     return (
-        f"The energy{at_site(name)} has {count} states; enumeration serves up to {MAX_STATES:,}, and every other method "
-        "needs a continuous support. What is left: sum it by hand (transfer matrices, symmetry) and give "
+        f"The energy{at_site(name)} has {count} states; enumeration serves up to {MAX_STATES:,}, and every other "
+        "method needs a continuous support. What is left: sum it by hand (transfer matrices, symmetry) and give "
         "EnergyDistribution(..., log_normalizer=...), or a base with fewer states."
     )
 
@@ -178,14 +180,14 @@ def not_enumerable(support: Any, name: str | None) -> str:
     """What is left to do where a support is not a finite set."""
     if not support.is_discrete:
         return (
-            f"The energy{at_site(name)} has support {support}, which is continuous and cannot be enumerated; expected a "
-            "finite discrete one. Use method='bracket', or 'quadrature' in one or two dimensions."
+            f"The energy{at_site(name)} has support {support}, which is continuous and cannot be enumerated; expected "
+            "a finite discrete one. Use method='bracket', or 'quadrature' in one or two dimensions."
         )
     return (
         f"The energy{at_site(name)} has a discrete support ({support}) that is not finite: method='enumeration' sums "
         "finite supports, and every other method needs a continuous one. What is left: truncate it (in place of "
-        "dist.Poisson(3.0), dist.Categorical(logits=dist.Poisson(3.0).log_prob(np.arange(100)))), or sum it by hand and "
-        "give EnergyDistribution(..., log_normalizer=...)."
+        "dist.Poisson(3.0), dist.Categorical(logits=dist.Poisson(3.0).log_prob(np.arange(100)))), or sum it by hand "
+        "and give EnergyDistribution(..., log_normalizer=...)."
     )
 
 
@@ -196,6 +198,6 @@ def needs_continuous(base: dist.Distribution, name: str | None, what: str) -> st
     except ValueError as refusal:
         return str(refusal)
     return (
-        f"The energy{at_site(name)} has a discrete support ({base.support}); {what} needs a continuous one. This one is "
-        "finite, so it can be summed: method='enumeration', or ebm_ppl.normalized(model)."
+        f"The energy{at_site(name)} has a discrete support ({base.support}); {what} needs a continuous one. This one "
+        "is finite, so it can be summed: method='enumeration', or ebm_ppl.normalized(model)."
     )

@@ -36,8 +36,8 @@ from ebm_ppl.integrand import Integrand
 DEFAULT_POINTS = {1: 2_049, 2: 513}
 EFFORT = {1: Effort(64, 16), 2: Effort(40, 32)}
 # Inside a model every leap of NUTS pays for them.
-POINTS_IN_MODELS = {1: 2_049, 2: 257}
-CELLS_IN_MODELS = {1: 128, 2: 128}
+POINTS_IN_MODELS = {1: 1_025, 2: 257}
+CELLS_IN_MODELS = {1: 64, 2: 128}
 EFFORT_IN_MODELS = {1: Effort(16, 4), 2: Effort(12, 8)}
 MAX_ROWS_IN_MODELS = 256
 MAX_MISSED = 1e-6
@@ -118,7 +118,7 @@ def integral(
 
 
 def rows_at(distribution: EnergyDistribution, value: ArrayLike) -> Array | None:
-    """Up to :data:`MAX_ROWS_IN_MODELS` rows of an observed value, ``(num_rows, *batch_shape, *event_shape)``, or None."""
+    """Rows of an observed value to check quadrature at, ``(num_rows, *batch_shape, *event_shape)``, or None."""
     own = distribution.batch_shape + distribution.event_shape
     value = jnp.asarray(value)
     if value.shape[max(value.ndim - len(own), 0) :] != own or not value.size or distribution.support.is_discrete:

@@ -51,7 +51,7 @@ class Integrand:
             except Exception:
                 # An energy that fails by itself fails again below; what failed otherwise is its derivative.
                 self.has_slopes = False
-        value, log_density, magnitude = self._at(position)
+        _, log_density, magnitude = self._at(position)
         return Density(log_density, magnitude)
 
     def _with_slopes(self, position: Array) -> Density:
