@@ -2,8 +2,8 @@
 
 The box is a lattice of cells with 16 Gauss-Legendre nodes per dimension.  Each cell is judged by the tail of its
 Legendre series, by whether its slopes integrate to its differences, and at the data rows that lie in it; the cells
-that are worst off are split, level by level.  Every size is fixed beforehand, so the same steps run on numbers, where slopes
-are looked at too, and inside a compiled model.
+that are worst off are split, level by level.  Every size is fixed beforehand, so the same steps run on numbers, where
+slopes are looked at from the start, and inside a compiled model.
 """
 
 from collections.abc import Callable
@@ -331,8 +331,11 @@ def refine(
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def log_share_beyond(log_value: Array, per_axis: int, dims: int, width: Array) -> Array:
-    """Log of the mass beyond the ends of the lattice, if every end goes on falling as between its last two nodes."""
+def log_share_beyond(log_value: Array, per_axis: int, dims: int, width: Array, steepening: float) -> Array:
+    """Log of the mass beyond the ends of the lattice, if every end goes on falling as between its last two nodes.
+
+    ``steepening``: 0 where tails are powers of u, which are exponentials of t; 1 where they are exponentials of u.
+    """
     log_value = log_value.reshape(*(per_axis,) * dims, *(NUM_NODES,) * dims, -1)
     gap = width * (NODES[1] - NODES[0])
     missed = []
@@ -344,8 +347,8 @@ def log_share_beyond(log_value: Array, per_axis: int, dims: int, width: Array) -
                 line = jnp.moveaxis(line, 1 + axis, -1)
                 line = line + (jnp.asarray(np.log(WEIGHTS), line.dtype) + jnp.log(width)).reshape(-1, 1, 1)
                 line = logsumexp(line, axis=(0, 1)).T
-            rate = (line[1] - line[0]) / gap
+            rate = (line[1] - line[0]) / gap + steepening
             # From the box's end on: what lies between it and the last node is its cell's.
-            beyond = line[0] - rate * width * NODES[0] - jnp.log(jnp.where(rate > 0, rate, 1.0))
+            beyond = line[0] - (rate - steepening) * width * NODES[0] - jnp.log(jnp.where(rate > 0, rate, 1.0))
             missed.append(jnp.where(rate > 0, beyond, jnp.where(jnp.isneginf(line[0]), -jnp.inf, jnp.inf)))
     return logsumexp(jnp.stack(missed), axis=0)

@@ -113,7 +113,7 @@ def integral(
     if not has_slopes:
         cells = look_at_slopes(integrand.density, cells, at_rows)
     cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT[integrand.dims], is_traced=False)
-    log_missed = log_share_beyond(density.log_value, per_axis, integrand.dims, width[0, 0])
+    log_missed = log_share_beyond(density.log_value, per_axis, integrand.dims, width[0, 0], integrand.steepening)
     return _read(integrand, cells, log_missed, at_rows)
 
 
@@ -217,7 +217,7 @@ def _integral_in_model(integrand: Integrand, num_points: int, rows: Array | None
         at_rows = None if rows is None else integrand.rows(rows)
         cells = judge(density, corner, width, at_rows)
         cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT_IN_MODELS[dims], is_traced=True)
-        log_missed = log_share_beyond(density.log_value, per_axis, dims, width[0, 0])
+        log_missed = log_share_beyond(density.log_value, per_axis, dims, width[0, 0], integrand.steepening)
         log_z, verdict = _verdict(cells, log_missed, at_rows, integrand.half_width)
         index, chosen = heaviest(cells, CELLS_IN_MODELS[dims])
         rest = cells.log_mass.at[index, jnp.arange(batch)].set(-jnp.inf)

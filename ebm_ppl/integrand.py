@@ -34,7 +34,9 @@ class Integrand:
             )
         self.dtype = jnp.result_type(float)
         # A bijector's tails fall like exp(−|u|); past −log(eps) its values are those of the support's ends.
-        reach = REACH if _is_affine(self.transform) else -math.log(float(jnp.finfo(self.dtype).eps))
+        is_affine = _is_affine(self.transform)
+        reach = REACH if is_affine else -math.log(float(jnp.finfo(self.dtype).eps))
+        self.steepening = 0.0 if is_affine else 1.0
         self.half_width = math.asinh(reach)
         self.has_slopes = True
 
