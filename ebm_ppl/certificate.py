@@ -134,7 +134,7 @@ class LogNormalizer:
 
     Attributes:
         estimate: log Z.  Jackknifed log-mean-exp over islands, each of whose Ẑ is unbiased (for ``reverse``, of 1/Z).
-        stderr: Its jackknife standard error; 0 for exact methods.
+        stderr: Its jackknife standard error; for exact methods 0, or what rounding may take where that is over 1e-5.
         lower: One-sided 97.5% limit from forward annealing; −inf where none was run.
         upper: One-sided 97.5% limit from reverse annealing, as good as the model draws that it started from; +inf
             where none was run.  Where it is under the estimate it stands back to what the forward pass allows for;
@@ -180,7 +180,7 @@ class LogNormalizer:
     def exact(cls, estimate: Mapping[str, ArrayLike], params: Mapping[str, Any] | None = None) -> "LogNormalizer":
         """Log Z in closed form, by site name, and the parameters that it belongs to."""
         arrays = {name: jnp.asarray(value, float) for name, value in estimate.items()}
-        sites = {name: exact_certificate(value, flags_of_exact(value)) for name, value in arrays.items()}
+        sites = {name: exact_certificate(value, 0.0, flags_of_exact(value)) for name, value in arrays.items()}
         return cls.from_sites(sites, "closed form", params={} if params is None else dict(params))
 
     @property
@@ -195,7 +195,7 @@ class LogNormalizer:
         −inf where log Z rests on a reverse pass, which says nothing of the kind; log Z itself where it is exact.
         """
         if self.method in EXACT_METHODS:
-            return dict(self.estimate)
+            return dict(self.lower)
         if self.method == "reverse":
             return {name: jnp.full_like(value, -jnp.inf) for name, value in self.estimate.items()}
         return {name: log_mean_exp(islands, axis=0) - jnp.log(20.0) for name, islands in self.log_normalizers.items()}
@@ -248,7 +248,9 @@ class LogNormalizer:
         for name, estimate in self.estimate.items():
             verdict = "certified" if not self.flags[name] else "NOT certified"
             if self.method in EXACT_METHODS:
-                yield f"{name}: log Z = {np.asarray(estimate)}, exact ({self.method}): {verdict}"
+                error = float(np.max(self.stderr[name]))
+                rounded = f" up to {error:.1g}" if error > 0 else ""
+                yield f"{name}: log Z = {np.asarray(estimate)}, exact{rounded} ({self.method}): {verdict}"
                 yield from (f"  - {flag}" for flag in self.flags[name])
                 continue
             if np.ndim(estimate):
@@ -269,12 +271,12 @@ def log_normalizer_site(name: str) -> str:
     return f"{name}_log_normalizer"
 
 
-def exact_certificate(estimate: Array, flags: tuple[str, ...]) -> SiteCertificate:
-    """Log Z by quadrature or enumeration: no sampling error."""
+def exact_certificate(estimate: Array, error: ArrayLike, flags: tuple[str, ...]) -> SiteCertificate:
+    """Log Z by quadrature or enumeration: no sampling error, and, where rounding matters, what that may amount to."""
     zeros = jnp.zeros_like(estimate)
-    return SiteCertificate(
-        estimate, zeros, estimate, estimate, zeros + 1.0, zeros - jnp.inf, estimate[None], flags=flags
-    )
+    stderr = zeros + error
+    lower, upper = estimate - 2 * stderr, estimate + 2 * stderr
+    return SiteCertificate(estimate, stderr, lower, upper, zeros + 1.0, zeros - jnp.inf, estimate[None], flags=flags)
 
 
 def flags_of_exact(estimate: Array) -> tuple[str, ...]:

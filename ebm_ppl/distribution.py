@@ -15,6 +15,7 @@ from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run_pilot
 from ebm_ppl.certificate import LogNormalizer
+from ebm_ppl.discrete import mass_function, needs_continuous
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
 from ebm_ppl.fingerprint import fingerprint as fingerprint
 from ebm_ppl.fingerprint import require_same_energy
@@ -105,7 +106,7 @@ class EnergyDistribution(dist.Distribution):
             )
         # A Partial is a pytree: the distribution may cross jit and vmap where the energy is one over arrays.
         self.factors = {name: f if isinstance(f, Partial) else Partial(f) for name, f in named.items()}
-        self.base = base
+        self.base = mass_function(base)
         self.start = start
         self._set_log_normalizer(_as_log_normalizer(log_normalizer, base.batch_shape))
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
@@ -279,9 +280,7 @@ class EnergyDistribution(dist.Distribution):
         start = starting_distribution(self, name)
         check_start_covers(self, name)
         if self.support.is_discrete:
-            raise UnknownNormalizerError(
-                f"The energy{at_site(name)} has a discrete support; Langevin moves need a continuous one."
-            )
+            raise UnknownNormalizerError(needs_continuous(self.base, name, "drawing by Langevin moves"))
         shape = tuple(sample_shape)
         count = 1
         for size in shape:

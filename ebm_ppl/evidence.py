@@ -140,8 +140,8 @@ def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
     return full
 
 
-def data_rows(bound: BoundModel, params: Params) -> dict[str, Array]:
-    """Up to :data:`MAX_DATA_ROWS` usable rows of every observed energy site, ``(1, rows, *batch, *event)``."""
+def data_rows(bound: BoundModel, params: Params, max_rows: int = MAX_DATA_ROWS) -> dict[str, Array]:
+    """Up to ``max_rows`` usable rows of every observed energy site, ``(1, rows, *batch, *event)``."""
     rows = {}
     for name, found in _observed(bound, params).items():
         energy = unwrap(found.distribution)
@@ -154,6 +154,6 @@ def data_rows(bound: BoundModel, params: Params) -> dict[str, Array]:
         values = values[np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)]
         if not len(values):
             continue
-        chosen = np.unique(np.linspace(0, len(values) - 1, MAX_DATA_ROWS).astype(int))
+        chosen = np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))
         rows[name] = jnp.asarray(values[chosen], float)[None]
     return rows

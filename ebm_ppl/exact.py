@@ -1,173 +1,291 @@
-"""log Z without sampling: a trapezoid rule in one or two dimensions, and sums over finite supports.
+"""log Z without sampling: adaptive quadrature in one or two dimensions, and sums over finite supports.
 
 Both are differentiable in the energy's parameters, so that they can stand inside a model under NUTS or SVI.
 """
 
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
+import numpy as np
 from jax import Array, lax
 from jax.nn import logsumexp
-from numpyro.distributions.transforms import AffineTransform, IdentityTransform, IndependentTransform, Transform
+from jax.typing import ArrayLike
 
-from ebm_ppl.distribution import EnergyDistribution, is_improper, potential_at, same_support
-from ebm_ppl.errors import at_site
-from ebm_ppl.geometry import CholeskyAffine, standardizing_transform
+from ebm_ppl.cubature import (
+    NUM_CELLS_WITH_SLOPES,
+    NUM_NODES,
+    Cells,
+    Effort,
+    Rows,
+    heaviest,
+    judge,
+    lattice,
+    log_share_beyond,
+    log_weights,
+    look_at_slopes,
+    nodes_of,
+    refine,
+    relative_error,
+)
+from ebm_ppl.discrete import needs_continuous, states
+from ebm_ppl.distribution import EnergyDistribution, unchecked_log_prob
+from ebm_ppl.integrand import Integrand
 
 DEFAULT_POINTS = {1: 2_049, 2: 513}
-MAX_STATES = 2**22
-# Where the rule stops: nothing is known of an integrand beyond it, so its weight there must have vanished.
-REACH = 1e4
+EFFORT = {1: Effort(64, 16), 2: Effort(40, 32)}
+# Inside a model every leap of NUTS pays for them.
+POINTS_IN_MODELS = {1: 1_025, 2: 257}
+CELLS_IN_MODELS = {1: 64, 2: 128}
+EFFORT_IN_MODELS = {1: Effort(16, 4), 2: Effort(12, 8)}
+MAX_ROWS_IN_MODELS = 256
 MAX_MISSED = 1e-6
+# In nats: what the number format may take from log Z, and with it from every row's log density.
+MAX_ROUNDING = 1e-3
+
+
+class Exact(NamedTuple):
+    """log Z, what it may be off by, and the reasons to doubt it.
+
+    Attributes:
+        estimate: ``batch_shape``.
+        error: In nats, like ``estimate``; 0 where it is under the accuracy that is asked of every exact method.
+        flags: Reasons for doubt.  Under a trace, where none can be read, the estimate is NaN instead.
+    """
+
+    estimate: Array
+    error: Array
+    flags: tuple[str, ...]
 
 
 def quadrature(
-    distribution: EnergyDistribution, name: str | None = None, num_points: int | None = None
+    distribution: EnergyDistribution,
+    name: str | None = None,
+    num_points: int | None = None,
+    rows: Array | None = None,
 ) -> tuple[Array, tuple[str, ...]]:
-    """Log Z by the trapezoid rule, which converges exponentially for smooth integrands.
+    """Estimate and flags of :func:`integral`."""
+    found = integral(distribution, name, num_points, rows)
+    return found.estimate, found.flags
 
-    Trefethen and Weideman (2014).  In coordinates in which the base is standard, ``u = sinh(t)`` on an even grid
-    in t.  The rule is checked against itself at half the points, and for weight that it misses beyond its ends.
+
+def enumeration(distribution: EnergyDistribution, name: str | None = None) -> tuple[Array, tuple[str, ...]]:
+    """Estimate and flags of :func:`total`."""
+    found = total(distribution, name)
+    return found.estimate, found.flags
+
+
+def integral(
+    distribution: EnergyDistribution,
+    name: str | None = None,
+    num_points: int | None = None,
+    rows: Array | None = None,
+) -> Exact:
+    """Log Z by adaptive Gauss-Legendre quadrature, which converges exponentially for smooth integrands.
+
+    In coordinates in which the base is standard, ``u = sinh(t)`` on cells in t; see :mod:`ebm_ppl.cubature`.
 
     Args:
         distribution: An energy over at most two unconstrained dimensions.
         name: The site's, for messages.
-        num_points: Per dimension, odd.
-
-    Returns:
-        log Z, ``batch_shape``, and the reasons to doubt it.  Under a trace, where no reason can be read, log Z is NaN
-        instead.
+        num_points: Per dimension, odd, before any cell is split.
+        rows: Data at the site, ``(num_rows, *batch_shape, *event_shape)``: mass beside them is not overlooked.
 
     Raises:
         ValueError: More than two dimensions, or a discrete support.
     """
     if distribution.support.is_discrete:
-        raise ValueError(
-            f"The energy{at_site(name)} has a discrete support ({distribution.support}); expected a continuous one. "
-            "A finite support can be summed: method='enumeration'."
-        )
-    transform = _coordinates(distribution)
-    event_shape = transform.inverse_shape(distribution.batch_shape + distribution.event_shape)
-    event_shape = event_shape[len(distribution.batch_shape) :]
-    num_dims = math.prod(event_shape)
-    if num_dims not in DEFAULT_POINTS:
-        raise ValueError(
-            f"The energy{at_site(name)} has {num_dims} unconstrained dimensions; quadrature serves one or two. "
-            "Use method='bracket'."
-        )
-    num_points = DEFAULT_POINTS[num_dims] if num_points is None else num_points
-    if num_points < 9 or num_points % 2 == 0:
+        raise ValueError(needs_continuous(distribution.base, name, "quadrature"))
+    integrand = Integrand(distribution, name)
+    if num_points is not None and (num_points < 9 or num_points % 2 == 0):
         raise ValueError(f"num_points = {num_points}; expected an odd number of at least 9.")
-    dtype = jnp.result_type(float)
-    # A bijector's tails fall like exp(−|u|); past −log(eps) its values are those of the support's ends.
-    reach = REACH if _is_affine(transform) else -math.log(float(jnp.finfo(dtype).eps))
-    grid = jnp.linspace(-math.asinh(reach), math.asinh(reach), num_points, dtype=dtype)
-    mesh = jnp.stack(jnp.meshgrid(*[grid] * num_dims, indexing="ij"), axis=-1).reshape(-1, num_dims)
-    position = jnp.sinh(mesh).reshape(-1, *(1,) * len(distribution.batch_shape), *event_shape)
-    position = jnp.broadcast_to(position, (len(mesh), *distribution.batch_shape, *event_shape))
-    # Points where the energy is infinite count nothing, and must not meet its derivative: 0 · inf is NaN.
-    outside = jnp.isposinf(lax.stop_gradient(potential_at(distribution, transform, position)))
-    inside = jnp.where(outside.reshape(outside.shape + (1,) * len(event_shape)), 0.0, position)
-    potential = jnp.where(outside, jnp.inf, potential_at(distribution, transform, inside))
-    log_jacobian = jnp.log(jnp.cosh(mesh)).sum(-1).reshape(-1, *(1,) * len(distribution.batch_shape))
-    values = (log_jacobian - potential).reshape(*(num_points,) * num_dims, *distribution.batch_shape)
-    axes = tuple(range(num_dims))
-    log_step = math.log(float(2 * math.asinh(reach) / (num_points - 1)))
-    fine = logsumexp(values, axis=axes) + num_dims * log_step
-    coarse = logsumexp(values[(slice(None, None, 2),) * num_dims], axis=axes) + num_dims * (log_step + math.log(2.0))
-    missed = _share_beyond_the_ends(values, num_dims)
-    # For smooth integrands the fine rule's error is about the square of this; for others no smaller.
-    allowed = max(1e-6, 100 * float(jnp.finfo(dtype).eps))
-    disagreement = jnp.abs(fine - coarse)
-    good = (disagreement < allowed) & (missed < MAX_MISSED)
-    if isinstance(fine, jax.core.Tracer):
-        return jnp.where(good, fine, jnp.nan), ()
+
+    per_axis = _cells_per_axis(num_points or DEFAULT_POINTS[integrand.dims])
+    corner, width, nodes = lattice(integrand.half_width, per_axis, integrand.batch, integrand.dims, integrand.dtype)
+    has_slopes = len(corner) <= NUM_CELLS_WITH_SLOPES
+    density = integrand.density(nodes, has_slopes)
+    if isinstance(density.log_value, jax.core.Tracer):
+        return _integral_in_model(integrand, num_points or POINTS_IN_MODELS[integrand.dims], rows)
+
+    at_rows = None if rows is None else integrand.rows(rows)
+    cells = judge(density, corner, width, at_rows)
+    if not has_slopes:
+        cells = look_at_slopes(integrand.density, cells, at_rows)
+    cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT[integrand.dims], is_traced=False)
+    log_missed = log_share_beyond(density.log_value, per_axis, integrand.dims, width[0, 0], integrand.steepening)
+    return _read(integrand, cells, log_missed, at_rows)
+
+
+def rows_at(distribution: EnergyDistribution, value: ArrayLike) -> Array | None:
+    """Rows of an observed value to check quadrature at, ``(num_rows, *batch_shape, *event_shape)``, or None."""
+    own = distribution.batch_shape + distribution.event_shape
+    value = jnp.asarray(value)
+    if value.shape[max(value.ndim - len(own), 0) :] != own or not value.size or distribution.support.is_discrete:
+        return None
+    rows = value.reshape(-1, *own)
+    return rows[np.unique(np.linspace(0, len(rows) - 1, MAX_ROWS_IN_MODELS).astype(int))]
+
+
+def accuracy() -> float:
+    """The relative accuracy of Z that is asked of an exact method."""
+    return max(1e-6, 100 * float(jnp.finfo(jnp.result_type(float)).eps))
+
+
+def _cells_per_axis(num_points: int) -> int:
+    return max(4, num_points // NUM_NODES)
+
+
+class _Verdict(NamedTuple):
+    """What an integral may lack, relative to what it holds; each ``(batch,)``."""
+
+    missed: Array
+    beside_rows: Array
+    unresolved: Array
+    rounding: Array
+
+    def is_good(self) -> Array:
+        return (
+            (self.missed < MAX_MISSED)
+            & (self.beside_rows < MAX_MISSED)
+            & (self.unresolved <= accuracy())
+            & (self.rounding <= MAX_ROUNDING)
+        )
+
+
+@jax.jit
+def _verdict(cells: Cells, log_missed: Array, rows: Rows | None, half_width: Array) -> tuple[Array, _Verdict]:
+    log_z = logsumexp(cells.log_mass, axis=0)
+    eps = jnp.finfo(log_z.dtype).eps
+    rounding = jnp.exp(logsumexp(cells.log_rounding, axis=0) - log_z) + eps * jnp.abs(log_z)
+    beside_rows = jnp.zeros_like(log_z)
+    if rows is not None:
+        # Rows that no cell holds: what one unit of t would add there.
+        is_beyond = rows.is_valid & jnp.any(jnp.abs(rows.position) > half_width, axis=-1)
+        beside_rows = jnp.max(jnp.where(is_beyond, jnp.exp(rows.density.log_value - log_z), 0.0), axis=0)
+    return log_z, _Verdict(jnp.exp(log_missed - log_z), beside_rows, relative_error(cells), rounding)
+
+
+def _stated(verdict: _Verdict) -> Array:
+    """What a log Z that is not flagged may be off by, where that is worth saying."""
+    error = verdict.rounding + verdict.unresolved
+    return jnp.where(error > accuracy(), error, 0.0)
+
+
+def _read(integrand: Integrand, cells: Cells, log_missed: Array, rows: Rows | None) -> Exact:
+    """Numbers and flags, where numbers are at hand."""
+    log_z, verdict = _verdict(cells, log_missed, rows, integrand.half_width)
+    missed, beside_rows, unresolved, rounding = (float(np.max(column)) for column in verdict)
     flags = []
-    if not bool(jnp.all(jnp.isfinite(fine))):
+    if not np.all(np.isfinite(log_z)):
         flags.append("the integral is not finite: check that the energy is finite on its support.")
-    elif not bool(jnp.all(missed < MAX_MISSED)):
+    elif not (missed < MAX_MISSED and beside_rows < MAX_MISSED):
+        share = max(missed, beside_rows)
         flags.append(
-            f"{float(jnp.max(missed)):.1e} of the integral lies beyond the ends of the grid: the energy may not be "
-            "bounded below, or its scale is far from the base's."
+            f"{share:.1e} of the integral lies beyond the ends of the grid: the energy may not be bounded below, or "
+            "its scale is far from the base's."
         )
-    elif not bool(jnp.all(good)):
+    elif not rounding <= MAX_ROUNDING:
+        flags.append(rounding_flag(rounding, log_z.dtype))
+    elif not unresolved <= accuracy():
         flags.append(
-            f"half the points give log Z {float(jnp.max(disagreement)):.1e} away: take more num_points, a base nearer "
-            "to the energy, or a smooth energy (truncate by the base's support, not by infinite energies)."
+            f"after all refinement half the points give log Z {unresolved:.1e} away: take more num_points, a base "
+            "nearer to the energy, or a smooth energy (truncate by the base's support, not by infinite energies)."
         )
-    return fine, tuple(flags)
+    shape = integrand.batch_shape
+    return Exact(log_z.reshape(shape), _stated(verdict).reshape(shape), tuple(flags))
 
 
-def _share_beyond_the_ends(values: Array, num_dims: int) -> Array:
-    """Weight that the grid misses over what it holds, if every end goes on falling as between its last two points."""
-    total = logsumexp(values, axis=tuple(range(num_dims)))
-    missed = jnp.zeros_like(total)
-    for axis in range(num_dims):
-        for last, inner in ((0, 1), (-1, -2)):
-            log_share, log_inner = (
-                logsumexp(jnp.take(values, index, axis=axis), axis=tuple(range(num_dims - 1))) - total
-                for index in (last, inner)
-            )
-            ratio = jnp.expm1(log_inner - log_share)
-            share = jnp.exp(log_share)
-            beyond = jnp.where(ratio > 0, share / ratio, jnp.inf)
-            missed += jnp.where(share > 0, beyond, 0.0)
-    return missed
+def rounding_flag(rounding: float, dtype: jnp.dtype) -> str:
+    """What to do about numbers that are too large for their format."""
+    return (
+        f"{dtype} rounds the energy by about {rounding:.1e} nats where the mass lies, and every log density with it: "
+        "subtract a constant inside the energy, shift x so that its numbers are small, or enable double precision "
+        "(jax.config.update('jax_enable_x64', True))."
+    )
 
 
-def _coordinates(distribution: EnergyDistribution) -> Transform:
-    base = distribution.base
-    start = distribution.start
-    if is_improper(base) and start is not None and same_support(start.support, base.support):
-        base = start
-    return standardizing_transform(base)
+def _integral_in_model(integrand: Integrand, num_points: int, rows: Array | None) -> Exact:
+    """The same under a trace: cells are found at fixed parameters, and their nodes then carry the derivatives."""
+    dims, batch = integrand.dims, integrand.batch
+    per_axis = _cells_per_axis(num_points)
+    corner, width, at_lattice = lattice(integrand.half_width, per_axis, batch, dims, integrand.dtype)
+
+    def search(position: Array) -> tuple[Cells, _Verdict, Array]:
+        """The cells with nearly all mass, what speaks against them, and log of what the others hold."""
+        density = integrand.density(position, False)
+        at_rows = None if rows is None else integrand.rows(rows)
+        cells = judge(density, corner, width, at_rows)
+        cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT_IN_MODELS[dims], is_traced=True)
+        log_missed = log_share_beyond(density.log_value, per_axis, dims, width[0, 0], integrand.steepening)
+        log_z, verdict = _verdict(cells, log_missed, at_rows, integrand.half_width)
+        index, chosen = heaviest(cells, CELLS_IN_MODELS[dims])
+        rest = cells.log_mass.at[index, jnp.arange(batch)].set(-jnp.inf)
+        log_rest = logsumexp(rest, axis=0)
+        # What has no derivative counts as missed.
+        return chosen, verdict._replace(missed=verdict.missed + jnp.exp(log_rest - log_z)), log_rest
+
+    # Which cells are split is no function to differentiate: parameters inside the energy are constants here.
+    converted, constants = jax.closure_convert(search, at_lattice)
+    cells, verdict, log_rest = converted(at_lattice, *map(lax.stop_gradient, constants))
+
+    # Nodes without mass must not meet the energy's derivative, which may be infinite there: 0 · inf is NaN.
+    position = nodes_of(cells.corner, cells.width)
+    log_value, constants = jax.closure_convert(lambda t: integrand.density(t, False).log_value, position)
+    found = lax.stop_gradient(log_value(position, *map(lax.stop_gradient, constants)))
+    is_used = (found > -jnp.inf) & jnp.repeat(cells.log_mass > -jnp.inf, NUM_NODES**dims, axis=0)
+    somewhere = position[jnp.argmax(found, axis=0), jnp.arange(batch)]
+    safe = jnp.where(is_used[..., None], position, somewhere)
+    summed = integrand.density(safe, False).log_value + log_weights(cells.width, dims)
+    log_z = jnp.logaddexp(logsumexp(jnp.where(is_used, summed, -jnp.inf), axis=0), log_rest)
+
+    log_z = jnp.where(verdict.is_good(), log_z, jnp.nan).reshape(integrand.batch_shape)
+    return Exact(log_z, _stated(verdict).reshape(integrand.batch_shape), ())
 
 
-def _is_affine(transform: Transform) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return isinstance(transform, AffineTransform | IdentityTransform | CholeskyAffine)
-
-
-def enumeration(distribution: EnergyDistribution, name: str | None = None) -> tuple[Array, tuple[str, ...]]:
+def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:
     """Log Z as a sum over every state of a finite support.
 
     Args:
-        distribution: An energy whose base has independent elements with an enumerable support, such as
-            ``dist.Bernoulli(0.5).expand([16]).to_event(1)``.
+        distribution: An energy over a finite discrete support, such as
+            ``dist.Bernoulli(0.5).expand([16]).to_event(1)``, ``dist.Multinomial(3, probs)``, or a bijection of one.
         name: The site's, for messages.
-
-    Returns:
-        log Z, ``batch_shape``, and the reasons to doubt it (an energy that is not finite).
 
     Raises:
         ValueError: A support that is not finite, or has more than 2²² states.
     """
-    element: Any = distribution.base
-    while isinstance(element, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
-        element = element.base_dist
-    if not element.has_enumerate_support or element.event_shape:
-        raise ValueError(
-            f"The energy{at_site(name)} has support {distribution.support}, which cannot be enumerated; expected a "
-            "base of independent Bernoulli, categorical, binomial or discrete uniform elements. Use method='bracket'."
-        )
-    support = element.enumerate_support(expand=False).reshape(-1)
-    size, num_elements = support.shape[0], math.prod(distribution.event_shape)
-    num_states = size**num_elements
-    if num_states > MAX_STATES:
-        raise ValueError(
-            f"The energy{at_site(name)} has {size}^{num_elements} states; enumeration serves up to {MAX_STATES:,}."
-        )
-    places = size ** jnp.arange(num_elements)
-    digits = (jnp.arange(num_states)[:, None] // places) % size
-    states = support[digits].reshape(-1, *(1,) * len(distribution.batch_shape), *distribution.event_shape)
-    states = jnp.broadcast_to(states, (num_states, *distribution.batch_shape, *distribution.event_shape))
-    log_z = logsumexp(-distribution.potential(states), axis=0)
+    every = states(distribution.base, name)
+    # Unequal bounds leave some elements' states outside: these count nothing, and are never evaluated.
+    event_dims = tuple(range(every.ndim - len(distribution.event_shape), every.ndim))
+    inside = jnp.broadcast_to(distribution.support(every), every.shape[: every.ndim - len(event_dims)])
+    first = jnp.argmax(inside, axis=0)
+    valid = jnp.take_along_axis(every, first.reshape(1, *first.shape, *(1,) * len(event_dims)), axis=0)
+    every = jnp.where(inside.reshape(*inside.shape, *(1,) * len(event_dims)), every, valid)
+
+    energies = distribution.factor_energies(every).values()
+    log_base = unchecked_log_prob(distribution.base, every)
+    log_value = jnp.where(inside, log_base - sum(energies), -jnp.inf)
+    log_z = _log_sum(log_value)
+    weight = jnp.exp(log_value - log_z)
+    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
+    eps = float(jnp.finfo(log_z.dtype).eps)
+    rounding = eps * (jnp.sum(jnp.where(weight > 0, weight * magnitude, 0.0), axis=0) + jnp.abs(log_z))
+    rounding = lax.stop_gradient(rounding)
+    error = jnp.where(rounding > accuracy(), rounding, 0.0)
+
     if isinstance(log_z, jax.core.Tracer):
-        return jnp.where(jnp.isfinite(log_z), log_z, jnp.nan), ()
-    if bool(jnp.all(jnp.isfinite(log_z))):
-        return log_z, ()
-    return log_z, ("the sum is not finite: check that the energy is finite on its support.",)
+        is_good = jnp.isfinite(log_z) & (rounding <= MAX_ROUNDING)
+        return Exact(jnp.where(is_good, log_z, jnp.nan), error, ())
+    if not bool(jnp.all(jnp.isfinite(log_z))):
+        return Exact(log_z, error, ("the sum is not finite: check that the energy is finite on its support.",))
+    worst = float(jnp.max(rounding))
+    return Exact(log_z, error, () if worst <= MAX_ROUNDING else (rounding_flag(worst, log_z.dtype),))
+
+
+def _log_sum(log_value: Array) -> Array:
+    """``logsumexp`` over the first axis, in two stages: rounding grows with the terms of one sum."""
+    count = log_value.shape[0]
+    width = 2 ** math.ceil(math.log2(max(count, 1)) / 2)
+    missing = -count % width
+    padded = jnp.pad(log_value, ((0, missing), *((0, 0),) * (log_value.ndim - 1)), constant_values=-jnp.inf)
+    return logsumexp(logsumexp(padded.reshape(-1, width, *log_value.shape[1:]), axis=1), axis=0)

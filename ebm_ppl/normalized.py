@@ -13,12 +13,12 @@ from numpyro import handlers
 from numpyro.infer import log_likelihood
 
 from ebm_ppl.certificate import LogNormalizer, log_normalizer_site
-from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.distribution import EnergyDistribution, unwrap
 from ebm_ppl.errors import UnknownNormalizerError
-from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.exact import integral, rows_at, total
 from ebm_ppl.fingerprint import require_same_energy
 from ebm_ppl.guard import traced_sites, varying_energy_error
-from ebm_ppl.model import Arguments, BoundModel, FullPlates, KnownNormalizers, Model, Normalize, Params
+from ebm_ppl.model import Arguments, BoundModel, FullPlates, KnownNormalizers, Model, Params
 from ebm_ppl.pointwise import require_no_rows, require_pointwise
 
 
@@ -55,7 +55,7 @@ def normalized(
     """
     model = _EveryRow(model)
     if log_normalizer is None:
-        return KnownNormalizers(model, _exactly(num_points))
+        return _ExactNormalizers(model, num_points)
     if not allow_uncertified:
         log_normalizer.require_certified()
     if log_normalizer.batch_ndims:
@@ -63,31 +63,36 @@ def normalized(
     return _Fixed(model, log_normalizer)
 
 
-def _exactly(num_points: int | None) -> Normalize:
-    checked: set[str] = set()
+class _ExactNormalizers(KnownNormalizers):
+    """Exact log Z at every energy site, checked at the data there."""
 
-    def normalize(name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+    def __init__(self, fn: Model, num_points: int | None) -> None:
+        super().__init__(fn, self._normalize)
+        self.num_points = num_points
+        self.rows: Array | None = None
+        self.checked: set[str] = set()
+
+    def process_message(self, msg: dict) -> None:
+        energy = unwrap(msg["fn"]) if msg["type"] == "sample" else None
+        if energy is not None:
+            observed = msg["value"] if msg["is_observed"] else None
+            self.rows = None if observed is None else rows_at(energy, observed)
+        super().process_message(msg)
+
+    def _normalize(self, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
         require_no_rows(name, distribution)
-        known = _exact(name, distribution, num_points)
-        if name in checked:
-            return known
+        discrete = distribution.support.is_discrete
+        found = total(distribution, name) if discrete else integral(distribution, name, self.num_points, self.rows)
+        if found.flags:
+            method = "Enumeration" if discrete else "Quadrature"
+            raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(found.flags)}")
 
-        doubt = require_pointwise(name, distribution)
+        # Numbers are looked at once; traced energies tell no earlier than they run.
+        doubt = np.zeros(()) if name in self.checked else require_pointwise(name, distribution)
         if isinstance(doubt, jax.core.Tracer):
-            return known.with_log_normalizer(jnp.asarray(known.log_normalizer) + doubt)
-        checked.add(name)
-        return known
-
-    return normalize
-
-
-def _exact(name: str, distribution: EnergyDistribution, num_points: int | None) -> EnergyDistribution:
-    discrete = distribution.support.is_discrete
-    log_z, flags = enumeration(distribution, name) if discrete else quadrature(distribution, name, num_points)
-    if flags:
-        method = "Enumeration" if discrete else "Quadrature"
-        raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(flags)}")
-    return distribution.with_log_normalizer(log_z)
+            return distribution.with_log_normalizer(found.estimate + doubt)
+        self.checked.add(name)
+        return distribution.with_log_normalizer(found.estimate)
 
 
 class _Fixed(KnownNormalizers):

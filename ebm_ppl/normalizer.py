@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.bridge import Reference, bridge_to_draws
 from ebm_ppl.certificate import LogNormalizer, SiteCertificate, certify, exact_certificate, flags_of_exact
+from ebm_ppl.discrete import needs_continuous
 from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
-from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.exact import Exact, integral, total
 from ebm_ppl.fingerprint import MAX_NUMBERS, MAX_POINTS, fingerprint
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import bind, conditions, fingerprints
@@ -28,6 +29,8 @@ from ebm_ppl.pointwise import require_pointwise
 from ebm_ppl.resampling import systematic
 
 METHODS = ("bracket", "forward", "reverse", "quadrature", "enumeration")
+# Data rows that quadrature is checked at; where there are more, evenly spaced ones.
+MAX_EXACT_ROWS = 4096
 # Moves under the energy itself: resampled copies part, and a drift shows.
 NUM_SETTLING_MOVES = 1024
 
@@ -116,20 +119,24 @@ def log_normalizer(
     is_exact = method in ("quadrature", "enumeration")
     key_bind = random.key(0) if rng_key is None else rng_key
     bound, found = bind(key_bind, model, one, args, kwargs, compiled=not is_exact)
-    rows = data_rows(bound, one)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
     belongs_to: dict[str, Any] = {"params": params, "conditions": conditions(bound, one, found)}
     if is_exact:
-        exact = {
-            name: _exactly(method, name, distribution, num_points)
-            if draws is None
-            else _exactly_at_draws(method, name, bound, draws, num_points)
-            for name, distribution in found.items()
-        }
+        seen = {} if isinstance(model, EnergyDistribution) else data_rows(bound, one, MAX_EXACT_ROWS)
+        exact = {}
+        for name, distribution in found.items():
+            at_site = None if name not in seen else seen[name][0]
+            exact[name] = exact_certificate(
+                *(
+                    _exactly(method, name, distribution, num_points, at_site)
+                    if draws is None
+                    else _exactly_at_draws(method, name, bound, draws, num_points, at_site)
+                )
+            )
         if isinstance(model, EnergyDistribution):
             marks = {"x": fingerprint(model)}
         else:
-            marks = fingerprints(bound, first, {name: _few(points[0]) for name, points in rows.items()})
+            marks = fingerprints(bound, first, {name: _few(points[0]) for name, points in seen.items()})
         return _collect(exact, lead, method, fingerprints=marks, **belongs_to)
     if rng_key is None:
         raise ValueError(f"method = {method!r} is stochastic; expected a PRNG key such as jax.random.key(0).")
@@ -151,14 +158,12 @@ def log_normalizer(
         num_temperatures,
         num_settling_moves,
     )
+    rows = data_rows(bound, one)
     sites, num_evaluations, keys = {}, 0, random.split(rng_key, len(found))
     visited = {}
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
-            raise ValueError(
-                f"Energy site '{name}' has a discrete support; annealing moves walkers by Langevin steps, which need a "
-                "continuous one. A finite support can be summed: method='enumeration'."
-            )
+            raise ValueError(needs_continuous(distribution.base, name, "annealing, which moves by Langevin steps,"))
         transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, one, transform)
         key_site, key_resample, key_settle, key_bridge = random.split(keys[index], 4)
@@ -246,26 +251,27 @@ def _report(bar: tqdm, method: str, done: int, num_temperatures: int) -> None:
     bar.update(done)
 
 
-def _exactly(method: str, name: str, distribution: EnergyDistribution, num_points: int | None) -> SiteCertificate:
-    estimate, flags = (
-        quadrature(distribution, name, num_points) if method == "quadrature" else enumeration(distribution, name)
-    )
-    if isinstance(estimate, jax.core.Tracer):
-        estimate += require_pointwise(name, distribution)
-    return exact_certificate(estimate, flags)
+def _exactly(
+    method: str, name: str, distribution: EnergyDistribution, num_points: int | None, rows: Array | None
+) -> Exact:
+    exact = integral(distribution, name, num_points, rows) if method == "quadrature" else total(distribution, name)
+    if isinstance(exact.estimate, jax.core.Tracer):
+        exact = exact._replace(estimate=exact.estimate + require_pointwise(name, distribution))
+    return exact
 
 
 def _exactly_at_draws(
-    method: str, name: str, bound: BoundModel, draws: Params, num_points: int | None
-) -> SiteCertificate:
-    """One exact log Z per draw; NaN, and a flag, where quadrature cannot tell."""
+    method: str, name: str, bound: BoundModel, draws: Params, num_points: int | None, rows: Array | None
+) -> Exact:
+    """One exact log Z per draw; NaN, and a flag, where it cannot be told."""
 
     @jax.jit
-    def at_draws(bound: BoundModel, draws: Params) -> Array:
-        def at(params: Params) -> Array:
-            return _exactly(method, name, bound.energies(params)[name], num_points).estimate
+    def at_draws(bound: BoundModel, draws: Params, rows: Array | None) -> tuple[Array, Array]:
+        def at(params: Params) -> tuple[Array, Array]:
+            found = _exactly(method, name, bound.energies(params)[name], num_points, rows)
+            return found.estimate, found.error
 
         return lax.map(at, draws)
 
-    estimate = at_draws(bound, draws)
-    return exact_certificate(estimate, flags_of_exact(estimate))
+    estimate, error = at_draws(bound, draws, rows)
+    return Exact(estimate, error, flags_of_exact(estimate))
