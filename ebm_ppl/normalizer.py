@@ -140,6 +140,7 @@ def log_normalizer(
         num_walkers,
         num_temperatures,
         num_settling_moves,
+        may_settle_longer=budget is None,
     )
     rows = data_rows(bound, one)
     sites, num_evaluations, keys = {}, 0, random.split(rng_key, len(found))
@@ -154,16 +155,15 @@ def log_normalizer(
         key_site, key_resample, key_settle, key_bridge = random.split(keys[index], 4)
         given = None if samples is None else given_samples(site, samples, num_chains, num_walkers)
         with tqdm(desc=f"log Z[{name}]", unit="temperature", delay=1.0, disable=not progress_bar) as bar:
-            evidence, forward, spent = gather(
-                key_site, site, plan, given, rows.get(name), partial(_report, bar, method)
-            )
-        sites[name] = certify(evidence, tolerance)
-        num_evaluations += spent
+            found_here = gather(key_site, site, plan, given, rows.get(name), partial(_report, bar, method))
+        sites[name] = certify(found_here.evidence, tolerance)
+        num_evaluations += found_here.num_evaluations
         if draws is not None:
+            forward = found_here.forward
             step_size = forward.ladder.step_sizes[-1]
-            position, _ = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
+            position = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
             reference = Reference(site, sites[name], position, step_size)
-            sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan.kernel, plan.options, tolerance)
+            sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan, tolerance, rows.get(name))
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
     return _collect(sites, lead, method, num_evaluations=num_evaluations, **belongs_to)
 
