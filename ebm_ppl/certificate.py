@@ -317,7 +317,7 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         width, what = 2.0 * jnp.abs(estimate - (lower if reverse is None else upper)), "95% interval"
     else:
         crossed = lower > upper
-        crossing = lower - upper - jnp.hypot(stderr, reverse.limit()[1])
+        crossing = lower - upper - jnp.hypot(stderr, reverse.limit()[1]) - 2 * _rounding(evidence, stderr)
         # Limits that cross contradict each other: fall back on all that either pass allows for.
         lowest, highest = jnp.minimum(lower, 2 * -inverse - upper), jnp.maximum(upper, 2 * estimate - lower)
         lower, upper = jnp.where(crossed, lowest, lower), jnp.where(crossed, highest, upper)
@@ -390,7 +390,7 @@ def _in_full(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificat
     if evidence.beyond is not None:
         upper = upper - jnp.log1p(-jnp.minimum(evidence.beyond, 0.99))
     if evidence.reference is not None and evidence.magnitude is not None:
-        rounding = jnp.finfo(estimate.dtype).eps * evidence.magnitude
+        rounding = _rounding(evidence, estimate)
         flags += _flag(
             rounding > jnp.maximum(MAX_ROUNDING, 0.5 * stderr),
             f"the energy's values, of size {_worst(evidence.magnitude):.2g}, are rounded by {_worst(rounding):.2g} "
@@ -405,6 +405,11 @@ def _in_full(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificat
     return certificate._replace(
         estimate=estimate, stderr=stderr, lower=lower, upper=upper, log_normalizers=log_normalizers, flags=flags
     )
+
+
+def _rounding(evidence: Evidence, like: Array) -> Array:
+    """How far rounding of the energy's values may move log Z, in nats."""
+    return jnp.zeros_like(like) if evidence.magnitude is None else jnp.finfo(like.dtype).eps * evidence.magnitude
 
 
 def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
