@@ -51,10 +51,17 @@ class Ladder(NamedTuple):
 
 
 class Pilot(NamedTuple):
-    """What the pilot found: a padded ladder and how many of its rungs are real."""
+    """What the pilot found.
+
+    Attributes:
+        ladder: Padded.
+        num_rungs: How many of its rungs are real.
+        difference: D at the pilot's walkers in the end, ``(num_chains, num_walkers, *batch)``.
+    """
 
     ladder: Ladder
     num_rungs: Array
+    difference: Array
 
 
 class Ensemble(NamedTuple):
@@ -281,8 +288,8 @@ def run_pilot(
     step_size = jnp.asarray(step_size, dtype)
     ladder = Ladder(jnp.zeros((), dtype), jnp.ones(max_rungs, dtype), jnp.ones((max_rungs, *step_size.shape), dtype))
     carry = (jnp.zeros((), jnp.int32), jnp.zeros((), dtype), step_size, rng_key, ensemble, state, ladder)
-    rung, *_, ladder = lax.while_loop(climbing, climb, carry)
-    return Pilot(ladder, rung)
+    rung, *_, state, ladder = lax.while_loop(climbing, climb, carry)
+    return Pilot(ladder, rung, state.aux[1])
 
 
 def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:

@@ -4,21 +4,26 @@ Posterior draws lie close together: a few temperatures carry the reference's wal
 not pile up as they would along a path from draw to draw.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax, random
 
 from ebm_ppl.annealing import AnnealingOptions, Ladder, Path, anneal
-from ebm_ppl.certificate import Bridge, SiteCertificate, certify_bridges, pass_of
-from ebm_ppl.distribution import potential_at
+from ebm_ppl.certificate import Bridge, SiteCertificate, certify, certify_bridges, disagreement, pass_of
+from ebm_ppl.distribution import potential_at, starting_distribution
+from ebm_ppl.evidence import Plan, gather
+from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.kernels import Kernel
 from ebm_ppl.model import Params
 from ebm_ppl.placement import SiteAtParams
 
 MAX_TEMPERATURES = 256
+NUM_ROWS = 256
 
 
 class Reference(NamedTuple):
@@ -38,32 +43,106 @@ class Reference(NamedTuple):
 
 
 def bridge_to_draws(
-    rng_key: Array, reference: Reference, draws: Params, kernel: Kernel, options: AnnealingOptions, tolerance: float
+    rng_key: Array, reference: Reference, draws: Params, plan: Plan, tolerance: float, rows: Array | None
 ) -> tuple[SiteCertificate, int]:
     """Log Z at every parameter draw, the reference's uncertainty included.
+
+    Walkers of the reference do not see what it hardly has.  So a few draws, those that are least like it, are annealed
+    to on their own, from either side and with the data rows, and compared.
 
     Args:
         rng_key: A JAX PRNG key.
         reference: Walkers and log Z at parameters in the midst of the draws.
         draws: Parameters with one leading axis.
-        kernel: How walkers move.
-        options: How many moves a temperature gets, and when islands resample.
+        plan: How walkers move, and how draws are annealed to on their own.
         tolerance: Widest acceptable bracket, in nats.
+        rows: Data rows of the site, ``(num_rows, *batch, *event)``.
 
     Returns:
         A certificate whose arrays lead with the draws' axis, and the number of energy evaluations.
     """
-    site, position = reference.site, reference.position
-    worst = float(jnp.max(_variances(site, position, draws)))
+    site, position, options = reference.site, reference.position, plan.options
+    level, variance = _level_and_variance(site, position, draws)
+    worst = float(jnp.max(variance))
     # Steps whose log weights have variance 0.1 have a conditional ESS of 0.9.
     num_temperatures = 2
     while num_temperatures**2 < 10 * worst and num_temperatures < MAX_TEMPERATURES:
         num_temperatures *= 2
-    islands = reference.certificate.log_normalizers
-    bridges = _bridges(site, position, draws, reference.step_size, islands, rng_key, kernel, options, num_temperatures)
+    islands = reference.certificate.log_normalizers - reference.certificate.estimate
+    bridges = _bridges(
+        site, position, draws, level, reference.step_size, islands, rng_key, plan.kernel, options, num_temperatures
+    )
     num_draws = jax.tree.leaves(draws)[0].shape[0]
     per_draw = position.shape[0] * position.shape[1] * (1 + num_temperatures * options.num_kernel_steps)
-    return certify_bridges(reference.certificate, bridges, tolerance), num_draws * per_draw
+    certificate = certify_bridges(reference.certificate, bridges, tolerance)
+
+    unlike = _draws_unlike(reference, draws, variance, certificate, rows)
+    flags, spent = certificate.flags, num_draws * per_draw
+    for index, how in unlike.items():
+        alone, more = _alone(random.fold_in(rng_key, index), site, draws, index, plan, tolerance, rows)
+        flags += disagreement(certificate, index, alone, len(unlike), how)
+        spent += more
+    return certificate._replace(flags=flags), spent
+
+
+def _alone(
+    rng_key: Array, site: SiteAtParams, draws: Params, index: int, plan: Plan, tolerance: float, rows: Array | None
+) -> tuple[SiteCertificate, int]:
+    """Log Z at one draw by annealing to it, and the energy evaluations spent."""
+    params = jax.tree.map(lambda leaf: leaf[index], draws)
+    there = replace(site, params=params, reference=None)
+    there = replace(there, transform=standardizing_transform(starting_distribution(there.distribution, site.name)))
+    found = gather(rng_key, there, plan, None, rows)
+    return certify(found.evidence, tolerance), found.num_evaluations
+
+
+def _draws_unlike(
+    reference: Reference, draws: Params, variance: Array, bridged: SiteCertificate, rows: Array | None
+) -> dict[int, str]:
+    """Which draws are least like the reference, and in what way each."""
+    num_draws = variance.shape[0]
+    distance = np.asarray(_distances(draws, reference.site.params))
+    chosen: dict[int, str] = {}
+
+    def choose(score: Array | np.ndarray, how: str) -> None:
+        flat = np.asarray(score).reshape(num_draws, -1)
+        flat = np.where(np.isnan(flat), np.inf, flat).max(axis=1)
+        # A draw that is the reference has nothing to tell.
+        flat[distance == 0] = -np.inf
+        if np.max(flat) > -np.inf:
+            chosen.setdefault(int(np.argmax(flat)), how)
+
+    choose(variance, "the energy differs most from that in the middle")
+    choose(distance, "farthest from the draw in the middle")
+    if rows is not None:
+        even = np.unique(np.linspace(0, rows.shape[0] - 1, NUM_ROWS).astype(int))
+        gain = -_mean_potential(reference.site, reference.site.transform.inv(rows[even]), draws) - bridged.estimate
+        choose(gain, "the highest likelihood, unless its log Z is too small")
+    nearest = [distance] + [_distances(draws, jax.tree.map(lambda leaf, i=i: leaf[i], draws)) for i in chosen]
+    choose(np.min(np.stack([np.asarray(d) for d in nearest]), axis=0), "far from all others that were looked at")
+    return chosen
+
+
+@jax.jit
+def _distances(draws: Params, params: Params) -> Array:
+    """Squared distance of every draw from one point, every coordinate in units of its spread, ``(num_draws,)``."""
+
+    def distance(leaf: Array, centre: Array) -> Array:
+        flat = leaf.reshape(leaf.shape[0], -1)
+        spread = jnp.std(flat, axis=0)
+        return jnp.sum(((flat - jnp.ravel(centre)) / jnp.where(spread > 0, spread, 1.0)) ** 2, axis=1)
+
+    return sum(jax.tree.leaves(jax.tree.map(distance, draws, params)))  # type: ignore[return-value]
+
+
+@jax.jit
+def _mean_potential(site: SiteAtParams, position: Array, draws: Params) -> Array:
+    """Mean of U over data rows at every draw, ``(num_draws, *batch)``."""
+
+    def at(params: Params) -> Array:
+        return jnp.mean(potential_at(site.bound.energies(params)[site.name], site.transform, position), axis=0)
+
+    return lax.map(at, draws)
 
 
 def _difference(site: SiteAtParams, params: Params, position: Array) -> Array:
@@ -73,9 +152,16 @@ def _difference(site: SiteAtParams, params: Params, position: Array) -> Array:
 
 
 @jax.jit
-def _variances(site: SiteAtParams, position: Array, draws: Params) -> Array:
-    """Variance over walkers of the log weights of one step to every draw, ``(num_draws, *batch)``."""
-    return lax.map(lambda params: jnp.var(_difference(site, params, position), axis=(0, 1)), draws)
+def _level_and_variance(site: SiteAtParams, position: Array, draws: Params) -> tuple[Array, Array]:
+    """Median and variance over walkers of the log weights of one step to every draw, ``(num_draws, *batch)``."""
+
+    def at(params: Params) -> tuple[Array, Array]:
+        difference = _difference(site, params, position)
+        level = jnp.median(difference, axis=(0, 1))
+        level = jnp.where(jnp.isfinite(level), level, 0.0)
+        return level, jnp.var(difference - level, axis=(0, 1))
+
+    return lax.map(at, draws)
 
 
 @partial(jax.jit, static_argnames=("kernel", "options", "num_temperatures"))
@@ -83,6 +169,7 @@ def _bridges(
     site: SiteAtParams,
     position: Array,
     draws: Params,
+    levels: Array,
     step_size: Array,
     log_island_weights: Array,
     rng_key: Array,
@@ -93,15 +180,16 @@ def _bridges(
     betas = jnp.arange(1, num_temperatures + 1) / num_temperatures
     ladder = Ladder(jnp.zeros(()), betas, jnp.broadcast_to(step_size, (num_temperatures, *step_size.shape)))
 
-    def bridge(draw: tuple[Params, Array]) -> Bridge:
-        params, key = draw
+    def bridge(draw: tuple[Params, Array, Array]) -> Bridge:
+        params, level, key = draw
         path = Path(
-            lambda u: potential_at(site.distribution, site.transform, u), lambda u: _difference(site, params, u)
+            lambda u: potential_at(site.distribution, site.transform, u),
+            lambda u: _difference(site, params, u) - level,
         )
         ends = anneal(kernel, key, path, position, ladder, options)
         found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
         # The tail is judged inside islands' terms: their weights, tied inside an island, would hide it.
-        return Bridge(found.log_ratios, weighted.ess(), found.khat(), found.moves.acceptance)
+        return Bridge(found.log_ratios, weighted.ess(), found.khat(), found.moves.acceptance, level)
 
     num_draws = jax.tree.leaves(draws)[0].shape[0]
-    return lax.map(bridge, (draws, random.split(rng_key, num_draws)))
+    return lax.map(bridge, (draws, levels, random.split(rng_key, num_draws)))

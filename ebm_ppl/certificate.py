@@ -23,12 +23,15 @@ MIN_ESS = 0.05
 MIN_ACCEPTANCE = 0.1
 # How far walkers that resample must move along the path, in units of their own spread.
 MIN_TURNOVER = 1.0
-# The share of data rows that annealing may fail to reach, and how improbable (in nats) a row that it misses is: one
-# trajectory per row is noisy, by a few nats in 64 dimensions.
-MAX_UNREACHED = 0.02
-UNREACHED_NATS = 10.0
-# How often a site whose walkers are at equilibrium may be said to drift in |u|², and in |u|.
+# How often a site whose walkers are at equilibrium may be said to drift in |u|², and in |u|; and in the tails' shares.
 MAX_DRIFT_PROBABILITY = 0.003
+MAX_SHIFT_PROBABILITY = 0.005
+# How often such walkers are given more moves to be sure.
+MAX_SUSPICION = 0.02
+# The share of a density beyond floating point's range that is added to the upper limit; more of it is refused.
+MAX_BEYOND = 0.02
+# Rounding, in nats, that is added to the errors: more of it is refused where it rivals the sampling error.
+MAX_ROUNDING = 1e-3
 EXACT_METHODS = ("quadrature", "enumeration", "closed form")
 MORE_TEMPERATURES = "take more temperatures (or budget=) or walkers, or a base nearer to the energy"
 
@@ -87,12 +90,14 @@ class Bridge(NamedTuple):
         ess: ESS fraction of the terms, ``(num_draws, *batch)``.
         khat: Their Pareto k̂.
         acceptance: Mean acceptance.
+        level: What was subtracted from the difference of the energies before anything was summed, like ``ess``.
     """
 
     log_ratios: Array
     ess: Array
     khat: Array
     acceptance: Array
+    level: Array
 
 
 class Evidence(NamedTuple):
@@ -101,15 +106,21 @@ class Evidence(NamedTuple):
     Attributes:
         forward: Annealing from the start to the energy, if it was run.
         reverse: And back, if it was run.
-        drift: Change of every island's mean ``|u|²`` and ``|u|`` while the reverse pass's starting points moved on
-            under the energy itself, ``(num_chains, 2, *batch)``.
-        unreached: Share of data rows that forward annealing does not reach, ``batch``; see ``log_normalizer``.
+        drift: What changed in every island while the reverse pass's starting points moved on under the energy itself,
+            ``(num_chains, num_statistics, *batch)``: mean ``|u|²`` and ``|u|``, then shares of walkers in tails.
+        unreached: Share of data rows that forward annealing does not reach, confirmed by repeats, ``batch``.
+        beyond: Share of the density beyond the range of floating point, ``batch``.
+        reference: What was subtracted from the energy before anything was summed, ``batch``.
+        magnitude: How large the numbers are that the energy is computed as, ``batch``.
     """
 
     forward: Pass | None = None
     reverse: Pass | None = None
     drift: Array | None = None
     unreached: Array | None = None
+    beyond: Array | None = None
+    reference: Array | None = None
+    magnitude: Array | None = None
 
 
 class SiteCertificate(NamedTuple):
@@ -296,7 +307,7 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         tolerance: Widest acceptable bracket (or, with one direction only, two-sided 95% interval), in nats.
         remedy: What a user should do about noisy weights.
     """
-    forward, reverse, drift, unreached = evidence
+    forward, reverse = evidence.forward, evidence.reverse
     passes = [p for p in (forward, reverse) if p is not None]
     shape = passes[0].log_ratios.shape[1:]
     lower, upper = jnp.full(shape, -jnp.inf), jnp.full(shape, jnp.inf)
@@ -310,18 +321,20 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
     ess = jnp.min(jnp.stack([p.ess() for p in passes]), axis=0)
     khat = jnp.max(jnp.stack([p.khat() for p in passes]), axis=0)
     acceptance = jnp.min(jnp.stack([p.moves.acceptance for p in passes]), axis=0)
+
     crossing = jnp.full(shape, -jnp.inf)
     if forward is None or reverse is None:
         width, what = 2.0 * jnp.abs(estimate - (lower if reverse is None else upper)), "95% interval"
     else:
         crossed = lower > upper
-        crossing = lower - upper - jnp.hypot(stderr, reverse.limit()[1])
+        crossing = lower - upper - jnp.hypot(stderr, reverse.limit()[1]) - 2 * _rounding(evidence, stderr)
         # Limits that cross contradict each other: fall back on all that either pass allows for.
         lowest, highest = jnp.minimum(lower, 2 * -inverse - upper), jnp.maximum(upper, 2 * estimate - lower)
         lower, upper = jnp.where(crossed, lowest, lower), jnp.where(crossed, highest, upper)
         # Nor is an upper limit under the forward estimate to be believed further than that pass itself.
         upper = jnp.where(upper < estimate, 2 * estimate - lower, upper)
         width, what = upper - lower, "bracket"
+
     flags = _flags_of_weights(estimate + stderr, width, what, ess, khat, acceptance, tolerance, remedy)
     stuck = jnp.stack([p.resampled & ~(p.moves.turnover >= MIN_TURNOVER) for p in passes])
     flags += _flag(
@@ -335,37 +348,111 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         "the forward pass's lower limit lies above the reverse pass's upper one{where}: the draws that the reverse "
         "pass started from are not the model's. Take more temperatures, or other samples=.",
     )
-    if drift is not None:
-        # All elements together are flagged by chance as rarely as one would be.
-        probability = MAX_DRIFT_PROBABILITY / drift[0, 0].size
-        drifts = jnp.max(jnp.abs(_t_statistic(drift)), axis=0)
+    flags += _flags_of_one_direction(evidence) + _flags_of_walkers(evidence)
+    certificate = SiteCertificate(estimate, stderr, lower, upper, ess, khat, log_normalizers, flags)
+    return _in_full(certificate, evidence)
+
+
+def _flags_of_one_direction(evidence: Evidence) -> tuple[str, ...]:
+    """Ẑ misses what no walker has found, and 1/Ẑ what the reverse pass did not start from: one cannot tell alone."""
+    if evidence.reverse is None:
+        return ("a forward pass has no upper limit, so log Z may be larger, or infinite: use method='bracket'.",)
+    if evidence.forward is None:
+        return ("a reverse pass has no lower limit, so log Z may be smaller: use method='bracket'.",)
+    return ()
+
+
+def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
+    """Whether walkers are the energy's own, and everywhere where its mass is."""
+    flags: tuple[str, ...] = ()
+    if evidence.drift is not None:
+        drifts, limits = _drifts(evidence.drift, MAX_DRIFT_PROBABILITY, MAX_SHIFT_PROBABILITY)
         flags += _flag(
-            ~(drifts <= student_t.ppf(1.0 - 0.5 * probability, drift.shape[0] - 1)),
+            jnp.any(~(drifts <= limits), axis=0),
             f"walkers still drift at the energy itself (t = {_worst(drifts):.1f} over "
             "islands){where}, so they had not reached equilibrium: take more temperatures, a base nearer to the "
             "energy, or other samples=.",
         )
-    if unreached is not None:
+    if evidence.unreached is not None:
+        share = 100.0 * _worst(evidence.unreached)
         flags += _flag(
-            ~(unreached <= MAX_UNREACHED),
-            f"{_worst(unreached):.0%} of the data rows lie where annealing from the base does not lead{{where}}: a "
-            "mode is missing from log Z. Take a base (or start=) that covers the data, or more temperatures.",
+            ~(evidence.unreached <= 0.0),
+            f"{share:.{0 if share >= 1 else 1}f}% of the data rows lie where annealing from the base does not "
+            "lead{where}, in repeated tries: a mode is missing from log Z. Take a base (or start=) that covers the "
+            "data, or more temperatures.",
         )
-    return SiteCertificate(estimate, stderr, lower, upper, ess, khat, log_normalizers, flags)
+    if evidence.beyond is not None:
+        share = 100.0 * _worst(evidence.beyond)
+        flags += _flag(
+            ~(evidence.beyond <= MAX_BEYOND),
+            f"about {share:.0f}% of the density lie beyond the last numbers that floating point has at the support's "
+            "ends{where}, or the integral diverges there: make sure that it converges, write the energy of the "
+            "logarithm (or logit) of x over the whole line instead, or run in double precision "
+            "(jax.config.update('jax_enable_x64', True)).",
+        )
+    return flags
+
+
+def _in_full(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificate:
+    """What was subtracted from the energy is put back, and what floating point cannot tell enters the limits."""
+    estimate, stderr, lower, upper = certificate.estimate, certificate.stderr, certificate.lower, certificate.upper
+    flags, log_normalizers = certificate.flags, certificate.log_normalizers
+    if evidence.beyond is not None:
+        upper = upper - jnp.log1p(-jnp.minimum(evidence.beyond, 0.99))
+    if evidence.reference is not None and evidence.magnitude is not None:
+        rounding = _rounding(evidence, estimate)
+        flags += _flag(
+            rounding > jnp.maximum(MAX_ROUNDING, 0.5 * stderr),
+            f"the energy's values, of size {_worst(evidence.magnitude):.2g}, are rounded by {_worst(rounding):.2g} "
+            f"nats{{where}}, beside a standard error of {_worst(stderr):.2g}: subtract a constant of about "
+            f"{_largest(evidence.reference):.6g} from the energy, or run in double precision "
+            "(jax.config.update('jax_enable_x64', True)).",
+        )
+        stderr = jnp.hypot(stderr, rounding)
+        estimate, lower, upper = (value - evidence.reference for value in (estimate, lower, upper))
+        lower, upper = lower - rounding, upper + rounding
+        log_normalizers = log_normalizers - evidence.reference
+    return certificate._replace(
+        estimate=estimate, stderr=stderr, lower=lower, upper=upper, log_normalizers=log_normalizers, flags=flags
+    )
+
+
+def _rounding(evidence: Evidence, like: Array) -> Array:
+    """How far rounding of the energy's values may move log Z, in nats."""
+    return jnp.zeros_like(like) if evidence.magnitude is None else jnp.finfo(like.dtype).eps * evidence.magnitude
+
+
+def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
+    """Sizes of t statistics over islands, ``(num_statistics, *batch)``, and their limits, for all elements together.
+
+    Either of the first two may be passed by chance with probability ``means``, any of the others with ``shares``.
+    """
+    num_others = max(drift.shape[1] - 2, 1)
+    probability = np.array([means] * 2 + [shares / num_others] * (drift.shape[1] - 2))
+    limits = student_t.ppf(1.0 - 0.5 * probability / max(drift[0, 0].size, 1), drift.shape[0] - 1)
+    drifts = jnp.abs(_t_statistic(drift))
+    return drifts, jnp.asarray(limits, drifts.dtype).reshape(-1, *(1,) * (drifts.ndim - 1))
+
+
+def is_drift_suspicious(drift: Array) -> bool:
+    """Whether more moves should show if walkers drift; ``drift`` as in :class:`Evidence`."""
+    drifts, limits = _drifts(drift, MAX_SUSPICION / 2, MAX_SUSPICION / 2)
+    return bool(jnp.any(~(drifts <= limits)))
 
 
 def certify_bridges(reference: SiteCertificate, bridge: Bridge, tolerance: float) -> SiteCertificate:
     """Log Z at every draw: the reference's, plus the ratio, with both uncertainties."""
     ratios = jnp.moveaxis(bridge.log_ratios, 1, 0)
     # Both come from the same walkers: each island's product Ẑ_c R_c is unbiased, and their mean is what is estimated.
-    islands = reference.log_normalizers[:, None] + ratios
+    at_reference = (reference.log_normalizers - reference.estimate)[:, None]
+    islands = at_reference + ratios
     quantile = float(student_t.ppf(LIMIT_LEVEL, islands.shape[0] - 1))
     estimate, stderr = jackknife_log_mean_exp(islands)
-    ratio, ratio_stderr = jackknife_log_mean_exp(
-        ratios, jnp.broadcast_to(reference.log_normalizers[:, None], ratios.shape)
-    )
-    lower, upper = estimate - quantile * stderr, reference.upper + ratio + quantile * ratio_stderr
-    lower, upper = jnp.minimum(lower, upper), jnp.maximum(lower, upper)
+    ratio, ratio_stderr = jackknife_log_mean_exp(ratios, jnp.broadcast_to(at_reference, ratios.shape))
+
+    lower = estimate - quantile * stderr
+    upper = reference.upper - reference.estimate + ratio + quantile * ratio_stderr
+    lower, upper = jnp.minimum(lower, upper), jnp.maximum(upper, lower)
     one_sided = bool(jnp.any(jnp.isinf(reference.upper)))
     width = 2.0 * (estimate - lower) if one_sided else upper - lower
     what = "95% interval" if one_sided else "bracket"
@@ -374,8 +461,39 @@ def certify_bridges(reference: SiteCertificate, bridge: Bridge, tolerance: float
         estimate + stderr, width, what, ess, khat, bridge.acceptance, tolerance, MORE_TEMPERATURES
     )
     # What is wrong at the reference is wrong everywhere.
-    at_reference = tuple(f"at the draw in the middle: {flag}" for flag in reference.flags)
-    return SiteCertificate(estimate, stderr, lower, upper, ess, khat, islands, at_reference + flags)
+    inherited = tuple(f"at the draw in the middle: {flag}" for flag in reference.flags)
+    certificate = SiteCertificate(estimate, stderr, lower, upper, ess, khat, islands, inherited + flags)
+
+    total = bridge.level - reference.estimate
+    return _in_full(certificate, Evidence(reference=total, magnitude=jnp.abs(total)))
+
+
+def disagreement(
+    bridged: SiteCertificate, index: int, alone: SiteCertificate, num_comparisons: int, how: str
+) -> tuple[str, ...]:
+    """Flags where a draw's log Z from a bridge is not what annealing finds there, or where that is flagged.
+
+    Args:
+        bridged: Of all draws.
+        index: Which draw was annealed on its own.
+        alone: What that found.
+        num_comparisons: How many draws are compared; all together are flagged by chance as rarely as one would be.
+        how: In what way the draw is out of the ordinary.
+    """
+    estimate, stderr = bridged.estimate[index], bridged.stderr[index]
+    gap, error = jnp.abs(estimate - alone.estimate), jnp.hypot(stderr, alone.stderr)
+    probability = MAX_DRIFT_PROBABILITY / (num_comparisons * max(gap.size, 1))
+    limit = float(student_t.ppf(1.0 - 0.5 * probability, alone.log_normalizers.shape[0] - 1))
+    worst = int(np.argmax(np.ravel(np.asarray(gap / error))))
+    found, told = (float(np.ravel(np.asarray(values))[worst]) for values in (alone.estimate, estimate))
+    where = f"at draw {index} ({how})"
+    flags = _flag(
+        ~(gap <= limit * error),
+        f"{where} annealing finds log Z = {found:.3f}, and the bridge from the draw in the middle {told:.3f}{{where}}: "
+        "the walkers of the draw in the middle miss part of the energy there. Estimate log Z at such draws on their "
+        "own (without batch_ndims), in groups of draws that are alike, or fit closer draws.",
+    )
+    return flags + tuple(f"{where}, annealed on its own: {flag}" for flag in alone.flags)
 
 
 def _flags_of_weights(
@@ -415,6 +533,11 @@ def _t_statistic(values: Array) -> Array:
     """Mean over islands by its standard error; 0 where nothing moves."""
     error = jnp.std(values, axis=0, ddof=1) / jnp.sqrt(values.shape[0])
     return jnp.where(error == 0, 0.0, jnp.mean(values, axis=0) / error)
+
+
+def _largest(values: Array) -> float:
+    flat = np.ravel(np.asarray(values))
+    return float(flat[np.argmax(np.abs(flat))])
 
 
 def _worst(values: Array) -> float:

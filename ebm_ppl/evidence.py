@@ -1,7 +1,8 @@
 """Evidence about log Z at one energy site: annealing to it, back from it, and back from data."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,23 +11,29 @@ from jax import Array, random
 from jax.typing import ArrayLike
 
 from ebm_ppl.annealing import AnnealingOptions
-from ebm_ppl.certificate import UNREACHED_NATS, Evidence, pass_of
+from ebm_ppl.certificate import Evidence, is_drift_suspicious, pass_of
 from ebm_ppl.distribution import unwrap
+from ebm_ppl.drift import changes
+from ebm_ppl.edges import has_edges, share_beyond
 from ebm_ppl.inspection import unmasked
 from ebm_ppl.kernels import Kernel
 from ebm_ppl.model import BoundModel, Observation, Params, observations
 from ebm_ppl.placement import (
+    SETTLING_SCALES,
     Annealed,
     Progress,
     SiteAtParams,
     anneal_site,
+    draw,
     follow,
     resampled,
     settle,
 )
-from ebm_ppl.weights import jackknife_log_mean_exp
+from ebm_ppl.reach import share_unreached
 
-MAX_DATA_ROWS = 256
+NUM_START_DRAWS = 256
+# Walkers that seem to move on are given so many times the moves more.
+MORE_MOVES = 3
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,23 @@ class Plan:
     num_walkers: int
     num_temperatures: int | None
     num_settling_moves: int
+    may_settle_longer: bool = True
+
+
+class Gathered(NamedTuple):
+    """What :func:`gather` found.
+
+    Attributes:
+        evidence: For the certificate.
+        forward: The forward pass's walkers.
+        position: Equally weighted ones at the energy, moved on there, ``(num_chains, num_walkers, *batch, *event)``.
+        num_evaluations: Energy evaluations spent.
+    """
+
+    evidence: Evidence
+    forward: Annealed
+    position: Array
+    num_evaluations: int
 
 
 def gather(
@@ -48,12 +72,11 @@ def gather(
     plan: Plan,
     samples: Array | None,
     rows: Array | None,
-    progress: Progress,
-) -> tuple[Evidence, Annealed, int]:
-    """The passes that the method asks for, the forward one's walkers, and the cost in energy evaluations."""
+    progress: Progress | None = None,
+) -> Gathered:
+    """The passes that the method asks for, and what walkers and data rows say about them."""
     key_forward, key_resample, key_settle, key_reverse, key_data = random.split(rng_key, 5)
     kernel, options = plan.kernel, plan.options
-    num_walkers = plan.num_chains * plan.num_walkers
     # A reverse pass from given draws needs the forward pass for its ladder alone.
     forward = anneal_site(
         key_forward,
@@ -65,48 +88,80 @@ def gather(
         num_temperatures=plan.num_temperatures,
         progress=progress,
     )
-    num_temperatures = forward.ladder.betas.shape[0]
-    per_pass = num_temperatures * num_walkers * options.num_kernel_steps
+    site = replace(site, reference=forward.reference)
+    num_walkers = plan.num_chains * plan.num_walkers
+    per_pass = forward.ladder.betas.shape[0] * num_walkers * options.num_kernel_steps
     spent = per_pass + forward.num_pilot_evaluations
-    reverse = drift = None
     if plan.method == "reverse" and _misses_part_of_the_start(site, key_data):
         raise ValueError(
             f"The energy of site '{site.name}' is infinite on part of its base's support, where a reverse pass "
             "never comes: 1/Ẑ would leave that part out. Use method='bracket' or 'forward', or a base with the smaller "
             "support."
         )
+
+    position = resampled(key_resample, forward) if samples is None else site.transform.inv(samples)
+    reverse = drift = unreached = None
     if plan.method != "forward":
-        down = forward.ladder.reverse()
-        start = resampled(key_resample, forward) if samples is None else site.transform.inv(samples)
-        position, drift = settle(site, key_settle, start, forward.ladder.step_sizes[-1], plan.num_settling_moves)
-        spent += plan.num_settling_moves * num_walkers
-        backward = follow(key_reverse, site, kernel, options, down, position, progress)
-        spent += per_pass
-        weights = forward.ensemble.log_normalizers if samples is None else None
-        reverse = pass_of(backward.ensemble, backward.moves, weights)
-    unreached = None
+        position, drift, num_moves = _settle(key_settle, site, plan, forward, position)
+        # The pass donates its starting points.
+        start = jnp.copy(position)
+        backward = follow(key_reverse, site, kernel, options, forward.ladder.reverse(), start, progress)
+        weights = forward.relative.log_normalizers if samples is None else None
+        reverse = pass_of(backward.relative, backward.moves, weights)
+        spent += per_pass + num_moves * num_walkers
     if rows is not None and plan.method != "reverse":
-        alone = options._replace(ess_threshold=0.0)
-        back = follow(key_data, site, kernel, alone, forward.ladder.reverse(), site.transform.inv(rows))
-        unreached = _share_unreached(back, forward)
-        spent += num_temperatures * rows.shape[1] * options.num_kernel_steps
-    forward_pass = None if plan.method == "reverse" else pass_of(forward.ensemble, forward.moves)
-    return Evidence(forward_pass, reverse, drift, unreached), forward, spent
+        unreached, more = share_unreached(key_data, site, forward, position, rows, kernel, options)
+        spent += more
+
+    evidence = Evidence(
+        None if plan.method == "reverse" else pass_of(forward.relative, forward.moves),
+        reverse,
+        drift,
+        unreached,
+        _share_beyond(key_data, site, position),
+        forward.reference,
+        _magnitude(forward),
+    )
+    return Gathered(evidence, forward, position, spent)
+
+
+def _settle(
+    rng_key: Array, site: SiteAtParams, plan: Plan, forward: Annealed, position: Array
+) -> tuple[Array, Array, int]:
+    """Walkers moved on under the energy, what that changed, and how many moves each made."""
+    step_size, num_moves = forward.ladder.step_sizes[-1], plan.num_settling_moves
+    before, total = position, 0
+    for key, factor in zip(random.split(rng_key), (1, MORE_MOVES), strict=True):
+        position = settle(site, key, position, step_size, factor * num_moves, SETTLING_SCALES)
+        total += factor * num_moves
+        drift = changes(site, before, position)
+        # Where something seems to move, more moves show it, and bring the walkers nearer to where they belong.
+        if not (plan.may_settle_longer and is_drift_suspicious(drift)):
+            break
+    return position, drift, total
 
 
 def _misses_part_of_the_start(site: SiteAtParams, rng_key: Array) -> bool:
-    return bool(jnp.any(jnp.isposinf(site.path().difference(site.draw(rng_key, (1, MAX_DATA_ROWS))))))
+    return bool(jnp.any(jnp.isposinf(site.path().difference(site.draw(rng_key, (1, NUM_START_DRAWS))))))
 
 
-def _share_unreached(back: Annealed, forward: Annealed) -> Array:
-    """Share of data rows where annealing from the base arrives far more rarely than the model says.
+def _share_beyond(rng_key: Array, site: SiteAtParams, position: Array) -> Array:
+    """Of the energy's density or of its start's, whichever loses more to the range of floating point."""
+    batch_shape = site.distribution.batch_shape
+    if not has_edges(site.transform):
+        return jnp.zeros(batch_shape)
+    start = draw(site, rng_key, (position.shape[0], position.shape[1]))
+    return jnp.maximum(*(share_beyond(site.transform, u, len(batch_shape)) for u in (start, position)))
 
-    A trajectory that ends at a row and is followed back to the base weighs, on average, the density of forward
-    annealing's unweighted endpoints there over base·exp(−E); times Ẑ this is about 1 wherever annealing leads.
-    """
-    log_z, _ = jackknife_log_mean_exp(forward.ensemble.log_normalizers)
-    ratio = back.ensemble.log_weight[0] + log_z
-    return jnp.mean(~(ratio >= -UNREACHED_NATS), axis=0)
+
+@jax.jit
+def _magnitude(forward: Annealed) -> Array:
+    """How large the numbers are that the energy is computed as, ``batch``."""
+    ensemble = forward.relative
+    weights = jax.nn.softmax(ensemble.log_weight, axis=1) / ensemble.log_weight.shape[0]
+    potential = jnp.abs(ensemble.potential + forward.reference)
+    usual = jnp.sum(jnp.where(weights > 0, weights * potential, 0.0), axis=(0, 1))
+    return jnp.maximum(jnp.abs(forward.reference), usual)
 
 
 def given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chains: int, num_walkers: int) -> Array:
@@ -140,8 +195,8 @@ def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
     return full
 
 
-def data_rows(bound: BoundModel, params: Params, max_rows: int = MAX_DATA_ROWS) -> dict[str, Array]:
-    """Up to ``max_rows`` usable rows of every observed energy site, ``(1, rows, *batch, *event)``."""
+def data_rows(bound: BoundModel, params: Params, max_rows: int | None = None) -> dict[str, Array]:
+    """The usable rows of every observed energy site, evenly at most ``max_rows``, ``(num_rows, *batch, *event)``."""
     rows = {}
     for name, found in _observed(bound, params).items():
         energy = unwrap(found.distribution)
@@ -152,8 +207,8 @@ def data_rows(bound: BoundModel, params: Params, max_rows: int = MAX_DATA_ROWS) 
         num_rows = len(values)
         checks = (np.isfinite(values), np.asarray(energy.support(values)), unmasked(found.distribution))
         values = values[np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)]
-        if not len(values):
-            continue
-        chosen = np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))
-        rows[name] = jnp.asarray(values[chosen], float)[None]
+        if max_rows is not None and len(values) > max_rows:
+            values = values[np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))]
+        if len(values):
+            rows[name] = jnp.asarray(values, float)
     return rows

@@ -125,7 +125,7 @@ def log_normalizer(
         seen = {} if isinstance(model, EnergyDistribution) else data_rows(bound, one, MAX_EXACT_ROWS)
         exact = {}
         for name, distribution in found.items():
-            at_site = None if name not in seen else seen[name][0]
+            at_site = seen.get(name)
             exact[name] = exact_certificate(
                 *(
                     _exactly(method, name, distribution, num_points, at_site)
@@ -136,7 +136,7 @@ def log_normalizer(
         if isinstance(model, EnergyDistribution):
             marks = {"x": fingerprint(model)}
         else:
-            marks = fingerprints(bound, first, {name: _few(points[0]) for name, points in seen.items()})
+            marks = fingerprints(bound, first, {name: _few(points) for name, points in seen.items()})
         return _collect(exact, lead, method, fingerprints=marks, **belongs_to)
     if rng_key is None:
         raise ValueError(f"method = {method!r} is stochastic; expected a PRNG key such as jax.random.key(0).")
@@ -157,6 +157,7 @@ def log_normalizer(
         num_walkers,
         num_temperatures,
         num_settling_moves,
+        may_settle_longer=budget is None,
     )
     rows = data_rows(bound, one)
     sites, num_evaluations, keys = {}, 0, random.split(rng_key, len(found))
@@ -169,21 +170,22 @@ def log_normalizer(
         key_site, key_resample, key_settle, key_bridge = random.split(keys[index], 4)
         given = None if samples is None else given_samples(site, samples, num_chains, num_walkers)
         with tqdm(desc=f"log Z[{name}]", unit="temperature", delay=1.0, disable=not progress_bar) as bar:
-            evidence, forward, spent = gather(
-                key_site, site, plan, given, rows.get(name), partial(_report, bar, method)
-            )
-        sites[name] = certify(evidence, tolerance)
+            found_here = gather(key_site, site, plan, given, rows.get(name), partial(_report, bar, method))
+        sites[name] = certify(found_here.evidence, tolerance)
+        num_evaluations += found_here.num_evaluations
+
         # Where walkers and data are, whoever takes this log Z must have the same energy.
-        walkers = transform(forward.ensemble.position)
+        walkers = transform(found_here.forward.ensemble.position)
         visited[name] = _few(walkers.reshape(-1, *walkers.shape[2:]))
         if name in rows:
-            visited[name] = jnp.concatenate([visited[name], _few(rows[name][0])])
-        num_evaluations += spent
+            visited[name] = jnp.concatenate([visited[name], _few(rows[name])])
+
         if draws is not None:
+            forward = found_here.forward
             step_size = forward.ladder.step_sizes[-1]
-            position, _ = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
+            position = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
             reference = Reference(site, sites[name], position, step_size)
-            sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan.kernel, plan.options, tolerance)
+            sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan, tolerance, rows.get(name))
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
     marks = fingerprints(bound, first, visited)
     return _collect(sites, lead, method, num_evaluations=num_evaluations, fingerprints=marks, **belongs_to)

@@ -3,13 +3,13 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, random
+from jax import Array, lax, random
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.annealing import (
@@ -32,10 +32,9 @@ from ebm_ppl.distribution import (
     EnergyDistribution,
     annealing_path,
     evaluate_at,
-    potential_at,
     starting_distribution,
 )
-from ebm_ppl.kernels import MALA, Kernel, initial_step_size, move
+from ebm_ppl.kernels import MALA, Kernel, KernelState, initial_step_size
 from ebm_ppl.model import BoundModel, Params
 from ebm_ppl.resampling import systematic
 from ebm_ppl.weights import ess_fraction
@@ -43,6 +42,8 @@ from ebm_ppl.weights import ess_fraction
 NUM_PILOT_WALKERS = 256
 MAX_PILOT_RUNGS = 1000
 SECONDS_PER_PIECE = 0.5
+# One step size is refused in places much narrower than itself, so that nothing seems to move into them.
+SETTLING_SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 
 Progress = Callable[[int, int], object]
 """Told how many temperatures were just done, and how many the whole pass has."""
@@ -52,27 +53,50 @@ class Annealed(NamedTuple):
     """Where a ladder led.
 
     Attributes:
-        ensemble: The walkers at the ladder's end.
+        relative: The walkers at the ladder's end, as if the energy were lower by ``reference``.
         ladder: The ladder that they followed.
         moves: What the moves amounted to.
+        reference: What the site's ``reference`` was, ``batch``.
         num_pilot_evaluations: Energy evaluations of the pilot that chose the ladder.
     """
 
-    ensemble: Ensemble
+    relative: Ensemble
     ladder: Ladder
     moves: Moves
+    reference: Array
     num_pilot_evaluations: int = 0
 
+    @property
+    def ensemble(self) -> Ensemble:
+        """The walkers at the ladder's end, weights and potentials those of the energy itself."""
+        return _absolute(self.relative, self.reference)
 
-@partial(jax.tree_util.register_dataclass, data_fields=["bound", "params", "transform"], meta_fields=["name"])
+
+@jax.jit
+def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
+    return ensemble._replace(
+        potential=ensemble.potential + reference, log_normalizer=ensemble.log_normalizer - reference
+    )
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["bound", "params", "transform", "reference"],
+    meta_fields=["name"],
+)
 @dataclass(frozen=True)
 class SiteAtParams:
-    """One energy site of a model at fixed (unconstrained) parameters, in coordinates ``transform``."""
+    """One energy site of a model at fixed (unconstrained) parameters, in coordinates ``transform``.
+
+    ``reference``, of the batch shape, is subtracted from the energy along the path: sums of log weights then hold
+    numbers as small as the energy's variation, whatever constant it contains.
+    """
 
     name: str
     bound: BoundModel
     params: Params
     transform: Transform
+    reference: Array | None = None
 
     @property
     def distribution(self) -> EnergyDistribution:
@@ -86,8 +110,11 @@ class SiteAtParams:
 
     def path(self) -> Path:
         """From the starting distribution to the energy."""
-        distribution = self.distribution
-        return annealing_path(distribution, starting_distribution(distribution, self.name), self.transform)
+        distribution, reference = self.distribution, self.reference
+        path = annealing_path(distribution, starting_distribution(distribution, self.name), self.transform)
+        if reference is None:
+            return path
+        return path._replace(difference=lambda position: path.difference(position) - reference)
 
     def draw(self, rng_key: Array, shape: tuple[int, int]) -> Array:
         """Exact draws from the starting distribution, as positions."""
@@ -121,12 +148,16 @@ def anneal_site(
         progress: Called with the number of temperatures just done and of all, about twice a second.
     """
     key_pilot, key_start, key_run = random.split(rng_key, 3)
-    if bool(_at_start(site, key_pilot)):
+    at_start, level = _at_start(site, key_pilot)
+    site = replace(site, reference=level)
+    if bool(at_start):
         step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
         ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
         trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
-        return Annealed(ensemble, trivial, unmoved(step_size), NUM_PILOT_WALKERS)
-    pilot = _pilot(site, kernel, options, key_pilot)
+        return Annealed(ensemble, trivial, unmoved(step_size), level, NUM_PILOT_WALKERS)
+    pilot, level = _pilot(site, kernel, options, key_pilot)
+    # Where the energy's walkers are, and not where the base's are: there D may be larger by far.
+    site = replace(site, reference=site.reference + level)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
         raise ValueError(_why_annealing_stopped(site, key_pilot, pilot.ladder.betas[rungs - 1], rungs))
@@ -134,7 +165,7 @@ def anneal_site(
         # Powers of two, so that a few compiled lengths serve every call.
         num_temperatures = max(128, 2 ** math.ceil(math.log2(32 * rungs)))
     ladder = _refine(pilot, num_temperatures)
-    start = _draw(site, key_start, (num_chains, num_walkers))
+    start = draw(site, key_start, (num_chains, num_walkers))
     annealed = follow(key_run, site, kernel, options, ladder, start, progress)
     per_rung = options.num_kernel_steps + NUM_SETTLING_MOVES
     return annealed._replace(num_pilot_evaluations=NUM_PILOT_WALKERS * (1 + rungs * per_rung))
@@ -165,33 +196,36 @@ def follow(
             progress(length, total)
             # The first piece compiles and says nothing about speed.
             length = 16 if done == 1 else max(1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began)))
-    return Annealed(climb.ensemble, ladder, climb.moves._replace(acceptance=climb.moves.acceptance / total))
+    moves = climb.moves._replace(acceptance=climb.moves.acceptance / total)
+    reference = jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
+    return Annealed(climb.ensemble, ladder, moves, reference)
 
 
 def resampled(rng_key: Array, annealed: Annealed) -> Array:
     """Positions with equal weights: every island resampled by its weights, copies next to each other."""
-    ensemble = annealed.ensemble
+    ensemble = annealed.relative
     everywhere = jnp.ones(ensemble.log_normalizer.shape, bool)
     return resample_islands(rng_key, ensemble, everywhere, systematic).position
 
 
-@partial(jax.jit, static_argnames=("num_moves",))
+@partial(jax.jit, static_argnames=("scales",))
 def settle(
-    site: SiteAtParams, rng_key: Array, position: Array, step_size: Array, num_moves: int
-) -> tuple[Array, Array]:
-    """Move walkers on under the energy itself, by MALA.
-
-    Returns:
-        Positions, and how much the moves changed every island's mean ``|u|²`` and ``|u|``, ``(num_chains, 2,
-        *batch)``: zero in expectation for walkers that were the energy's.
-    """
+    site: SiteAtParams,
+    rng_key: Array,
+    position: Array,
+    step_size: Array,
+    num_moves: int,
+    scales: tuple[float, ...] = (1.0,),
+) -> Array:
+    """Move walkers on under the energy itself, by MALA whose steps are ``step_size`` times the ``scales`` in turn."""
     evaluate = partial(evaluate_at, site.distribution, site.transform)
-    start = evaluate(position)
-    after = move(MALA(), rng_key, start, evaluate, step_size, num_moves)[0].position
-    event_axes = tuple(range(start.potential.ndim, position.ndim))
-    radii = [jnp.sqrt(jnp.sum(u**2, axis=event_axes)) for u in (position, after)]
-    changes = [jnp.mean(radii[1] ** power - radii[0] ** power, axis=1) for power in (2, 1)]
-    return after, jnp.stack(changes, axis=1)
+    factors = jnp.asarray(scales, step_size.dtype)
+
+    def body(index: Array, state: KernelState) -> KernelState:
+        here = step_size * factors[index % len(scales)]
+        return MALA().step(random.fold_in(rng_key, index), state, evaluate, here)[0]
+
+    return lax.fori_loop(0, num_moves, body, evaluate(position)).position
 
 
 def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rungs: int) -> str:
@@ -212,32 +246,41 @@ def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rung
 
 
 @jax.jit
-def _at_start(site: SiteAtParams, rng_key: Array) -> Array:
-    position = site.draw(rng_key, (1, NUM_PILOT_WALKERS))
-    return jnp.all(ess_fraction(-site.path().difference(position), axis=1) > 0.9999)
+def _at_start(site: SiteAtParams, rng_key: Array) -> tuple[Array, Array]:
+    """Whether the starting distribution already is the energy, and the level of D there."""
+    difference = site.path().difference(site.draw(rng_key, (1, NUM_PILOT_WALKERS)))
+    return jnp.all(ess_fraction(-difference, axis=1) > 0.9999), _level(difference)
+
+
+def _level(difference: Array) -> Array:
+    """Median over walkers of what is finite, ``batch``; 0 where nothing is."""
+    level = jnp.nanmedian(jnp.where(jnp.isfinite(difference), difference, jnp.nan), axis=(0, 1))
+    return jnp.where(jnp.isnan(level), 0.0, level)
 
 
 @partial(jax.jit, static_argnames=("kernel", "options"))
-def _pilot(site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_key: Array) -> Pilot:
+def _pilot(site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_key: Array) -> tuple[Pilot, Array]:
+    """The protocol, and the level of D where it leads."""
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (1, NUM_PILOT_WALKERS))
     step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
-    return run_pilot(kernel, key_run, site.path(), position, step_size, options, max_rungs=MAX_PILOT_RUNGS)
+    pilot = run_pilot(kernel, key_run, site.path(), position, step_size, options, max_rungs=MAX_PILOT_RUNGS)
+    return pilot, _level(pilot.difference)
 
 
 @partial(jax.jit, static_argnames=("shape",))
 def _exact_start(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Ensemble:
     path, position = site.path(), site.draw(rng_key, shape)
     difference = path.difference(position)
-    potential = potential_at(site.distribution, site.transform, position)
-    return Ensemble(position, potential, -difference, jnp.zeros_like(difference[:, 0]))
+    return Ensemble(position, path.start(position) + difference, -difference, jnp.zeros_like(difference[:, 0]))
 
 
 _refine = jax.jit(refine_ladder, static_argnames=("num_temperatures",))
 
 
 @partial(jax.jit, static_argnames=("shape",))
-def _draw(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Array:
+def draw(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Array:
+    """Exact draws from the site's starting distribution, as positions."""
     return site.draw(rng_key, shape)
 
 

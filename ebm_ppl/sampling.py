@@ -118,7 +118,7 @@ def sample(
         )
         step_size = annealed.ladder.step_sizes[-1]
         num_moves = num_warmup if method == "mala" else 32
-        position, _ = settle(site, key_settle, resampled(key_resample, annealed), step_size, num_moves)
+        position = settle(site, key_settle, resampled(key_resample, annealed), step_size, num_moves)
         # Resampled walkers are in order: any fixed place among them would favour one end of the weights.
         picked = position[jnp.arange(num_chains), random.randint(key_pick, (num_chains,), 0, position.shape[1])]
         if method != "smc":

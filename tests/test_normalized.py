@@ -239,7 +239,7 @@ def test_predictive_draws_at_a_point():
 
 def test_annealed_values_serve_as_well():
     log_z = ebm.log_normalizer(
-        random.key(0), model, {"rate": jnp.array(3.0)}, X, method="forward", num_temperatures=64, progress_bar=False
+        random.key(0), model, {"rate": jnp.array(3.0)}, X, num_temperatures=64, progress_bar=False
     )
     found, _ = log_density(ebm.normalized(model, log_z), (X,), {}, {})
     error = found - log_density_of_rows(np.array(3.0)).sum()
