@@ -13,6 +13,7 @@ from jax import random
 from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import Predictive
+from numpyro.infer.util import log_density
 
 matplotlib.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
@@ -51,6 +52,15 @@ def checking_is_right(scope):
 def concepts_are_right(scope):
     draws = Predictive(scope["generator"], num_samples=50)(random.key(0))["x"]
     assert draws.shape == (50, 2)
+
+    # What the page says cannot be detected is not.
+    assert scope["missed"].is_certified
+    assert float(scope["missed"].estimate["x"]) == pytest.approx(0, abs=1e-3)
+    assert abs(float(scope["mass"]) - 1) > 0.3
+    assert float(scope["slope"]) == pytest.approx(-0.5)
+    assert float(scope["ratio"]) == pytest.approx(-0.5)
+    log_joint = log_density(scope["by_hand"], (np.zeros(3),), {}, {"lam": 9.0})[0]
+    assert log_joint == 0
 
 
 def comparing_is_right(scope):
