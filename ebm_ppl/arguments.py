@@ -180,13 +180,18 @@ def _compares_by_value(value: Any) -> bool:
 
 
 def _content_of_object(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
-    """By the arrays and the state that an object gives away to be copied; one that gives none is itself alone."""
+    """By the array that it says it is, and by the state that it gives away to be copied (labels, say).
+
+    One that gives neither is itself alone.
+    """
+    array: Hashable = None
     if hasattr(value, "__array__"):
         try:
-            return _content_of_array(np.asarray(value), seen)
+            array = _content_of_array(np.asarray(value), seen)
         except Exception:
-            return _content_of_state(value, seen)  # a tensor that must be detached first, say
-    return _content_of_state(value, seen)
+            array = None  # a tensor that must be detached first, say
+    state = _content_of_state(value, seen)
+    return array if array is not None and isinstance(state, _Identity) else (array, state)
 
 
 def _content_of_state(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:

@@ -84,9 +84,11 @@ def to_arviz(
 
     - ``posterior_predictive``: draws of x with equal weights, each island resampled on its own (duplicates adjacent).
     - ``sample_stats``: of the *weighted* walkers: ``log_weight``, ``energy``, ``energy_<factor>`` where factors are
-      named, and ``ancestor``, the walker that each draw of ``posterior_predictive`` is a copy of.
+      named, and ``ancestor``, the walker that each draw of ``posterior_predictive`` is a copy of.  The groups'
+      attributes say so: ``draws_are_weighted`` (1 or 0), ``draws``, and ``log_weights`` (where these are).
     - ``islands``: ``ess`` and Pareto ``khat`` of every island's weights, and which were ``held_out``.
-    - ``observed_data``: the data at observed sites, every plate at its full size, and nothing else.
+    - ``observed_data``: the data at observed sites, every plate at its full size, and nothing else.  What a mask leaves
+      out is NaN.
     - ``training``: ``Fit.history`` over ``step``.
 
     A :class:`VERA` fit has 4 × 1,000 independent draws of its generator (or ``draws``), ``sample_stats`` with their
@@ -99,7 +101,12 @@ def to_arviz(
     energy sites, variables that every site has end in ``_<site>``.
 
     Posterior draws, a dict of arrays ``(chain, draw, ...)``, give ``posterior``, ``observed_data`` and, with a
-    ``log_normalizer`` of the same draws (``batch_ndims=2``), ``log_likelihood``.
+    ``log_normalizer`` of the same draws (``batch_ndims=2``), ``log_likelihood``.  Rows that a mask leaves out are absent
+    from that, so that LOO does not count them; coordinates say which rows are left.  A mask over several plates that
+    leaves no whole slices out gives one dimension ``<site>_row``, with ``<site>_<plate>`` along it.
+
+    Names are the model's, but for two: a slash becomes a dot, and a name that is then taken (by another one, or by
+    ``chain``, ``draw`` and ``step``) gets an underscore.
 
     A number that rests on a log Z with flags is left out, and a warning says why.
 
@@ -112,15 +119,17 @@ def to_arviz(
         draws: Draws of x by site name, ``(chain, draw, ...)``, from :func:`sample`: ``posterior_predictive`` is then
             made of them.
         allow_uncertified: Write numbers that rest on an uncertified log Z; the flags go to the attributes.
-        coords: Coordinate values by dimension name.
-        dims: Names of an event's dimensions by site name; ``<site>_dim_<k>`` otherwise.
+        coords: Coordinate values by dimension name, plates' included.
+        dims: Names of an event's dimensions by site name, and of a parameter's (of every leaf, where it is a tree);
+            ``<name>_dim_<k>`` otherwise.
         kwargs: The model's keyword arguments.
 
     Returns:
         ``arviz.InferenceData`` (ArviZ 0.23) or ``xarray.DataTree`` (1.x); ``to_netcdf`` works on both.
 
     Raises:
-        ValueError: ``log_normalizer`` lacks a site or belongs to other parameters, or ``dims`` do not fit an event.
+        ValueError: ``log_normalizer`` lacks a site or belongs to other parameters; ``dims`` or ``coords`` name what is
+            not there or do not fit; a mask differs from draw to draw.
     """
     import xarray as xr
 

@@ -69,8 +69,8 @@ def test_nothing_but_the_data_points_to_that_well():
     assert float(blind) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_well_that_slopes_point_to():
-    """Eight of its scales from the nearest node, where the values show nothing of it yet."""
+def test_a_well_whose_skirt_reaches_the_nodes():
+    """No data: what the lattice sees of it at its foot is enough to split down to it."""
     base, energy, _ = spiked([3.05, 2.95], 1e-2)
     log_z, flags = quadrature(ebm.EnergyDistribution(energy, base))
     assert flags == ()

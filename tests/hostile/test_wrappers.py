@@ -87,6 +87,27 @@ class Tensor:
         return np.array([self.k, self.k], dtype)
 
 
+class Labelled(Tensor):
+    """An array that is the same, with labels that are not."""
+
+    def __array__(self, dtype=None, copy=None):
+        return np.zeros(2, dtype)
+
+
+class Detached(Tensor):
+    """One that is no array before it is asked politely."""
+
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("detach first")
+
+
+class Opaque(Tensor):
+    """One that nothing can be told of but its array."""
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("cannot pickle")
+
+
 def frame(k):
     return pd.DataFrame({"k": [k, 2.0], "name": ["a", "b"]}, index=pd.Index([3, 4], name="row"))
 
@@ -104,6 +125,9 @@ MAKERS = [
     Unhashable,
     Slotted,
     Tensor,
+    Labelled,
+    Detached,
+    Opaque,
     frame,
     strings,
     objects,
@@ -123,7 +147,7 @@ def test_content_is_what_makes_arguments_equal(make):
     assert one != other
 
 
-@pytest.mark.parametrize(("make", "change"), [(Plain, "k"), (Unhashable, "k"), (Tensor, "k")])
+@pytest.mark.parametrize(("make", "change"), [(Plain, "k"), (Unhashable, "k"), (Tensor, "k"), (Opaque, "k")])
 def test_an_object_changed_in_place_is_another_argument(make, change):
     value = make(1.0)
     before = content(value)
