@@ -49,7 +49,7 @@ class Target:
     @cached_property
     def version(self) -> str:
         """A digest of all that defines it: another one, and results that were kept no longer count."""
-        parts = [inspect.getsource(self.model), self.method, repr(sorted(self.options.items())), repr(self.benign)]
+        parts = [inspect.getsource(self.model), self.method, repr(sorted(self.options.items()))]
         arrays = [np.asarray(self.truth, float), *(np.asarray(v) for _, v in sorted((self.p | self.params).items()))]
         arrays += [] if self.data is None else [self.data]
         # Truths come from SciPy and may differ in the last digits.

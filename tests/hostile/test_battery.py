@@ -1,5 +1,6 @@
 """The battery's quick form: nothing visible is certified and wrong, and its truths and its judge are right."""
 
+import dataclasses
 import importlib
 import pathlib
 from types import SimpleNamespace
@@ -65,7 +66,7 @@ def test_the_battery_is_large_and_its_marks_are_reasoned(targets):
         "inverse gamma 3",
         "pole in an interval 0.1",
         "simplex (2, 3, 6) by quadrature",
-        "batch, one wide",
+        "batch of Gaussians by quadrature",
         "draws of a tail, one heavy",
         "Curie-Weiss 10, 0.5",
         "chain of 3 colours",
@@ -122,12 +123,11 @@ def test_the_judge(battery, truth, log_z, outcome):
 
 def test_another_definition_is_run_anew(battery, targets):
     target = targets["wells"][0]
-    dataclasses = importlib.import_module("dataclasses")
     assert dataclasses.replace(target, truth=target.truth + 0.1).version != target.version
     assert dataclasses.replace(target, options={"num_walkers": 8}).version != target.version
     changed = target.p | {"base": target.p["base"] * 1.01}
     assert dataclasses.replace(target, p=changed).version != target.version
-    assert dataclasses.replace(target, quick=not target.quick).version == target.version
+    assert dataclasses.replace(target, quick=not target.quick, benign=not target.benign).version == target.version
 
 
 def test_lines_that_were_cut_off_are_done_again(battery, tmp_path):
