@@ -100,8 +100,8 @@ def to_arviz(
 
     Posterior draws, a dict of arrays ``(chain, draw, ...)``, give ``posterior``, ``observed_data`` and, with a
     ``log_normalizer`` of the same draws (``batch_ndims=2``), ``log_likelihood``.  Rows that a mask leaves out are
-    absent from that, so that LOO does not count them; coordinates say which rows are left.  A mask over several plates that
-    leaves no whole slices out gives one dimension ``<site>_row``, with ``<site>_<plate>`` along it.
+    absent from that, so that LOO does not count them; coordinates say which rows are left.  A mask over several plates
+    that leaves no whole slices out gives one dimension ``<site>_row``, with ``<site>_<plate>`` along it.
 
     Names are the model's, but for two: a slash becomes a dot, and a name that is then taken (by another one, or by
     ``chain``, ``draw`` and ``step``) gets an underscore.
