@@ -19,12 +19,13 @@ from numpyro.distributions.transforms import (
 
 from ebm_ppl.geometry import CholeskyAffine
 
-# Two zones before an edge, each so wide in u: walkers in the inner over those in the outer say how the density falls.
-ZONE = 4.0
+# Two zones before an edge, each so wide in u, or in units of the edge's u where that is more (far edges matter where
+# densities fall slowly): walkers in the inner over those in the outer say how the density falls.
+ZONE, RELATIVE_ZONE = 4.0, 0.2
 # Coordinates of a walker that are looked at, the largest in size.
 NUM_COORDINATES = 8
 # With fewer walkers in the inner zone nothing is extrapolated.
-MIN_WALKERS = 3
+MIN_WALKERS = 5
 MAX_FACTOR = 100.0
 
 
@@ -49,15 +50,15 @@ def share_beyond(transform: Transform, position: Array, batch_ndims: int) -> Arr
         position: Equally weighted u, ``(num_chains, num_walkers, *batch, *event)``.
         batch_ndims: How many batch dimensions there are.
     """
-    inner, both = (_count_near(transform, position, batch_ndims, reach) for reach in (ZONE, 2 * ZONE))
+    inner, both = (_count_near(transform, position, batch_ndims, zones) for zones in (1, 2))
     ratio = (inner + 0.5) / (both - inner + 1.0)
     factor = jnp.where(ratio < 1.0, ratio / jnp.maximum(1.0 - ratio, 1.0 / MAX_FACTOR), MAX_FACTOR)
     share = inner / (position.shape[0] * position.shape[1])
     return jnp.minimum(jnp.where(inner >= MIN_WALKERS, share * factor, share), 1.0)
 
 
-def _count_near(transform: Transform, position: Array, batch_ndims: int, reach: float) -> Array:
-    """How many coordinates of all walkers are within ``reach`` of an edge, ``batch``."""
+def _count_near(transform: Transform, position: Array, batch_ndims: int, num_zones: int) -> Array:
+    """How many coordinates of all walkers are within so many zones of an edge, ``batch``."""
     lead = position.shape[: 2 + batch_ndims]
     flat = position.reshape(*lead, -1)
     num_looked_at = min(NUM_COORDINATES, flat.shape[-1])
@@ -66,9 +67,9 @@ def _count_near(transform: Transform, position: Array, batch_ndims: int, reach: 
     def is_near(which: Array) -> Array:
         here = jnp.arange(flat.shape[-1]) == which[..., None]
         outwards = jnp.where(here, jnp.where(flat < 0, -1.0, 1.0), 0.0)
-        first, second = (
-            _flushed(transform((flat + step * outwards).reshape(position.shape))) for step in (reach, reach + 1.0)
-        )
+        step = jnp.maximum(num_zones * ZONE, jnp.abs(flat) * (1.0 / (1.0 - num_zones * RELATIVE_ZONE) - 1.0))
+        farther = flat + step * outwards
+        first, second = (_flushed(transform(u.reshape(position.shape))) for u in (farther, farther + outwards))
         event_axes = tuple(range(len(lead), first.ndim))
         # Where x no longer follows u, or has become infinite, u is off the edge.
         return jnp.all(first == second, axis=event_axes) | ~jnp.all(jnp.isfinite(first), axis=event_axes)
