@@ -299,13 +299,16 @@ def flags_of_exact(estimate: Array) -> tuple[str, ...]:
     )
 
 
-def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURES) -> SiteCertificate:
+def certify(
+    evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURES, *, is_running: bool = False
+) -> SiteCertificate:
     """Estimate log Z, bound it, and flag whatever speaks against it.
 
     Args:
         evidence: At least one direction.
         tolerance: Widest acceptable bracket (or, with one direction only, two-sided 95% interval), in nats.
         remedy: What a user should do about noisy weights.
+        is_running: Whether it is a fit's running value, of which the caller says that one direction is not enough.
     """
     forward, reverse = evidence.forward, evidence.reverse
     passes = [p for p in (forward, reverse) if p is not None]
@@ -348,7 +351,7 @@ def certify(evidence: Evidence, tolerance: float, remedy: str = MORE_TEMPERATURE
         "the forward pass's lower limit lies above the reverse pass's upper one{where}: the draws that the reverse "
         "pass started from are not the model's. Take more temperatures, or other samples=.",
     )
-    flags += _flags_of_one_direction(evidence) + _flags_of_walkers(evidence)
+    flags += (() if is_running else _flags_of_one_direction(evidence)) + _flags_of_walkers(evidence)
     certificate = SiteCertificate(estimate, stderr, lower, upper, ess, khat, log_normalizers, flags)
     return _in_full(certificate, evidence)
 

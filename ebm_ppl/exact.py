@@ -106,7 +106,7 @@ def integral(
     has_slopes = len(corner) <= NUM_CELLS_WITH_SLOPES
     density = integrand.density(nodes, has_slopes)
     if isinstance(density.log_value, jax.core.Tracer):
-        return _integral_in_model(integrand, num_points or POINTS_IN_MODELS[integrand.dims], rows)
+        return _integral_in_model(integrand, num_points, rows)
 
     at_rows = None if rows is None else integrand.rows(rows)
     cells = judge(density, corner, width, at_rows)
@@ -205,10 +205,12 @@ def rounding_flag(rounding: float, dtype: jnp.dtype) -> str:
     )
 
 
-def _integral_in_model(integrand: Integrand, num_points: int, rows: Array | None) -> Exact:
+def _integral_in_model(integrand: Integrand, num_points: int | None, rows: Array | None) -> Exact:
     """The same under a trace: cells are found at fixed parameters, and their nodes then carry the derivatives."""
     dims, batch = integrand.dims, integrand.batch
-    per_axis = _cells_per_axis(num_points)
+    per_axis = _cells_per_axis(num_points or POINTS_IN_MODELS[dims])
+    # Who asks for more points has mass in more cells.
+    num_cells = CELLS_IN_MODELS[dims] if num_points is None else max(CELLS_IN_MODELS[dims], per_axis**dims)
     corner, width, at_lattice = lattice(integrand.half_width, per_axis, batch, dims, integrand.dtype)
 
     def search(position: Array) -> tuple[Cells, _Verdict, Array]:
@@ -219,7 +221,7 @@ def _integral_in_model(integrand: Integrand, num_points: int, rows: Array | None
         cells = refine(integrand.density, cells, at_rows, accuracy(), EFFORT_IN_MODELS[dims], is_traced=True)
         log_missed = log_share_beyond(density.log_value, per_axis, dims, width[0, 0], integrand.steepening)
         log_z, verdict = _verdict(cells, log_missed, at_rows, integrand.half_width)
-        index, chosen = heaviest(cells, CELLS_IN_MODELS[dims])
+        index, chosen = heaviest(cells, num_cells)
         rest = cells.log_mass.at[index, jnp.arange(batch)].set(-jnp.inf)
         log_rest = logsumexp(rest, axis=0)
         # What has no derivative counts as missed.

@@ -106,13 +106,23 @@ def _discrete_points(base: Any, num: int) -> Array:
     element: Any = base
     while isinstance(element, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
         element = element.base_dist
-    if element.has_enumerate_support and not element.event_shape:
-        support = jnp.ravel(element.enumerate_support(expand=False))
+    support = _states_of(element)
+    if support is not None:
         digits = _digits(len(support), math.prod(base.event_shape), num)
         states = support[digits].reshape(-1, *(1,) * len(base.batch_shape), *base.event_shape)
         points.append(jnp.broadcast_to(states, (len(digits), *base.batch_shape, *base.event_shape)))
 
     return jnp.concatenate(points)
+
+
+def _states_of(element: Any) -> Array | None:
+    """The states that all elements have, where one list serves them all."""
+    if not element.has_enumerate_support or element.event_shape:
+        return None
+    try:
+        return jnp.ravel(element.enumerate_support(expand=False))
+    except NotImplementedError:  # unequal bounds
+        return None
 
 
 def _digits(size: int, num_elements: int, num: int) -> np.ndarray:

@@ -69,7 +69,10 @@ class JarzynskiState:
         walker has found would go unnoticed.  :func:`ebm_ppl.log_normalizer` looks for that.
         """
         remedy = "re-anchor it with Jarzynski.refresh(...), or estimate it afresh with ebm_ppl.log_normalizer(...)"
-        sites = {name: certify(Evidence(w.held_out()), tolerance, remedy) for name, w in self.walkers.items()}
+        sites = {
+            name: certify(Evidence(w.held_out()), tolerance, remedy, is_running=True)
+            for name, w in self.walkers.items()
+        }
         unchecked = (
             "the running value is not held against the data, nor bounded from above: use ebm_ppl.log_normalizer."
         )

@@ -81,14 +81,14 @@ class _ExactNormalizers(KnownNormalizers):
 
     def _normalize(self, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
         require_no_rows(name, distribution)
+        # Numbers are looked at once; traced energies tell no earlier than they run.
+        doubt = np.zeros(()) if name in self.checked else require_pointwise(name, distribution)
         discrete = distribution.support.is_discrete
         found = total(distribution, name) if discrete else integral(distribution, name, self.num_points, self.rows)
         if found.flags:
             method = "Enumeration" if discrete else "Quadrature"
             raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(found.flags)}")
 
-        # Numbers are looked at once; traced energies tell no earlier than they run.
-        doubt = np.zeros(()) if name in self.checked else require_pointwise(name, distribution)
         if isinstance(doubt, jax.core.Tracer):
             return distribution.with_log_normalizer(found.estimate + doubt)
         self.checked.add(name)

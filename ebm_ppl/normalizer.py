@@ -113,7 +113,8 @@ def log_normalizer(
         raise ValueError("Both budget and num_temperatures are given; expected one of them.")
     if batch_ndims and method == "reverse":
         raise ValueError("method = 'reverse' with batch_ndims: bridges start from forward walkers; use 'bracket'.")
-    params = {} if params is None else dict(params)
+    # Loops index what is substituted in them, which NumPy's arrays refuse under a trace.
+    params = {} if params is None else jax.tree.map(jnp.asarray, dict(params))
     draws, lead = _flatten_draws(params, batch_ndims)
     one = params if draws is None else _draw_in_the_middle(draws)
     is_exact = method in ("quadrature", "enumeration")

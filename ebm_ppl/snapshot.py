@@ -38,8 +38,12 @@ class Snapshot:
     content: "Content"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call ``fn``."""
-        return self.fn(*args, **kwargs)
+        """Call ``fn``; what it changes itself, such as a counter of its own, does not make it another."""
+        is_known = _present(self.fn) is self
+        result = self.fn(*args, **kwargs)
+        if is_known:
+            _keep(self, content_of(self.fn))
+        return result
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Snapshot) and self.fn is other.fn and self.content == other.content
@@ -48,9 +52,35 @@ class Snapshot:
         return hash((id(self.fn), self.content))
 
 
+# The last snapshot of callables, by their identity, and the content that its last run left behind.
+_LAST: dict[int, tuple[Snapshot, "Content"]] = {}
+_MAX_KEPT = 128
+
+
 def snapshot(fn: Callable[..., Any]) -> Snapshot:
     """``fn`` with its present content; a snapshot stays what it is."""
-    return fn if isinstance(fn, Snapshot) else Snapshot(fn, content_of(fn))
+    if isinstance(fn, Snapshot):
+        return fn
+    present = _present(fn)
+    if present is None:
+        present = Snapshot(fn, content_of(fn))
+        _keep(present, present.content)
+    return present
+
+
+def _present(fn: Callable[..., Any]) -> Snapshot | None:
+    """The last snapshot of ``fn``, if nothing but its own runs has changed it since."""
+    if id(fn) not in _LAST:
+        return None
+    last, left = _LAST[id(fn)]
+    return last if last.fn is fn and left == content_of(fn) else None
+
+
+def _keep(made: Snapshot, left: "Content") -> None:
+    _LAST.pop(id(made.fn), None)
+    _LAST[id(made.fn)] = made, left
+    if len(_LAST) > _MAX_KEPT:
+        del _LAST[next(iter(_LAST))]
 
 
 @dataclasses.dataclass(frozen=True)

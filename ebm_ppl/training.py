@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ebm_ppl.errors import NonFiniteError
 from ebm_ppl.model import Arguments, Params
-from ebm_ppl.snapshot import Content, content_of
+from ebm_ppl.snapshot import Snapshot, snapshot
 
 MAX_CHUNK = 1024
 SECONDS_PER_CHUNK = 0.5
@@ -64,13 +64,13 @@ def run(backend: Backend, init_state: Any, num_steps: int, arguments: Arguments,
     """
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}; expected at least 1.")
-    state, content = jax.tree.map(jnp.array, init_state), content_of(backend)
+    state, programs = jax.tree.map(jnp.array, init_state), _programs_of(backend)
     done, length, pieces = 0, 1, []
     with tqdm(total=num_steps, disable=not progress_bar) as bar, _deferred_interrupt() as interrupted:
         while done < num_steps and not interrupted:
             length = min(length, num_steps - done)
             began = time.perf_counter()
-            state, history, ran, finite = _chunk(backend, state, arguments, length, content)
+            state, history, ran, finite = _chunk(backend, state, arguments, length, programs)
             ran = int(ran)  # the chunk's one sync
             elapsed = time.perf_counter() - began
             pieces.append(jax.tree.map(lambda h, ran=ran: np.asarray(h)[:ran], jax.device_get(history)))
@@ -87,14 +87,19 @@ def run(backend: Backend, init_state: Any, num_steps: int, arguments: Arguments,
     return _fit(backend, state, pieces)
 
 
+def _programs_of(backend: Backend) -> tuple[Snapshot, ...]:
+    """The model, a generator: whatever the backend calls that may close over something."""
+    return tuple(snapshot(value) for value in vars(backend).values() if callable(value))
+
+
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
 def _chunk(
-    backend: Backend, state: Any, arguments: Arguments, num_steps: Array, content: Content | None = None
+    backend: Backend, state: Any, arguments: Arguments, num_steps: Array, programs: tuple[Snapshot, ...] = ()
 ) -> tuple[Any, dict[str, Any], Array, dict[str, Array]]:
     """Up to ``num_steps`` updates in one compiled loop of dynamic length; stops at the first that is not finite.
 
-    Every length shares one executable, so the last short chunk does not compile again.  ``content`` is what the
-    backend refers to, its model's closure included: where that has changed, the executable is another.
+    Every length shares one executable, so the last short chunk does not compile again.  ``programs`` are the
+    backend's callables with their present content: where a model's closure has changed, the executable is another.
     """
 
     def update(state: Any) -> tuple[Any, dict[str, Any], dict[str, Array]]:
