@@ -25,8 +25,8 @@ MIN_TURNOVER = 1.0
 # How often a site whose walkers are at equilibrium may be said to drift in |u|², and in |u|; and in the tails' shares.
 MAX_DRIFT_PROBABILITY = 0.003
 MAX_SHIFT_PROBABILITY = 0.005
-# How often such walkers are given more moves to be sure.
-MAX_SUSPICION = 0.02
+# How often, at most, such walkers are given more moves to be sure.
+MAX_SUSPICION = 0.05
 # The share of a density beyond floating point's range that is added to the upper limit; more of it is refused.
 MAX_BEYOND = 0.02
 # Rounding, in nats, that is added to the errors: more of it is refused where it rivals the sampling error.

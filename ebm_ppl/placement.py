@@ -43,7 +43,8 @@ NUM_PILOT_WALKERS = 256
 MAX_PILOT_RUNGS = 1000
 SECONDS_PER_PIECE = 0.5
 # One step size is refused in places much narrower than itself, so that nothing seems to move into them.
-SETTLING_SCALES = (1.0, 1 / 4, 1 / 16, 1 / 64)
+# Half of the moves take full steps: resampled copies must part as well.
+SETTLING_SCALES = (1.0, 1 / 4, 1.0, 1 / 16, 1.0, 1 / 64)
 
 Progress = Callable[[int, int], object]
 """Told how many temperatures were just done, and how many the whole pass has."""

@@ -8,11 +8,12 @@ import pytest
 from jax import random
 from numpyro.distributions import biject_to, constraints
 from scipy.special import gammaln
+from scipy.stats import binom
 from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
 from ebm_ppl.annealing import AnnealingOptions, Moves
-from ebm_ppl.certificate import Evidence, Pass, certify, is_drift_suspicious
+from ebm_ppl.certificate import MAX_SUSPICION, Evidence, Pass, certify, is_drift_suspicious
 from ebm_ppl.drift import changes
 from ebm_ppl.edges import share_beyond
 from ebm_ppl.geometry import standardizing_transform
@@ -272,12 +273,16 @@ def funnel(num_dims, scale=1.0):
     return ebm.EnergyDistribution(energy, base)
 
 
-@pytest.mark.parametrize("num_dims", [2, 5])
-def test_a_funnel_is_bracketed_or_flagged(num_dims):
-    distribution = funnel(num_dims)
-    for seed in range(4):
+@pytest.mark.parametrize(("num_dims", "num_seeds", "most"), [(2, 16, 2), (5, 4, 0)])
+def test_a_funnel_is_bracketed_or_flagged(num_dims, num_seeds, most):
+    """A bracket may miss as often as limits at 97.5% do; with |u| and one step size alone a third of them did."""
+    distribution, missed = funnel(num_dims), 0
+    for seed in range(num_seeds):
         log_z = log_z_of(distribution, seed, num_walkers=64)
-        assert not log_z.is_certified or log_z.lower["x"] <= 0 <= log_z.upper["x"], log_z
+        lower, upper = float(log_z.lower["x"]), float(log_z.upper["x"])
+        missed += log_z.is_certified and not lower <= 0 <= upper
+        assert not log_z.is_certified or max(lower, -upper) < 4 * log_z.stderr["x"], log_z
+    assert missed <= most
 
 
 def test_tails_tell_what_means_do_not():
@@ -310,7 +315,7 @@ def test_tails_of_independent_draws_change_by_chance():
     passed = np.abs(np.stack(statistics)) > student_t.ppf(0.995, 15)
     # 60 · 22 statistics, those of |u|, U and |∇U| all the same here: 5 standard errors of some 500 independent ones.
     assert 0 < passed.mean() < 0.01 + 5 * np.sqrt(0.01 / 500)
-    assert suspicions <= 6
+    assert suspicions <= binom.ppf(1 - 1e-4, 60, MAX_SUSPICION)
 
 
 # log Z over draws
