@@ -135,7 +135,8 @@ def judge(density: Density, corner: Array, width: Array, rows: Rows | None) -> C
     log_value, magnitude = (_batch_first(values, num_cells).reshape(shape) for values in density[:2])
     top = jnp.max(log_value, axis=axes)
     top = jnp.where(jnp.isfinite(top), top, 0.0)
-    value = jnp.exp(log_value - _beside(top, dims))
+    # Compiled code may evaluate the same density twice, and of 1e9 the last digit is 128: over the top is at the top.
+    value = jnp.exp(jnp.minimum(log_value - _beside(top, dims), 0.0))
     noise = eps * jnp.where(value > 0, value * magnitude, 0.0)
     floor = 4 * jnp.max(noise, axis=axes)
 
@@ -225,6 +226,24 @@ def relative_error(cells: Cells) -> Array:
     """All errors over all mass, ``(batch,)``."""
     total = logsumexp(cells.log_mass, axis=0)
     return jnp.exp(logsumexp(cells.log_error, axis=0) - total)
+
+
+# What a jump looks like (a kink straightens out in small cells): splitting has made a cell so much smaller, the density
+# in it is more than exp(-14) of its largest, and its series still does not end.
+SMALL, LOG_DENSE, LOG_JUMP = 2.0**-4, -14.0, -7.0
+
+
+def has_jump(cells: Cells, width: Array) -> Array:
+    """Whether the density jumps where there is mass, ``(batch,)``; ``width`` is that of the lattice's cells.
+
+    In two dimensions no splitting resolves a jump along a curve: it is an error of the integral already.
+    """
+    if cells.corner.shape[-1] > 1:
+        return jnp.zeros(cells.width.shape[1], bool)
+    log_density = cells.log_mass - cells.corner.shape[-1] * jnp.log(cells.width)
+    is_dense = log_density > jnp.max(log_density, axis=0) + LOG_DENSE
+    is_small = cells.width < SMALL * jnp.max(width)
+    return jnp.any(is_dense & is_small & (cells.log_error - cells.log_mass > LOG_JUMP), axis=0)
 
 
 @jax.jit

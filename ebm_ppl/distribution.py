@@ -17,8 +17,8 @@ from ebm_ppl.annealing import AnnealingOptions, Path, anneal, refine_ladder, run
 from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.discrete import mass_function, needs_continuous
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
+from ebm_ppl.fingerprint import Fingerprint, require_same_energy
 from ebm_ppl.fingerprint import fingerprint as fingerprint
-from ebm_ppl.fingerprint import require_same_energy
 from ebm_ppl.geometry import log_abs_det, standardizing_transform
 from ebm_ppl.guard import (
     Constant,
@@ -31,6 +31,7 @@ from ebm_ppl.guard import (
 from ebm_ppl.kernels import MALA, KernelState, initial_step_size
 from ebm_ppl.pointwise import as_energy, as_points
 from ebm_ppl.resampling import multinomial, systematic
+from ebm_ppl.snapshot import Content, content_of
 from ebm_ppl.supports import is_improper, points_in_support, same_support, unchecked_log_prob
 
 Energy = Callable[[Array], Array]
@@ -79,6 +80,9 @@ class EnergyDistribution(dist.Distribution):
     pytree_aux_fields = ("_constant_log_normalizer", "_origin")
     # Traced sites of the run that built it; a copy made by pytree operations is built outside of any.
     _traced: tuple[str, ...] = ()
+    # What a certificate that was taken knows of its energy, and what the energy referred to then.
+    _marks: tuple[Fingerprint, ...] = ()
+    _content: Content | None = None
 
     def __init__(
         self,
@@ -123,13 +127,18 @@ class EnergyDistribution(dist.Distribution):
 
     def _require_own(self, certificate: LogNormalizer) -> None:
         """The certificate's marks must be those of this energy; where they are traced, log Z is NaN if not."""
-        for expected in certificate.fingerprints.values():
+        self._marks = tuple(certificate.fingerprints.values())
+        self._content = self._present_content()
+        for expected in self._marks:
             doubt = require_same_energy(None, self, expected)
             if not isinstance(doubt, jax.core.Tracer):
                 continue
             if self._traced:
                 raise varying_energy_error(self._site_name(), self._traced)
             self._set_log_normalizer(jnp.asarray(self.log_normalizer) + doubt)
+
+    def _present_content(self) -> Content:
+        return content_of([factor.func for factor in self.factors.values()])
 
     def require_built_shapes(self) -> None:
         """Refuse a distribution whose arrays have other axes than when it was built.
@@ -257,6 +266,11 @@ class EnergyDistribution(dist.Distribution):
     def _require_constant_energy(self, name: str | None, value: Array) -> None:
         """A constant log Z belongs to an energy that does not vary either."""
         self._origin.require_values(self._parts(), name)
+        if self._marks and (present := self._present_content()) != self._content:
+            # An object inside the energy changed (a module's weights, say): is it still the energy of the marks?
+            for expected in self._marks:
+                require_same_energy(name, self, expected)
+            self._content = present
         if self._traced and depends_on_traced(self._unchecked_potential, value):
             raise varying_energy_error(name, self._traced)
 

@@ -19,6 +19,7 @@ from ebm_ppl.cubature import (
     Cells,
     Effort,
     Rows,
+    has_jump,
     heaviest,
     judge,
     lattice,
@@ -37,10 +38,13 @@ DEFAULT_POINTS = {1: 2_049, 2: 513}
 EFFORT = {1: Effort(64, 16), 2: Effort(40, 32)}
 # Inside a model every leap of NUTS pays for them.
 POINTS_IN_MODELS = {1: 1_025, 2: 257}
-CELLS_IN_MODELS = {1: 64, 2: 128}
-EFFORT_IN_MODELS = {1: Effort(16, 4), 2: Effort(12, 8)}
+CELLS_IN_MODELS = {1: 160, 2: 256}
+# Splitting ends as soon as nothing is left to resolve: only thin ridges and fast waves take all of it.
+EFFORT_IN_MODELS = {1: Effort(24, 8), 2: Effort(24, 16)}
 MAX_ROWS_IN_MODELS = 256
 MAX_MISSED = 1e-6
+# The share of the mass that counts in log Z inside a model, but not in its derivative.
+MAX_WITHOUT_SLOPE = 1e-3
 # In nats: what the number format may take from log Z, and with it from every row's log density.
 MAX_ROUNDING = 1e-3
 
@@ -182,8 +186,9 @@ def _read(integrand: Integrand, cells: Cells, log_missed: Array, rows: Rows | No
     elif not (missed < MAX_MISSED and beside_rows < MAX_MISSED):
         share = max(missed, beside_rows)
         flags.append(
-            f"{share:.1e} of the integral lies beyond the ends of the grid: the energy may not be bounded below, or "
-            "its scale is far from the base's."
+            f"{share:.1e} of the integral lies beyond the ends of the grid: the energy may not be bounded below, its "
+            "tails (or its base's) may fall too slowly, or its scale is far from the base's. Take method='bracket', or "
+            "a base nearer to the energy."
         )
     elif not rounding <= MAX_ROUNDING:
         flags.append(rounding_flag(rounding, log_z.dtype))
@@ -213,8 +218,8 @@ def _integral_in_model(integrand: Integrand, num_points: int | None, rows: Array
     num_cells = CELLS_IN_MODELS[dims] if num_points is None else max(CELLS_IN_MODELS[dims], per_axis**dims)
     corner, width, at_lattice = lattice(integrand.half_width, per_axis, batch, dims, integrand.dtype)
 
-    def search(position: Array) -> tuple[Cells, _Verdict, Array]:
-        """The cells with nearly all mass, what speaks against them, and log of what the others hold."""
+    def search(position: Array) -> tuple[Cells, _Verdict, Array, Array]:
+        """The cells with nearly all mass, what speaks against them, log of what the others hold, and jumps."""
         density = integrand.density(position, False)
         at_rows = None if rows is None else integrand.rows(rows)
         cells = judge(density, corner, width, at_rows)
@@ -224,12 +229,13 @@ def _integral_in_model(integrand: Integrand, num_points: int | None, rows: Array
         index, chosen = heaviest(cells, num_cells)
         rest = cells.log_mass.at[index, jnp.arange(batch)].set(-jnp.inf)
         log_rest = logsumexp(rest, axis=0)
-        # What has no derivative counts as missed.
-        return chosen, verdict._replace(missed=verdict.missed + jnp.exp(log_rest - log_z)), log_rest
+        without_slope = jnp.exp(log_rest - log_z)
+        missed = verdict.missed + jnp.where(without_slope > MAX_WITHOUT_SLOPE, without_slope, 0.0)
+        return chosen, verdict._replace(missed=missed), log_rest, has_jump(cells, width)
 
     # Which cells are split is no function to differentiate: parameters inside the energy are constants here.
     converted, constants = jax.closure_convert(search, at_lattice)
-    cells, verdict, log_rest = converted(at_lattice, *map(lax.stop_gradient, constants))
+    cells, verdict, log_rest, jumps = converted(at_lattice, *map(lax.stop_gradient, constants))
 
     # Nodes without mass must not meet the energy's derivative, which may be infinite there: 0 · inf is NaN.
     position = nodes_of(cells.corner, cells.width)
@@ -241,8 +247,25 @@ def _integral_in_model(integrand: Integrand, num_points: int | None, rows: Array
     summed = integrand.density(safe, False).log_value + log_weights(cells.width, dims)
     log_z = jnp.logaddexp(logsumexp(jnp.where(is_used, summed, -jnp.inf), axis=0), log_rest)
 
-    log_z = jnp.where(verdict.is_good(), log_z, jnp.nan).reshape(integrand.batch_shape)
+    log_z = _without_slope(jnp.where(verdict.is_good(), log_z, jnp.nan), jumps, constants)
+    log_z = log_z.reshape(integrand.batch_shape)
     return Exact(log_z, _stated(verdict).reshape(integrand.batch_shape), ())
+
+
+@jax.custom_jvp
+def _without_slope(log_z: Array, jumps: Array, constants: list[Array]) -> Array:
+    """``log_z``, whose derivative by what the energy holds is NaN beside jumps.
+
+    Nodes do not see an edge that moves with the parameters: autodiff's derivative lacks it, or is zero.
+    """
+    return log_z
+
+
+@_without_slope.defjvp
+def _without_slope_jvp(primals: tuple, tangents: tuple) -> tuple:
+    log_z, jumps, _ = primals
+    along = sum((jnp.sum(tangent) for tangent in tangents[2]), jnp.zeros((), log_z.dtype))
+    return log_z, tangents[0] + jnp.where(jumps, jnp.nan, 0.0) * along
 
 
 def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:

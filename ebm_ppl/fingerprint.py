@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, lax, random
-from numpyro.distributions.transforms import biject_to
 
 from ebm_ppl.errors import at_site
 from ebm_ppl.geometry import standardizing_transform
-from ebm_ppl.supports import is_improper, unchecked_log_prob
+from ebm_ppl.supports import bijector_of, is_improper, unchecked_log_prob
 
 # Relative to how far an energy is from its median over the points, and in nats.
 TOLERANCE = 3e-4
@@ -74,7 +73,7 @@ def _points(distribution: Any) -> Array:
         return _discrete_points(base, num)
 
     named = [d for d in (base, distribution.start) if d is not None and not is_improper(d)]
-    transform = standardizing_transform(named[0]) if named else biject_to(base.support)
+    transform = standardizing_transform(named[0]) if named else bijector_of(base)
     shape = transform.inverse_shape(base.batch_shape + base.event_shape)
     num_batch_dims = len(base.batch_shape)
     num_dims = math.prod(shape[num_batch_dims:])

@@ -15,8 +15,9 @@ from numpyro.distributions.transforms import (
     IdentityTransform,
     IndependentTransform,
     Transform,
-    biject_to,
 )
+
+from ebm_ppl.supports import bijector_of
 
 
 class CholeskyAffine(Transform):
@@ -71,7 +72,7 @@ def standardizing_transform(base: dist.Distribution) -> Transform:
         return _sum_event_dims(AffineTransform(_like(base, inner.loc), _like(base, inner.scale)), base)
     if isinstance(inner, dist.MultivariateNormal) and len(base.event_shape) == 1:
         return CholeskyAffine(jnp.asarray(inner.loc), inner.scale_tril)
-    return _sum_event_dims(biject_to(base.support), base)
+    return _sum_event_dims(bijector_of(base), base)
 
 
 def log_abs_det(transform: Transform, position: Array, value: Array) -> Array:

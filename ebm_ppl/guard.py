@@ -95,7 +95,7 @@ def varying_energy_error(name: str | None, sites: tuple[str, ...]) -> UnknownNor
         f"The energy{at_site(name)} varies while sites {found} are sampled (or mapped over draws), but its "
         "log_normalizer is a constant, which belongs to one value of them: the posterior or likelihood would be "
         "wrong without a word. Give log_normalizer as a function of the same values (an array with one entry per "
-        "state of a discrete latent), or leave it out and use ebm_ppl.normalized(model)."
+        "state of a discrete latent); where the energy is smooth in them, ebm_ppl.normalized(model) does it."
     )
 
 

@@ -5,6 +5,7 @@ changes (a flax.nnx module after a training step, an attribute, a global, a NumP
 it was.  A :class:`Snapshot` compares by identity *and* by content, so changed content is compiled anew.
 """
 
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +13,7 @@ import pathlib
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,7 +150,9 @@ class _Reader:
         yield from read(value)
 
     def _compound(self, value: Any) -> Iterable[Any]:
-        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        if isinstance(value, np.ma.MaskedArray):
+            yield from self._children(np.ma.MaskedArray, (np.ma.getdata(value), np.ma.getmaskarray(value)))
+        elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             numbers = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             yield np.ndarray, value.shape, value.dtype.str, hashlib.sha256(numbers.data).digest()
         elif isinstance(value, types.FunctionType):
@@ -158,6 +161,12 @@ class _Reader:
             yield from self._children("method", (value.__func__, value.__self__))
         elif isinstance(value, functools.partial):
             yield from self._children("partial", (value.func, value.args, value.keywords))
+        elif isinstance(value, bytearray | memoryview):
+            yield type(value), bytes(value)
+        elif isinstance(value, contextvars.ContextVar):
+            yield from self._children(contextvars.ContextVar, (value.get(None),))
+        elif isinstance(value, types.MappingProxyType):
+            yield from self._children(types.MappingProxyType, (dict(value),))
         elif isinstance(value, dict):
             yield from self._children(type(value), (*value.keys(), *value.values()))
         elif isinstance(value, list | tuple | np.ndarray):
@@ -192,13 +201,30 @@ class _Reader:
         for kind in type(value).__mro__:
             slots = kind.__dict__.get("__slots__", ())
             for slot in (slots,) if isinstance(slots, str) else slots:
-                if slot not in ("__dict__", "__weakref__") and hasattr(value, slot):
-                    state[slot] = getattr(value, slot)
+                is_private = slot.startswith("__") and not slot.endswith("__")
+                name = f"_{kind.__name__.lstrip('_')}{slot}" if is_private else slot
+                if slot not in ("__dict__", "__weakref__") and hasattr(value, name):
+                    state[name] = getattr(value, name)
+        state |= _given_away(value, has_state=bool(state))
         if not state:
             yield _Same(value)
         if hasattr(value, "__wrapped__"):
             state["__wrapped__"] = value.__wrapped__
         yield from self._children("state", (*state, *state.values()))
+
+
+def _given_away(value: Any, *, has_state: bool) -> dict[str, Any]:
+    """What an object of a type written in C gives away to be copied: a deque's items, an array's numbers."""
+    if has_state and not isinstance(value, Sequence | Mapping):
+        return {}
+    try:
+        reduced = value.__reduce_ex__(4)
+    except Exception:
+        return {}
+    if isinstance(reduced, str):
+        return {}
+    # Its constructor's arguments, then its items as iterators.
+    return {"arguments": reduced[1], "items": [list(part) for part in reduced[3:5] if part is not None]}
 
 
 def _contents(cell: Any) -> Any:
@@ -217,8 +243,23 @@ def _globals_of(fn: types.FunctionType) -> list[Any]:
             continue
         value = fn.__globals__[name]
         found += [name, value]
-        if isinstance(value, types.ModuleType) and not _is_library_module(value):
-            found += [part for other in names if other in vars(value) for part in (other, vars(value)[other])]
+        if isinstance(value, types.ModuleType):
+            found += _attributes_of(value, names, {id(value)})
+    return found
+
+
+def _attributes_of(module: types.ModuleType, names: list[str], seen: set[int]) -> list[Any]:
+    """Those attributes of a module outside libraries that a function may mean, modules inside it included."""
+    found: list[Any] = []
+    if _is_library_module(module):
+        return found
+    for name in names:
+        value = vars(module).get(name)
+        if value is None or id(value) in seen:
+            continue
+        found += [name, value]
+        if isinstance(value, types.ModuleType):
+            found += _attributes_of(value, names, seen | {id(value)})
     return found
 
 

@@ -4,12 +4,14 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import IdentityTransform, IndependentTransform, biject_to
+from numpyro.distributions.transforms import IdentityTransform, IndependentTransform, Transform, biject_to
 
 
 def is_improper(base: dist.Distribution) -> bool:
-    """Whether a base is an ``ImproperUniform`` under any wrapper or transform."""
+    """Whether a base is an ``ImproperUniform``, or one whose density a mask takes away, under any wrapper."""
     while hasattr(base, "base_dist"):
+        if isinstance(base, dist.MaskedDistribution) and base._mask is not True:
+            return True
         base = base.base_dist
     return isinstance(base, dist.ImproperUniform)
 
@@ -29,12 +31,31 @@ def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
         return base.log_prob(value)
 
 
+def bijector_of(base: dist.Distribution) -> Transform:
+    """NumPyro's map from the whole space onto a base's support.
+
+    Raises:
+        NotImplementedError: It has none.
+    """
+    try:
+        return biject_to(base.support)
+    except NotImplementedError as error:
+        inner = base
+        while isinstance(inner, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+            inner = inner.base_dist
+        raise NotImplementedError(
+            f"A {type(inner).__name__} has support {base.support}, which NumPyro cannot map the whole space onto, so "
+            "walkers and quadrature have no coordinates there. Take a base over the real line, a half-line, an "
+            "interval or a simplex, and write the energy of x there."
+        ) from error
+
+
 def points_in_support(base: dist.Distribution, rng_key: Array, num_points: int) -> Array:
     """Scattered points of a base's support, ``(num_points, *batch, *event)``, whether or not it can be sampled."""
     if base.support.is_discrete:
         return base.sample(rng_key, (num_points,))
 
-    transform = biject_to(base.support)
+    transform = bijector_of(base)
     shape = transform.inverse_shape(base.batch_shape + base.event_shape)
     key_scale, key_points = random.split(rng_key)
 

@@ -59,6 +59,7 @@ def concepts_are_right(scope):
     assert abs(float(scope["mass"]) - 1) > 0.3
     assert float(scope["slope"]) == pytest.approx(-0.5)
     assert float(scope["ratio"]) == pytest.approx(-0.5)
+    assert np.isnan(scope["thin"])
     log_joint = log_density(scope["by_hand"], (np.zeros(3),), {}, {"lam": 9.0})[0]
     assert log_joint == 0
 

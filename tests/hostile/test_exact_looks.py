@@ -10,11 +10,11 @@ import numpyro.distributions as dist
 import pytest
 from numpyro.distributions import constraints
 from numpyro.infer.util import log_density
-from scipy.special import gammaln, logsumexp
+from scipy.special import gammaln, i0, logsumexp
 from scipy.stats import norm
 
 import ebm_ppl as ebm
-from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.exact import MAX_WITHOUT_SLOPE, enumeration, quadrature
 
 NORMAL = dist.Normal(0.0, 1.0)
 FLAT = dist.ImproperUniform(constraints.real, (), ())
@@ -340,3 +340,64 @@ def test_too_many_states_are_sent_nowhere():
     for method in ("bracket", "enumeration"):
         with pytest.raises(ValueError, match=r"site 'x' has 2\^30 states.*log_normalizer="):
             ebm.log_normalizer(jax.random.key(0), distribution, method=method, progress_bar=False)
+
+
+# Inside a model no reason can be given, so that little may be refused there
+
+
+def test_a_thin_ridge_inside_a_model():
+    """½ λ (x − y)² on the plane: log Z = −½ log(1 + 2λ), far from where a sampler would start."""
+
+    def log_z(rate):
+        energy = lambda v: 0.5 * rate * (v[..., 0] - v[..., 1]) ** 2  # noqa: E731
+        return quadrature(ebm.EnergyDistribution(energy, standard(2)))[0]
+
+    traced = jax.jit(jax.value_and_grad(log_z))
+    for rate in (1.0, 50.0, 400.0, 900.0):
+        value, slope = traced(rate)
+        assert value == pytest.approx(-0.5 * np.log1p(2 * rate), abs=1e-4)
+        assert slope == pytest.approx(-1 / (1 + 2 * rate), rel=1e-3)
+
+
+def test_fast_waves_inside_a_model():
+    """E = 2 cos(ωx) for fast ω: log Z is log I₀(2), whatever ω."""
+    traced = jax.jit(lambda w: quadrature(ebm.EnergyDistribution(lambda v: 2 * jnp.cos(w * v), NORMAL))[0])
+    for frequency in (10.0, 35.0, 50.0):
+        assert traced(frequency) == pytest.approx(np.log(i0(2.0)), abs=1e-4)
+
+
+def test_a_jump_that_moves_has_no_derivative():
+    """log Z of a step at c falls smoothly with c; autodiff, which sees no edge, would say that it does not."""
+
+    def log_z(c):
+        return quadrature(ebm.EnergyDistribution(lambda v: jnp.where(v > c, 2.0, 0.0), NORMAL))[0]
+
+    exact = np.log(norm.cdf(0.3) + np.exp(-2.0) * norm.sf(0.3))
+    assert jax.jit(log_z)(0.3) == pytest.approx(exact, abs=1e-4)
+    assert np.isnan(jax.jit(jax.grad(log_z))(0.3))
+
+
+def test_a_kink_that_moves_has_one():
+    def log_z(c):
+        return quadrature(ebm.EnergyDistribution(lambda v: 2.0 * jnp.abs(v - c), NORMAL))[0]
+
+    def exact(c):
+        return 2 + np.logaddexp(2 * c + norm.logsf(c + 2), norm.logcdf(c - 2) - 2 * c)
+
+    value, slope = jax.jit(jax.value_and_grad(log_z))(0.3)
+    assert value == pytest.approx(exact(0.3), abs=1e-4)
+    # Of the cell with the kink half has the wrong slope: at most the share that may have none.
+    assert slope == pytest.approx((exact(0.3 + 1e-5) - exact(0.3 - 1e-5)) / 2e-5, abs=MAX_WITHOUT_SLOPE)
+
+
+def test_a_masked_base_is_no_density():
+    """Its draws are those of the distribution inside, its density is 1: walkers need a start."""
+    site = ebm.EnergyDistribution(lambda v: 2.0 * v**2, NORMAL.mask(False))
+    with pytest.raises(ebm.UnknownNormalizerError, match=r"base of the energy.* is improper.*start="):
+        ebm.log_normalizer(jax.random.key(0), site, progress_bar=False)
+
+
+def test_a_support_without_coordinates_is_named():
+    site = ebm.EnergyDistribution(lambda v: v.sum(-1), dist.ProjectedNormal(jnp.ones(3)))
+    with pytest.raises(NotImplementedError, match=r"A ProjectedNormal has support .*no coordinates"):
+        ebm.log_normalizer(jax.random.key(0), site, progress_bar=False)

@@ -1,5 +1,10 @@
 """An energy is a pure function of one point, in floats, and as it is now."""
 
+import array
+import collections
+import contextvars
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -292,6 +297,70 @@ def test_what_has_not_changed_is_not_compiled_again():
     assert snapshot(first) is first
     set_param(net, 2.0)
     assert snapshot(model) != first
+
+
+class Slots:
+    __slots__ = ("__lam", "shown")
+
+    def __init__(self, lam):
+        self.__lam, self.shown = lam, 0.0
+
+    def change(self):
+        self.__lam += 1.0
+
+
+CONTEXT = contextvars.ContextVar("context", default=1.0)
+CONTAINERS = {
+    "deque": (lambda: collections.deque([1.0]), lambda c: c.append(2.0)),
+    "array": (lambda: array.array("d", [1.0]), lambda c: c.__setitem__(0, 2.0)),
+    "bytearray": (lambda: bytearray(b"1"), lambda c: c.extend(b"2")),
+    "private slot": (lambda: Slots(1.0), lambda c: c.change()),
+    "mask": (lambda: np.ma.masked_array([1.0, 2.0], [False, False]), lambda c: c.__setitem__(0, np.ma.masked)),
+    "context variable": (lambda: CONTEXT, lambda c: c.set(2.0)),
+    "list subclass": (lambda: collections.UserList([1.0]), lambda c: c.append(2.0)),
+    "default dict": (lambda: collections.defaultdict(float), lambda c: c.__setitem__("a", 1.0)),
+}
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_containers_are_looked_into(kind):
+    make, change = CONTAINERS[kind]
+    held = make()
+
+    def fn(x):
+        return x, held
+
+    before = snapshot(fn)
+    assert snapshot(fn) == before
+    change(held)
+    assert snapshot(fn) != before
+
+
+def test_a_view_of_a_dict_is_looked_into():
+    inside = {"lam": 1.0}
+    view = types.MappingProxyType(inside)
+
+    def fn(x):
+        return view["lam"] * x
+
+    before = snapshot(fn)
+    inside["lam"] = 2.0
+    assert snapshot(fn) != before
+
+
+def test_a_model_that_changes_what_it_counts_with_is_not_compiled_again():
+    """A counter of its own runs is no other model; a change from outside is."""
+    runs = {"count": 0, "scale": 1.0}
+
+    def fn(x):
+        runs["count"] += 1
+        return runs["scale"] * x
+
+    first = snapshot(fn)
+    first(1.0)
+    assert snapshot(fn) is first
+    runs["scale"] = 2.0
+    assert snapshot(fn) != first
 
 
 def test_everything_that_a_function_refers_to_counts(monkeypatch):

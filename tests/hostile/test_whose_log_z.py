@@ -121,6 +121,22 @@ def test_a_batch_of_rows_in_another_order():
         ebm.EnergyDistribution(lambda v: 0.5 * precision[::-1] * v**2, base, log_normalizer=log_z)
 
 
+def test_an_energy_that_changes_after_its_certificate_was_taken():
+    """A training step, an array written to, other factors: the certificate is held against what the energy is now."""
+    weight = np.array([1.0])
+    energy = lambda v: 0.5 * weight[0] * v**2  # noqa: E731
+    known = ebm.EnergyDistribution(energy, NORMAL, log_normalizer=exactly(energy, NORMAL))
+    assert known.log_prob(0.0) == pytest.approx(float(dist.Normal(0, 0.5**0.5).log_prob(0.0)), abs=1e-4)
+    weight[:] = 24.0
+    with pytest.raises(ValueError, match=OTHER):
+        known.log_prob(0.0)
+    weight[:] = 1.0
+    assert np.isfinite(known.log_prob(0.0))
+    known.factors = {"energy": Partial(lambda v: 12.0 * v**2)}
+    with pytest.raises(ValueError, match=OTHER):
+        known.log_prob(0.0)
+
+
 def scaled(x=None, scale=1.0):
     a = numpyro.sample("a", dist.Gamma(2.0, 2.0))
     with numpyro.plate("rows", 8):
