@@ -30,6 +30,8 @@ MAX_SHIFT_PROBABILITY = 0.005
 MAX_SUSPICION = 0.05
 # The share of a density beyond floating point's range that is added to the upper limit; more of it is refused.
 MAX_BEYOND = 0.02
+# Walkers come as near to a point as a thousandth of their spread, say: mass within it is 13% at this power of distance.
+MIN_ROOM = 0.3
 # Rounding, in nats, that is added to the errors: more of it is refused where it rivals the sampling error.
 MAX_ROUNDING = 1e-3
 EXACT_METHODS = ("quadrature", "enumeration", "closed form")
@@ -112,6 +114,8 @@ class Evidence(NamedTuple):
         beyond: Share of the density beyond the range of floating point, ``batch``.
         reference: What was subtracted from the energy before anything was summed, ``batch``.
         magnitude: How large the numbers are that the energy is computed as, ``batch``.
+        room: The dimension less the nats that U falls per e-fold of distance to its lowest points, ``batch``: mass near
+            such a point goes as distance to this power.
     """
 
     forward: Pass | None = None
@@ -121,6 +125,7 @@ class Evidence(NamedTuple):
     beyond: Array | None = None
     reference: Array | None = None
     magnitude: Array | None = None
+    room: Array | None = None
 
 
 class SiteCertificate(NamedTuple):
@@ -392,6 +397,13 @@ def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "ends{where}, or the integral diverges there: make sure that it converges, write the energy of the "
             "logarithm (or logit) of x over the whole line instead, or run in double precision "
             "(jax.config.update('jax_enable_x64', True)).",
+        )
+    if evidence.room is not None:
+        flags += _flag(
+            evidence.room < MIN_ROOM,
+            "the energy falls without end towards a point{where}, so fast that the integral diverges there, or has "
+            "mass where walkers do not come (mass within r of it goes as r to the power of "
+            f"{float(np.min(np.asarray(evidence.room))):.2g}): bound the energy from below.",
         )
     return flags
 

@@ -1,5 +1,6 @@
 """Evidence about log Z at one energy site: annealing to it, back from it, and back from data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from ebm_ppl.placement import (
     resampled,
     settle,
 )
+from ebm_ppl.poles import steepest_fall
 from ebm_ppl.reach import share_unreached
 
 NUM_START_DRAWS = 256
@@ -121,6 +123,7 @@ def gather(
         _share_beyond(key_data, site, position),
         forward.reference,
         _magnitude(forward),
+        math.prod(position.shape[2 + len(site.distribution.batch_shape) :]) - steepest_fall(site, position),
     )
     return Gathered(evidence, forward, position, spent)
 

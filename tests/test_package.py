@@ -33,6 +33,7 @@ ORDER = [
     "placement",
     "drift",
     "edges",
+    "poles",
     "reach",
     "evidence",
     "bridge",

@@ -356,3 +356,36 @@ def test_draws_that_are_alike_agree():
     exact = -0.5 * np.log1p(np.asarray(rate, float)) - 100.0 * np.asarray(rate, float)
     assert np.all(np.abs(np.asarray(log_z.estimate["x"], float) - exact) < 5.24 * np.asarray(log_z.stderr["x"]))
     assert np.all(np.asarray(log_z.stderr["x"]) < 0.03)
+
+
+# Poles inside the support
+
+
+def power_pole(exponent, num_dims=1, at=0.0):
+    """|x − at|^−a on N(0, 1): it diverges for a ≥ d."""
+    base = dist.Normal(0.0, 1.0).expand([num_dims]).to_event(1)
+    return ebm.EnergyDistribution(lambda v: 0.5 * exponent * jnp.log(((v - at) ** 2).sum(-1)), base)
+
+
+@pytest.mark.parametrize(("exponent", "num_dims", "at"), [(1.0, 1, 0.0), (0.95, 1, 0.7), (2.0, 2, 0.0), (2.9, 3, 0.3)])
+def test_a_pole_inside_the_support(exponent, num_dims, at):
+    log_z = log_z_of(power_pole(exponent, num_dims, at), 0, num_walkers=64)
+    assert not log_z.is_certified
+    assert any("falls without end towards a point" in flag for flag in log_z.flags["x"]), log_z
+
+
+SMOOTH = {
+    "normal": lambda v: (v**2).sum(-1),
+    "kink": lambda v: 3.0 * jnp.abs(v).sum(-1),
+    "cusp": lambda v: jnp.sqrt(jnp.abs(v)).sum(-1),
+    "narrow": lambda v: 5e3 * ((v - 0.3) ** 2).sum(-1),
+    "weak pole": lambda v: 0.2 * jnp.log(jnp.abs(v)).sum(-1),
+    "unbounded above": lambda v: -jnp.log(jnp.abs(v)).sum(-1),
+}
+
+
+@pytest.mark.parametrize("energy", SMOOTH)
+def test_energies_without_a_pole(energy):
+    base = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    log_z = log_z_of(ebm.EnergyDistribution(SMOOTH[energy], base), 0, num_walkers=64)
+    assert not any("falls without end" in flag for flag in log_z.flags["x"]), log_z
