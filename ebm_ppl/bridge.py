@@ -80,7 +80,8 @@ def bridge_to_draws(
     flags, spent = certificate.flags, num_draws * per_draw
     for index, how in unlike.items():
         alone, more = _alone(random.fold_in(rng_key, index), site, draws, index, plan, tolerance, rows)
-        flags += disagreement(certificate, index, alone, len(unlike), how)
+        # What is known of one draw comes before what holds for all.
+        flags = disagreement(certificate, index, alone, len(unlike), how) + flags
         spent += more
     return certificate._replace(flags=flags), spent
 
