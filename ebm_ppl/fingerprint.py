@@ -61,14 +61,13 @@ def _evaluate(distribution: Any, points: Array) -> Fingerprint:
     return Fingerprint(points, energy, log_base)
 
 
-def num_points(distribution: Any) -> int:
-    """How many points of each kind are kept: fewer where one point holds many numbers."""
-    size = math.prod(distribution.batch_shape + distribution.event_shape)
-    return max(2, min(MAX_POINTS, MAX_NUMBERS // (8 * max(size, 1))))
+def points_kept(shape: tuple[int, ...]) -> int:
+    """How many points of one kind are kept: fewer where a point, of this shape, holds many numbers."""
+    return max(2, min(MAX_POINTS, MAX_NUMBERS // (8 * max(math.prod(shape), 1))))
 
 
 def _points(distribution: Any) -> Array:
-    base, num = distribution.base, num_points(distribution)
+    base, num = distribution.base, points_kept(distribution.batch_shape + distribution.event_shape)
     if base.support.is_discrete:
         return _discrete_points(base, num)
 

@@ -1,6 +1,5 @@
 """log Z of energies at fixed parameters: annealing in both directions, quadrature, enumeration."""
 
-import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from ebm_ppl.discrete import needs_continuous
 from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
 from ebm_ppl.exact import Exact, integral, total
-from ebm_ppl.fingerprint import MAX_NUMBERS, MAX_POINTS, fingerprint
+from ebm_ppl.fingerprint import fingerprint, points_kept
 from ebm_ppl.geometry import standardizing_transform
 from ebm_ppl.inspection import bind, conditions, fingerprints
 from ebm_ppl.kernels import MALA, Kernel
@@ -193,8 +192,8 @@ def log_normalizer(
 
 
 def _few(points: Array) -> Array:
-    """At most :data:`~ebm_ppl.fingerprint.MAX_POINTS` of many points, evenly, and fewer large ones."""
-    num = min(len(points), MAX_POINTS, max(2, MAX_NUMBERS // (8 * max(1, math.prod(points.shape[1:])))))
+    """As many points as a fingerprint keeps of one kind, evenly."""
+    num = min(len(points), points_kept(points.shape[1:]))
     return points[np.linspace(0, len(points) - 1, num).astype(int)]
 
 
