@@ -1,16 +1,21 @@
-"""Time, flops and memory of an update against the same training step written by hand in JAX and optax.
+"""Time, flops and memory of an update against the same training step written by hand in
+JAX and optax.
 
-Two problems: the 50-dimensional mixture of gmm50.py (ULA, one move, full batch) and the density net of optdigits.py
-(MALA, four moves, batches of 256, conditional-ESS control) on synthetic rows of the digits' shape.  The hand-written
-steps know nothing of NumPyro or of this package; they split their keys in the same way, so both sides follow one
-trajectory up to rounding, which is checked first.  Printed per number of walkers: the median (and quartiles) of
-pairwise time ratios in alternated runs, the same for the hand-written loop against itself, the ratio of flops of one
-update, and of temporary memory of one update and of the loop.
+Two problems: the 50-dimensional mixture of gmm50.py (ULA, one move, full batch) and the
+density net of optdigits.py (MALA, four moves, batches of 256, conditional-ESS control)
+on synthetic rows of the digits' shape.  The hand-written steps know nothing of NumPyro
+or of this package; they split their keys in the same way, so both sides follow one
+trajectory up to rounding, which is checked first.  Printed per number of walkers: the
+median (and quartiles) of pairwise time ratios in alternated runs, the same for the
+hand-written loop against itself, the ratio of flops of one update, and of temporary
+memory of one update and of the loop.
 
-    OPENBLAS_NUM_THREADS=1 python benchmarks/cost.py [--problems mixture net] [--walkers 64 625 6250] [--no-check]
+    OPENBLAS_NUM_THREADS=1 python benchmarks/cost.py [--problems mixture net] [--walkers
+    64 625 6250] [--no-check]
 
-``--walkers`` is per island, of 16 islands.  All of it takes about a quarter of an hour on two cores.  The net's base
-solves triangular systems by LAPACK, on both sides; with threads of its own it fights XLA's over the cores, at random.
+``--walkers`` is per island, of 16 islands.  All of it takes about a quarter of an hour
+on two cores.  The net's base solves triangular systems by LAPACK, on both sides; with
+threads of its own it fights XLA's over the cores, at random.
 """
 
 import argparse
@@ -42,7 +47,7 @@ NUM_ROWS, BATCH, PIXELS = 3_823, 256, 64
 HEADLINE = {"mixture": 625, "net": 64}
 
 
-# --- The hand-written side ---------------------------------------------------------------------------------------
+# --- The hand-written side ------------------------------------------------------------
 
 
 class HandState(NamedTuple):
@@ -79,23 +84,35 @@ def conditional_ess(log_weight, increment):
 
 def jackknife(log_z):
     num = len(log_z)
-    left_out = log_mean_exp(jnp.stack([jnp.delete(log_z, i, assume_unique_indices=True) for i in range(num)]), 1)
+    left_out = log_mean_exp(
+        jnp.stack(
+            [jnp.delete(log_z, i, assume_unique_indices=True) for i in range(num)]
+        ),
+        1,
+    )
     estimate = num * log_mean_exp(log_z, 0) - (num - 1) * left_out.mean()
     return estimate, jnp.sqrt((num - 1) * jnp.mean((left_out - left_out.mean()) ** 2))
 
 
 def training_cotangent(log_weight):
-    """-w, so that the potential pulled back along it is the gradient of log Z; held-out islands give nothing."""
+    """-w, so that the potential pulled back along it is the gradient of log Z; held-out
+    islands give nothing."""
     weight = jax.nn.softmax(log_weight[:NUM_TRAINING], axis=1) / NUM_TRAINING
     return -jnp.concatenate([weight, jnp.zeros_like(log_weight[NUM_TRAINING:])]).ravel()
 
 
 def langevin(key, position, slope, step_size):
-    return position - step_size * slope + jnp.sqrt(2 * step_size) * random.normal(key, position.shape)
+    return (
+        position
+        - step_size * slope
+        + jnp.sqrt(2 * step_size) * random.normal(key, position.shape)
+    )
 
 
 def log_ratio(x, potential_x, slope_x, y, potential_y, slope_y, step_size):
-    inner = 0.5 * (y - x) * (slope_x + slope_y) + 0.25 * step_size * (slope_x**2 - slope_y**2)
+    inner = 0.5 * (y - x) * (slope_x + slope_y) + 0.25 * step_size * (
+        slope_x**2 - slope_y**2
+    )
     return potential_x - potential_y + inner.sum(-1)
 
 
@@ -103,14 +120,18 @@ def systematic(key, log_weight):
     cumulative = jnp.cumsum(jnp.exp(log_weight - log_weight.max()))
     num = len(log_weight)
     points = (jnp.arange(num) + random.uniform(key)) / num
-    return jnp.minimum(jnp.searchsorted(cumulative, points * cumulative[-1], side="right"), num - 1)
+    return jnp.minimum(
+        jnp.searchsorted(cumulative, points * cumulative[-1], side="right"), num - 1
+    )
 
 
 def resample(key, low, position, potential, log_weight, past):
     def where_low(position, potential, log_weight, past):
         picked = jax.vmap(systematic)(random.split(key, NUM_CHAINS), log_weight)
         ancestors = jnp.where(low[:, None], picked, jnp.arange(log_weight.shape[1]))
-        rows = (ancestors + log_weight.shape[1] * jnp.arange(NUM_CHAINS)[:, None]).ravel()
+        rows = (
+            ancestors + log_weight.shape[1] * jnp.arange(NUM_CHAINS)[:, None]
+        ).ravel()
         return (
             position[rows],
             potential[rows],
@@ -118,7 +139,15 @@ def resample(key, low, position, potential, log_weight, past):
             jnp.where(low, past + log_mean_exp(log_weight, 1), past),
         )
 
-    return lax.cond(jnp.any(low), where_low, lambda *same: same, position, potential, log_weight, past)
+    return lax.cond(
+        jnp.any(low),
+        where_low,
+        lambda *same: same,
+        position,
+        potential,
+        log_weight,
+        past,
+    )
 
 
 def finish(key, loss, grads, acceptance, state):
@@ -130,7 +159,13 @@ def finish(key, loss, grads, acceptance, state):
     )
     log_zs = past + log_mean_exp(log_weight, 1)
     log_z, stderr = jackknife(log_zs[NUM_TRAINING:])
-    state = state._replace(position=position, potential=potential, log_weight=log_weight, past=past, log_z=log_z)
+    state = state._replace(
+        position=position,
+        potential=potential,
+        log_weight=log_weight,
+        past=past,
+        log_z=log_z,
+    )
     return state, {
         "loss": loss,
         "ess": 1 / jnp.mean(1 / ess[:NUM_TRAINING]),
@@ -154,8 +189,11 @@ def mixture_step(optim, base, state, data):
         z = (x[..., None, :] - means) / scale
         log_normal = -0.5 * z**2 - jnp.log(jnp.sqrt(2 * jnp.pi) * scale)
         log_joint = log_normal.sum(-1) + jax.nn.log_softmax(logits)
-        # The guard is NumPyro's: the base is one of its distributions on the other side.
-        return logsumexp(jnp.where(jnp.isneginf(log_joint), -jnp.inf, log_joint), axis=-1)
+        # The guard is NumPyro's: the base is one of its distributions on the other
+        # side.
+        return logsumexp(
+            jnp.where(jnp.isneginf(log_joint), -jnp.inf, log_joint), axis=-1
+        )
 
     def energy(params, x):
         to_first = ((x - params["first"]) ** 2).sum(-1)
@@ -166,7 +204,9 @@ def mixture_step(optim, base, state, data):
         return energy(params, x) - log_base(x)
 
     # Gradient
-    loss, grads = jax.value_and_grad(lambda params: potential_at(params, data).sum())(state.params)
+    loss, grads = jax.value_and_grad(lambda params: potential_at(params, data).sum())(
+        state.params
+    )
     loss = loss + len(data) * state.log_z
     grads = jax.tree.map(lambda g, z: g + len(data) * z, grads, state.gradient)
     updates, optim_state = optim.update(grads, state.optim_state, state.params)
@@ -179,10 +219,14 @@ def mixture_step(optim, base, state, data):
     gradient = pull(training_cotangent(log_weight))[0]
 
     # Move
-    position = langevin(random.fold_in(key_move, 0), state.position, slope, state.step_size)
+    position = langevin(
+        random.fold_in(key_move, 0), state.position, slope, state.step_size
+    )
     moved, pull = jax.vjp(partial(potential_at, params), position)
     (moved_slope,) = pull(jnp.ones_like(moved))
-    ratio = log_ratio(state.position, potential, slope, position, moved, moved_slope, state.step_size)
+    ratio = log_ratio(
+        state.position, potential, slope, position, moved, moved_slope, state.step_size
+    )
     log_weight = log_weight + islands(ratio)
 
     state = state._replace(
@@ -198,13 +242,16 @@ def mixture_step(optim, base, state, data):
 
 
 def subsample(key, size, num):
-    """The rows of a mini-batch: the last of a partial Fisher-Yates shuffle, as NumPyro's plate draws them on a CPU."""
+    """The rows of a mini-batch: the last of a partial Fisher-Yates shuffle, as
+    NumPyro's plate draws them on a CPU."""
     keys = random.split(key, num)
 
     def swap(rows, index):
         last = size - index - 1
         other = random.randint(keys[index], (), 0, last + 1)
-        return rows.at[jnp.array([last, other])].set(rows[jnp.array([other, last])]), None
+        return rows.at[jnp.array([last, other])].set(
+            rows[jnp.array([other, last])]
+        ), None
 
     return lax.scan(swap, jnp.arange(size), jnp.arange(num))[0][-num:]
 
@@ -237,14 +284,18 @@ def net_step(optim, base, state, data):
     batch = data[subsample(key_rows, NUM_ROWS, BATCH)]
     batch = (batch + random.uniform(key_noise, batch.shape)) / 17.0
     weight = NUM_ROWS / BATCH
-    loss, grads = jax.value_and_grad(lambda params: weight * potential_of_value(params, batch).sum())(state.params)
+    loss, grads = jax.value_and_grad(
+        lambda params: weight * potential_of_value(params, batch).sum()
+    )(state.params)
     loss = loss + NUM_ROWS * state.log_z
     grads = jax.tree.map(lambda g, z: g + NUM_ROWS * z, grads, state.gradient)
     updates, optim_state = optim.update(grads, state.optim_state, state.params)
 
     # Switch
     def switch(scale):
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: scale * u, updates))
+        params = optax.apply_updates(
+            state.params, jax.tree.map(lambda u: scale * u, updates)
+        )
         potential, pull = jax.vjp(potential_at, params, state.position)
         increment = islands(state.potential - potential)
         log_weight = state.log_weight + increment
@@ -267,12 +318,19 @@ def net_step(optim, base, state, data):
         y = langevin(key_proposal, x, slope_x, state.step_size)
         potential_y, pull = jax.vjp(partial(potential_at, params), y)
         (slope_y,) = pull(jnp.ones_like(potential_y))
-        ratio = log_ratio(x, potential_x, slope_x, y, potential_y, slope_y, state.step_size)
+        ratio = log_ratio(
+            x, potential_x, slope_x, y, potential_y, slope_y, state.step_size
+        )
         accept = jnp.log1p(-random.uniform(key_accept, ratio.shape)) < ratio
         x = jnp.where(accept[..., None], y, x)
         slope_x = jnp.where(accept[..., None], slope_y, slope_x)
         potential_x = jnp.where(accept, potential_y, potential_x)
-        return (x, potential_x, slope_x, acceptance + jnp.exp(jnp.minimum(ratio, 0.0))), None
+        return (
+            x,
+            potential_x,
+            slope_x,
+            acceptance + jnp.exp(jnp.minimum(ratio, 0.0)),
+        ), None
 
     start = (state.position, potential, slope, jnp.zeros_like(potential))
     keys = random.split(random.fold_in(key_move, 0), NUM_MOVES)
@@ -293,7 +351,7 @@ def net_step(optim, base, state, data):
     return finish(random.fold_in(key_resample, 0), loss, grads, acceptance, state)
 
 
-# --- The package's side ------------------------------------------------------------------------------------------
+# --- The package's side ---------------------------------------------------------------
 
 
 def mixture_problem(num_walkers):
@@ -327,7 +385,9 @@ def net_problem(num_walkers):
             batch = dequantise(numpyro.prng_key(), numpyro.subsample(x, event_dim=1))
             numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=batch)
 
-    optim = optax.adamw(optax.cosine_decay_schedule(1e-3, 12_000, 0.02), weight_decay=1e-4)
+    optim = optax.adamw(
+        optax.cosine_decay_schedule(1e-3, 12_000, 0.02), weight_decay=1e-4
+    )
     backend = ebm.Jarzynski(
         model,
         optim,
@@ -363,11 +423,12 @@ def to_hand(state):
     )
 
 
-# --- The comparison ----------------------------------------------------------------------------------------------
+# --- The comparison -------------------------------------------------------------------
 
 
 class Sides(NamedTuple):
-    """Both updates and both loops; a loop takes a state, which it consumes, and a number of steps."""
+    """Both updates and both loops; a loop takes a state, which it consumes, and a
+    number of steps."""
 
     state: Any
     update: Any
@@ -384,7 +445,9 @@ def prepare(problem, num_walkers):
 
     @partial(jax.jit, static_argnums=2, donate_argnums=0)
     def hand_scan(state, data, num_steps):
-        return lax.scan(lambda state, _: hand_step(state, data), state, length=num_steps)
+        return lax.scan(
+            lambda state, _: hand_step(state, data), state, length=num_steps
+        )
 
     state = backend.init(random.key(0), data)
     return Sides(
@@ -403,29 +466,45 @@ def copied(state):
 
 
 def check(problem, num_walkers, num_steps):
-    """Both sides from one state: the same trajectory at first, the same statistics later."""
+    """Both sides from one state: the same trajectory at first, the same statistics
+    later."""
     sides = prepare(problem, num_walkers)
     state, history, _, _ = sides.loop(copied(sides.state), num_steps)
     hand, hand_history = sides.hand_loop(copied(to_hand(sides.state)), num_steps)
     flat, hand_flat, start = (
-        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree.params)]) for tree in (state, hand, sides.state)
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree.params)])
+        for tree in (state, hand, sides.state)
     )
     gap = np.linalg.norm(flat - hand_flat) / np.linalg.norm(flat - start)
-    print(f"\n{problem}, {NUM_CHAINS * num_walkers} walkers, {num_steps} steps from one state on both sides")
+    print(
+        f"\n{problem}, {NUM_CHAINS * num_walkers} walkers, {num_steps} steps from one "
+        "state on both sides"
+    )
     print(f"  parameters differ by {gap:.1e} of the distance travelled")
-    print("  diagnostic               |   step 1: package    by hand | mean of the last half: package    by hand")
+    print(
+        "  diagnostic               |   step 1: package    by hand | mean of the last "
+        "half: package    by hand"
+    )
     half = num_steps // 2
     for name, by_hand in hand_history.items():
-        package = history[name]["x"] if isinstance(history[name], dict) else history[name]
+        package = (
+            history[name]["x"] if isinstance(history[name], dict) else history[name]
+        )
         package, by_hand = np.asarray(package)[:num_steps], np.asarray(by_hand)
         print(
             f"  {name:<24} | {package[0]:17.6g} {by_hand[0]:10.6g} | "
             f"{package[half:].mean():30.6g} {by_hand[half:].mean():10.6g}"
         )
     if problem == "net":
-        # The loss does not depend on the output bias: Adam walks it on rounding errors, and log Z with it.
-        (package,), (by_hand,) = (side.params["net$params"]["Dense_2"]["bias"] for side in (state, hand))
-        package, by_hand = package + history["log_normalizer"]["x"][num_steps - 1], by_hand + hand.log_z
+        # The loss does not depend on the output bias: Adam walks it on rounding errors,
+        # and log Z with it.
+        (package,), (by_hand,) = (
+            side.params["net$params"]["Dense_2"]["bias"] for side in (state, hand)
+        )
+        package, by_hand = (
+            package + history["log_normalizer"]["x"][num_steps - 1],
+            by_hand + hand.log_z,
+        )
         print(f"  log Z + output bias, last step: {package:.6g} and {by_hand:.6g}")
 
 
@@ -453,11 +532,15 @@ def measure(problem, num_walkers, *, max_pairs, seconds_per_run, seconds_in_all)
     num_pairs = int(max(5, min(max_pairs, seconds_in_all // (3 * num_steps * seconds))))
     timed(sides.hand_loop, to_hand(state), num_steps)
 
-    # Every triple starts from one state: the package, the hand-written loop and the hand-written loop again, in
-    # rotating order.
+    # Every triple starts from one state: the package, the hand-written loop and the
+    # hand-written loop again, in rotating order.
     rows = []
     for pair in range(num_pairs):
-        runs = [(sides.loop, state), (sides.hand_loop, to_hand(state)), (sides.hand_loop, to_hand(state))]
+        runs = [
+            (sides.loop, state),
+            (sides.hand_loop, to_hand(state)),
+            (sides.hand_loop, to_hand(state)),
+        ]
         row = [0.0] * 3
         for place in range(3):
             which = (pair + place) % 3
@@ -466,18 +549,27 @@ def measure(problem, num_walkers, *, max_pairs, seconds_per_run, seconds_in_all)
                 state = last
         rows.append(row)
     package, hand, again = np.array(rows).T
-    nearest = np.where(np.arange(num_pairs) % 3 == 1, again, hand)  # the hand-written run next to the package's
+    nearest = np.where(
+        np.arange(num_pairs) % 3 == 1, again, hand
+    )  # the hand-written run next to the package's
 
     flops = [compiled.cost_analysis()["flops"] for compiled in (update, hand_update)]
-    memory = [compiled.memory_analysis().temp_size_in_bytes for compiled in (update, hand_update)]
-    loops = [lower(num_steps).compile() for lower in (sides.lower_loop, sides.lower_hand_loop)]
+    memory = [
+        compiled.memory_analysis().temp_size_in_bytes
+        for compiled in (update, hand_update)
+    ]
+    loops = [
+        lower(num_steps).compile()
+        for lower in (sides.lower_loop, sides.lower_hand_loop)
+    ]
     loop_memory = [compiled.memory_analysis().temp_size_in_bytes for compiled in loops]
     headline = " *" if HEADLINE[problem] == num_walkers else ""
     columns = (
         f"{problem + headline:<9}",
         f"{NUM_CHAINS * num_walkers:7d}",
         f"{num_pairs:3d} x {num_steps:<4d}",
-        f"{1e3 * np.median(package) / num_steps:11.2f} {1e3 * np.median(hand) / num_steps:8.2f}",
+        f"{1e3 * np.median(package) / num_steps:11.2f} "
+        f"{1e3 * np.median(hand) / num_steps:8.2f}",
         f"{quartiles(package / nearest)}",
         f"{quartiles(again / hand)}",
         f"{flops[0] / flops[1]:.4f} ({flops[1]:.3g})",
@@ -489,17 +581,29 @@ def measure(problem, num_walkers, *, max_pairs, seconds_per_run, seconds_in_all)
 
 HEADER = """
 * headline size. Bars: time ratio 1.05 at it, 1.1 elsewhere; flops 1 ± 0.01; memory 1.1.
-problem   | walkers | pairs x st | ms: package  by hand | time ratio (quartiles) | hand against itself  | flops (hand) \
-     | memory, update    | memory, loop"""
+problem   | walkers | pairs x st | ms: package  by hand | time ratio (quartiles) | hand \
+against itself  | flops (hand)      | memory, update    | memory, loop"""
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--walkers", nargs="+", type=int, default=[64, 625, 6_250], help="per island")
-    parser.add_argument("--pairs", type=int, default=60, help="at most; fewer at 10⁵ walkers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS)
+    )
+    parser.add_argument(
+        "--walkers", nargs="+", type=int, default=[64, 625, 6_250], help="per island"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=60, help="at most; fewer at 10⁵ walkers"
+    )
     parser.add_argument("--seconds", type=float, default=0.25, help="length of one run")
-    parser.add_argument("--no-check", action="store_true", help="skip the comparison of the two trajectories")
+    parser.add_argument(
+        "--no-check",
+        action="store_true",
+        help="skip the comparison of the two trajectories",
+    )
     options = parser.parse_args()
     if not options.no_check:
         for problem in options.problems:

@@ -1,9 +1,11 @@
-"""The 50-dimensional mixture of Carbone et al. (2023), section 4.1, against its closed form.
+"""The 50-dimensional mixture of Carbone et al. (2023), section 4.1, against its closed
+form.
 
-Two unit Gaussians at -10 and +6 on the first axis, a quarter of the data in the first.  The energy learns both
-means and the log mass between them from an initial mixture whose modes nearly coincide, so the mass has to follow
-walkers from one place to two.  Printed per seed: the closed-form KL divergence, the learned mass, and the error of
-log Z as the held-out and as the training walkers see it; beside it the same walkers without weights.
+Two unit Gaussians at -10 and +6 on the first axis, a quarter of the data in the first.
+The energy learns both means and the log mass between them from an initial mixture whose
+modes nearly coincide, so the mass has to follow walkers from one place to two.  Printed
+per seed: the closed-form KL divergence, the learned mass, and the error of log Z as the
+held-out and as the training walkers see it; beside it the same walkers without weights.
 
     python benchmarks/gmm50.py [--seeds 5] [--steps 8000]
 """
@@ -31,7 +33,9 @@ T3_995 = 5.841  # Student t, 3 degrees of freedom, 99.5%
 
 def potential(first, second, log_mass, x):
     """U(x) = -log(exp(-|x - a|²/2) + exp(-|x - b|²/2 - z))."""
-    distances = jnp.stack([((x - first) ** 2).sum(-1), ((x - second) ** 2).sum(-1) + 2 * log_mass])
+    distances = jnp.stack(
+        [((x - first) ** 2).sum(-1), ((x - second) ** 2).sum(-1) + 2 * log_mass]
+    )
     return -logsumexp(-0.5 * distances, axis=0)
 
 
@@ -57,11 +61,15 @@ def initial_params(seed):
 
 
 def make_model(init):
-    """The mixture at the initial parameters as base; E = U + log base, so Z is the integral of exp(-U)."""
+    """The mixture at the initial parameters as base; E = U + log base, so Z is the
+    integral of exp(-U)."""
     means = jnp.stack([init["first"], init["second"]])
-    # The energy evaluates it too: without NumPyro's support checks, which a hand-written loop would not make.
+    # The energy evaluates it too: without NumPyro's support checks, which a
+    # hand-written loop would not make.
     base = dist.MixtureSameFamily(
-        dist.Categorical(logits=jnp.stack([0.0, -init["log_mass"]]), validate_args=False),
+        dist.Categorical(
+            logits=jnp.stack([0.0, -init["log_mass"]]), validate_args=False
+        ),
         dist.Normal(means, 1.0, validate_args=False).to_event(1),
         validate_args=False,
     )
@@ -80,7 +88,9 @@ def make_model(init):
 def sgd():
     """Plain gradient steps on the *mean* loss: the package's loss is a sum."""
     labels = {name: name for name in RATES}
-    return optax.multi_transform({name: optax.sgd(rate / NUM_DATA) for name, rate in RATES.items()}, labels)
+    return optax.multi_transform(
+        {name: optax.sgd(rate / NUM_DATA) for name, rate in RATES.items()}, labels
+    )
 
 
 def divergence(params):
@@ -127,36 +137,53 @@ def jarzynski(seed, num_steps):
 
 
 def unweighted(seed, num_steps):
-    """Persistent contrastive divergence: the same walkers, moves and rates, every weight equal."""
+    """Persistent contrastive divergence: the same walkers, moves and rates, every
+    weight equal."""
     params, data = initial_params(seed), make_data(seed)
     key_mode, key_noise, key_run = random.split(random.key(seed), 3)
     means = jnp.stack([params["first"], params["second"]])
-    walkers = means[random.bernoulli(key_mode, 0.5, (NUM_CHAINS * NUM_WALKERS,)).astype(int)]
+    walkers = means[
+        random.bernoulli(key_mode, 0.5, (NUM_CHAINS * NUM_WALKERS,)).astype(int)
+    ]
     walkers = walkers + random.normal(key_noise, walkers.shape)
 
     def mean_potential(params, x):
-        return potential(params["first"], params["second"], params["log_mass"], x).mean()
+        return potential(
+            params["first"], params["second"], params["log_mass"], x
+        ).mean()
 
     def update(carry, key):
         params, walkers = carry
         difference = lambda p: mean_potential(p, data) - mean_potential(p, walkers)  # noqa: E731
-        params = jax.tree.map(lambda p, g, r: p - r * g, params, jax.grad(difference)(params), RATES)
+        params = jax.tree.map(
+            lambda p, g, r: p - r * g, params, jax.grad(difference)(params), RATES
+        )
         slope = jax.grad(lambda x: len(x) * mean_potential(params, x))(walkers)
         noise = random.normal(key, walkers.shape)
-        return (params, walkers - STEP_SIZE * slope + jnp.sqrt(2 * STEP_SIZE) * noise), None
+        return (
+            params,
+            walkers - STEP_SIZE * slope + jnp.sqrt(2 * STEP_SIZE) * noise,
+        ), None
 
-    run = jax.jit(lambda params, walkers: lax.scan(update, (params, walkers), random.split(key_run, num_steps))[0])
+    run = jax.jit(
+        lambda params, walkers: lax.scan(
+            update, (params, walkers), random.split(key_run, num_steps)
+        )[0]
+    )
     params, _ = run(params, walkers)
     return {"kl": divergence(params), "mass": learned_mass(params)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8_000)
     options = parser.parse_args()
     print(
-        "seed |     KL |   mass | log Z error: held-out (se, in se) | training | min ESS | resampled | no "
+        "seed |     KL |   mass | log Z error: held-out (se, in se) | training | min "
+        "ESS | resampled | no "
         "weights: KL, mass"
     )
     rows = []
@@ -165,24 +192,37 @@ def main():
         row, plain = jarzynski(seed, options.steps), unweighted(seed, options.steps)
         rows.append(row)
         print(
-            f"{seed:4d} | {row['kl']:.4f} | {row['mass']:.4f} | {row['held-out']:+.4f} ({row['se']:.4f}, "
-            f"{abs(row['held-out']) / row['se']:.1f}) | {row['training']:+.4f} | {row['ess']:.3f} | "
+            f"{seed:4d} | {row['kl']:.4f} | {row['mass']:.4f} | {row['held-out']:+.4f} "
+            f"({row['se']:.4f}, "
+            f"{abs(row['held-out']) / row['se']:.1f}) | {row['training']:+.4f} | "
+            f"{row['ess']:.3f} | "
             f"{row['resampled']:5d} | "
-            f"{plain['kl']:.4f}, {plain['mass']:.4f}   [{time.perf_counter() - began:.0f} s]",
+            f"{plain['kl']:.4f}, {plain['mass']:.4f}   "
+            f"[{time.perf_counter() - began:.0f} s]",
             flush=True,
         )
-    mean = {name: np.mean([row[name] for row in rows]) for name in ("kl", "mass", "held-out", "training")}
+    mean = {
+        name: np.mean([row[name] for row in rows])
+        for name in ("kl", "mass", "held-out", "training")
+    }
     worst = {
         "KL (bar 0.02)": max(row["kl"] for row in rows),
         "|mass - 1/4| (0.025)": max(abs(row["mass"] - 0.25) for row in rows),
         "|held-out error| (0.08)": max(abs(row["held-out"]) for row in rows),
-        f"|held-out error| / se ({T3_995})": max(abs(row["held-out"]) / row["se"] for row in rows),
+        f"|held-out error| / se ({T3_995})": max(
+            abs(row["held-out"]) / row["se"] for row in rows
+        ),
     }
     smallest = min(abs(row["training"]) for row in rows)
-    print("worst of the seeds: " + ", ".join(f"{name}: {value:.4f}" for name, value in worst.items()))
     print(
-        f"means: mass {mean['mass']:.4f} (bar 0.25 ± 0.01), held-out error {mean['held-out']:+.4f} (bar 0.04), "
-        f"training error {mean['training']:+.4f}, smallest training error {smallest:.4f} (over 0.1)"
+        "worst of the seeds: "
+        + ", ".join(f"{name}: {value:.4f}" for name, value in worst.items())
+    )
+    print(
+        f"means: mass {mean['mass']:.4f} (bar 0.25 ± 0.01), held-out error "
+        f"{mean['held-out']:+.4f} (bar 0.04), "
+        f"training error {mean['training']:+.4f}, smallest training error "
+        f"{smallest:.4f} (over 0.1)"
     )
 
 

@@ -1,4 +1,5 @@
-"""Supports that end, close or are finite: half-lines, intervals, circles, simplices, lattices, hard edges."""
+"""Supports that end, close or are finite: half-lines, intervals, circles, simplices,
+lattices, hard edges."""
 
 import math
 
@@ -19,13 +20,18 @@ def site(energy, base, data=None, start=None):
     observe(ebm.EnergyDistribution(energy, base, start=start), data)
 
 
-# --- Half-lines ----------------------------------------------------------------------------------------------------
+# --- Half-lines -----------------------------------------------------------------------
 
 
 def gamma(p, data=None):
-    """E = (1 − a) log x + (r − 1) x over Exponential(1), independent in every dimension."""
+    """E = (1 − a) log x + (r − 1) x over Exponential(1), independent in every
+    dimension."""
     base = dist.Gamma(jnp.ones_like(p["shape"]), 1.0).to_event(1)
-    site(lambda v: ((1.0 - p["shape"]) * jnp.log(v) + (p["rate"] - 1.0) * v).sum(-1), base, data)
+    site(
+        lambda v: ((1.0 - p["shape"]) * jnp.log(v) + (p["rate"] - 1.0) * v).sum(-1),
+        base,
+        data,
+    )
 
 
 def half_normal(p, data=None):
@@ -53,7 +59,9 @@ def gamma_target(name, shape, rate, benign, **options):
     p = arrays(shape=shape, rate=rate)
     truth = np.inf
     if np.min(shape) > 0:
-        truth = float(np.sum(gammaln(p["shape"].astype(float)) - p["shape"] * np.log(float(rate))))
+        truth = float(
+            np.sum(gammaln(p["shape"].astype(float)) - p["shape"] * np.log(float(rate)))
+        )
     return Target(name, gamma, p, truth, benign, **options)
 
 
@@ -61,22 +69,38 @@ def positive():
     yield gamma_target("gamma 5", [5.0], 1.0, True)
     yield gamma_target("gamma 3, rate 10", [3.0, 3.0], 10.0, True)
     yield gamma_target("gamma 30", [30.0], 1.0, True)
-    yield gamma_target("gamma 2 by quadrature", [2.0], 1.0, True, method="quadrature", quick=True)
+    yield gamma_target(
+        "gamma 2 by quadrature", [2.0], 1.0, True, method="quadrature", quick=True
+    )
     yield gamma_target("gamma 500 d3", [500.0, 500.0, 500.0], 1.0, False)
     yield gamma_target("gamma 2, rate 1e4", [2.0], 1e4, False)
     truth = 4 * (np.log(2) + 2.0 + norm.logcdf(-2.0))
-    yield Target("half-normal tilted", half_normal, arrays(dims=np.zeros(4), rate=2.0), float(truth), True)
-    for shape, start, benign in ((3.0, 1.0, False), (0.5, 1.0, False), (0.1, 3.0, False), (0.0, 1.0, False)):
+    yield Target(
+        "half-normal tilted",
+        half_normal,
+        arrays(dims=np.zeros(4), rate=2.0),
+        float(truth),
+        True,
+    )
+    for shape, start, benign in (
+        (3.0, 1.0, False),
+        (0.5, 1.0, False),
+        (0.1, 3.0, False),
+        (0.0, 1.0, False),
+    ):
         p = arrays(power=shape + 1.0, inverse=1.0, rate=0.0, start=start)
         truth = float(gammaln(shape)) if shape > 0 else np.inf
         yield Target(f"inverse gamma {shape:g}", positive_power, p, truth, benign)
     for width, benign in ((0.5, True), (1.5, True), (8.0, False), (30.0, False)):
         truth = float(np.log(width) + 0.5 * np.log(2 * np.pi))
-        yield Target(f"log-normal {width:g}", log_normal, arrays(width=width), truth, benign)
+        yield Target(
+            f"log-normal {width:g}", log_normal, arrays(width=width), truth, benign
+        )
 
 
 def poles():
-    """Mass at the end of a support: what single precision cannot see must not be left out."""
+    """Mass at the end of a support: what single precision cannot see must not be left
+    out."""
     yield gamma_target("pole x^-0.5", [0.5], 1.0, True)
     yield gamma_target("pole x^-0.8", [0.2], 1.0, False)
     yield gamma_target("pole x^-0.95", [0.05], 1.0, False)
@@ -89,12 +113,18 @@ def poles():
     yield gamma_target("pole x^-1.05 in one of 3", [-0.05, 2.0, 2.0], 1.0, False)
     for shape in (0.3, 0.01, -0.05):
         name = f"pole x^{shape - 1:g} by quadrature"
-        yield gamma_target(name, [shape], 1.0, False, method="quadrature", quick=shape < 0)
+        yield gamma_target(
+            name, [shape], 1.0, False, method="quadrature", quick=shape < 0
+        )
     for start in (1.0, 5.0):
         p = arrays(power=1.0, inverse=0.0, rate=0.0, start=start)
-        yield Target(f"1/x from a log-normal {start:g}", positive_power, p, np.inf, False)
+        yield Target(
+            f"1/x from a log-normal {start:g}", positive_power, p, np.inf, False
+        )
     p = arrays(power=1.0, inverse=0.0, rate=0.0, start=1.0)
-    yield Target("1/x by quadrature", positive_power, p, np.inf, False, method="quadrature")
+    yield Target(
+        "1/x by quadrature", positive_power, p, np.inf, False, method="quadrature"
+    )
     yield beta_target("pole in an interval, arcsine", 0.5, 0.5, True)
     yield beta_target("pole in an interval 0.1", 0.1, 1.0, False)
     yield beta_target("pole in an interval 0.02", 0.02, 1.0, False)
@@ -102,23 +132,40 @@ def poles():
     yield beta_target("pole at an interval's upper end 0.2", 1.0, 0.2, False)
     yield beta_target("pole in an interval, divergent", 0.0, 1.0, False)
     yield beta_target("pole at an interval's upper end, divergent", 1.0, -0.05, False)
-    yield beta_target("pole at an interval's upper end by quadrature", 1.0, 0.05, False, method="quadrature")
+    yield beta_target(
+        "pole at an interval's upper end by quadrature",
+        1.0,
+        0.05,
+        False,
+        method="quadrature",
+    )
     yield dirichlet_target("pole in a simplex 0.5", (0.5, 0.5, 0.5), True)
     yield dirichlet_target("pole in a simplex 0.02", (0.02, 1.0, 1.0), False)
-    yield dirichlet_target("pole in a simplex's last part 0.02", (1.0, 1.0, 0.02), False)
+    yield dirichlet_target(
+        "pole in a simplex's last part 0.02", (1.0, 1.0, 0.02), False
+    )
     yield dirichlet_target("pole at every corner 0.05", (0.05, 0.05, 0.05), False)
     yield dirichlet_target("pole in a simplex, divergent", (1.0, 0.0, 1.0), False)
-    yield dirichlet_target("pole in a simplex, divergent -0.05", (-0.05, 1.0, 1.0, 1.0), False)
-    yield dirichlet_target("pole in a simplex by quadrature", (0.02, 1.0, 1.0), False, method="quadrature")
+    yield dirichlet_target(
+        "pole in a simplex, divergent -0.05", (-0.05, 1.0, 1.0, 1.0), False
+    )
+    yield dirichlet_target(
+        "pole in a simplex by quadrature", (0.02, 1.0, 1.0), False, method="quadrature"
+    )
 
 
-# --- Intervals -----------------------------------------------------------------------------------------------------
+# --- Intervals ------------------------------------------------------------------------
 
 
 def beta(p, data=None):
-    """E = (1 − a) log x + (1 − b) log(1 − x) over an interval's uniform distribution."""
+    """E = (1 − a) log x + (1 − b) log(1 − x) over an interval's uniform
+    distribution."""
     first, second = p["first"], p["second"]
-    site(lambda v: (1.0 - first) * jnp.log(v) + (1.0 - second) * jnp.log1p(-v), dist.Uniform(0.0, 1.0), data)
+    site(
+        lambda v: (1.0 - first) * jnp.log(v) + (1.0 - second) * jnp.log1p(-v),
+        dist.Uniform(0.0, 1.0),
+        data,
+    )
 
 
 def tilt(p, data=None):
@@ -129,12 +176,16 @@ def tilt(p, data=None):
 
 def beta_target(name, first, second, benign, **options):
     truth = float(betaln(first, second)) if min(first, second) > 0 else np.inf
-    return Target(name, beta, arrays(first=first, second=second), truth, benign, **options)
+    return Target(
+        name, beta, arrays(first=first, second=second), truth, benign, **options
+    )
 
 
 def interval():
     yield beta_target("beta 5, 3", 5.0, 3.0, True)
-    yield beta_target("beta 5, 3 by quadrature", 5.0, 3.0, True, method="quadrature", quick=True)
+    yield beta_target(
+        "beta 5, 3 by quadrature", 5.0, 3.0, True, method="quadrature", quick=True
+    )
     yield beta_target("beta 50, 30", 50.0, 30.0, True)
     yield beta_target("beta 5e4, 3e4", 5e4, 3e4, False)
     yield beta_target("beta 1, 1e4", 1.0, 1e4, False)
@@ -146,18 +197,25 @@ def interval():
         ("short interval far from zero", 1, 1e6, 1.0, 5.0, False),
     ):
         # ∫₀^w e^{c t} dt / w.
-        truth = num_dims * np.log(-np.expm1(-rate * width) / (rate * width)) + num_dims * rate * width
+        truth = (
+            num_dims * np.log(-np.expm1(-rate * width) / (rate * width))
+            + num_dims * rate * width
+        )
         p = arrays(low=np.full(num_dims, low), width=width, rate=rate)
         yield Target(name, tilt, p, float(truth), benign)
 
 
-# --- Circles -------------------------------------------------------------------------------------------------------
+# --- Circles --------------------------------------------------------------------------
 
 
 def angle(p, data=None):
     """E = −κ Σ cos(k (x − μ)), angles uniform on (−π, π)."""
     base = dist.Uniform(-np.pi * jnp.ones_like(p["dims"]), np.pi).to_event(1)
-    site(lambda v: -p["kappa"] * jnp.cos(p["waves"] * (v - p["centre"])).sum(-1), base, data)
+    site(
+        lambda v: -p["kappa"] * jnp.cos(p["waves"] * (v - p["centre"])).sum(-1),
+        base,
+        data,
+    )
 
 
 def circle(p, data=None):
@@ -184,14 +242,19 @@ def circles():
     ):
         p = arrays(dims=np.zeros(num_dims), kappa=kappa, waves=waves, centre=centre)
         yield Target(name, angle, p, num_dims * log_i0(kappa), benign, method=method)
-    for concentration, kappa, centre, benign in ((1.0, 1.0, 1.0, True), (1.0, 5.0, np.pi, False)):
+    for concentration, kappa, centre, benign in (
+        (1.0, 1.0, 1.0, True),
+        (1.0, 5.0, np.pi, False),
+    ):
         together = abs(concentration + kappa * np.exp(1j * centre))
         p = arrays(concentration=concentration, kappa=kappa, centre=centre)
         truth = log_i0(together) - log_i0(concentration)
-        yield Target(f"von Mises base, {kappa:g} at {centre:.2g}", circle, p, truth, benign)
+        yield Target(
+            f"von Mises base, {kappa:g} at {centre:.2g}", circle, p, truth, benign
+        )
 
 
-# --- Simplices -----------------------------------------------------------------------------------------------------
+# --- Simplices ------------------------------------------------------------------------
 
 
 def dirichlet(p, data=None):
@@ -210,22 +273,30 @@ def dirichlet_target(name, concentration, benign, **options):
     truth = np.inf
     if a.min() > 0:
         truth = float(gammaln(a).sum() - gammaln(a.sum()) + gammaln(len(a)))
-    return Target(name, dirichlet, arrays(concentration=concentration), truth, benign, **options)
+    return Target(
+        name, dirichlet, arrays(concentration=concentration), truth, benign, **options
+    )
 
 
 def simplex():
     yield dirichlet_target("simplex (2, 3, 6, 4)", (2.0, 3.0, 6.0, 4.0), True)
     yield dirichlet_target("simplex of 10 parts", (2.0,) * 10, True)
-    yield dirichlet_target("simplex (2, 3, 6) by quadrature", (2.0, 3.0, 6.0), True, method="quadrature")
+    yield dirichlet_target(
+        "simplex (2, 3, 6) by quadrature", (2.0, 3.0, 6.0), True, method="quadrature"
+    )
     yield dirichlet_target("simplex (200, 100, 50)", (200.0, 100.0, 50.0), True)
     yield dirichlet_target("simplex near a corner", (2e4, 2.0, 2.0), False)
-    yield dirichlet_target("simplex of 30 parts, sharp", tuple(np.linspace(1.0, 100.0, 30)), False)
+    yield dirichlet_target(
+        "simplex of 30 parts, sharp", tuple(np.linspace(1.0, 100.0, 30)), False
+    )
     for rate, benign in ((3.0, True), (-3.0, True), (1e3, False)):
         truth = float(np.log(2 * (rate + np.expm1(-rate)) / rate**2))
-        yield Target(f"simplex tilted {rate:g}", simplex_tilt, arrays(rate=rate), truth, benign)
+        yield Target(
+            f"simplex tilted {rate:g}", simplex_tilt, arrays(rate=rate), truth, benign
+        )
 
 
-# --- Finite supports -----------------------------------------------------------------------------------------------
+# --- Finite supports ------------------------------------------------------------------
 
 
 def field(p, data=None):
@@ -238,13 +309,21 @@ def curie_weiss(p, data=None):
     """E = −J (Σ s)²/(2n), every spin with every other."""
     num_spins = len(p["dims"])
     base = dist.Bernoulli(0.5 * jnp.ones_like(p["dims"])).to_event(1)
-    site(lambda v: -0.5 * p["coupling"] / num_spins * (2.0 * v - 1.0).sum(-1) ** 2, base, data)
+    site(
+        lambda v: -0.5 * p["coupling"] / num_spins * (2.0 * v - 1.0).sum(-1) ** 2,
+        base,
+        data,
+    )
 
 
 def needle(p, data=None):
     """One state of 2^n has weight e^w, the others 1."""
     base = dist.Bernoulli(0.5 * jnp.ones_like(p["dims"])).to_event(1)
-    site(lambda v: jnp.where(v.sum(-1) == len(p["dims"]), -p["log_weight"], 0.0), base, data)
+    site(
+        lambda v: jnp.where(v.sum(-1) == len(p["dims"]), -p["log_weight"], 0.0),
+        base,
+        data,
+    )
 
 
 def counts(p, data=None):
@@ -260,12 +339,15 @@ def colours(p, data=None):
 
 
 def forbidden(p, data=None):
-    """Infinite energy where two neighbouring bits are both 1; ``poison`` where all are 0."""
+    """Infinite energy where two neighbouring bits are both 1; ``poison`` where all are
+    0."""
     base = dist.Bernoulli(0.5 * jnp.ones_like(p["dims"])).to_event(1)
 
     def energy(v):
         neighbours = (v[..., 1:] * v[..., :-1]).sum(-1)
-        return jnp.where(v.sum(-1) == 0, p["poison"], jnp.where(neighbours > 0, jnp.inf, 0.0))
+        return jnp.where(
+            v.sum(-1) == 0, p["poison"], jnp.where(neighbours > 0, jnp.inf, 0.0)
+        )
 
     site(energy, base, data)
 
@@ -282,7 +364,15 @@ def discrete():
     def with_field(name, values, offset, benign, **options):
         h = np.asarray(np.float32(values), float)
         truth = float(np.sum(np.logaddexp(0.0, h) - np.log(2))) - offset
-        return Target(name, field, arrays(field=values, offset=offset), truth, benign, **exact, **options)
+        return Target(
+            name,
+            field,
+            arrays(field=values, offset=offset),
+            truth,
+            benign,
+            **exact,
+            **options,
+        )
 
     yield with_field("bits in a field", np.linspace(-2, 2, 10), 0.0, True, quick=True)
     yield with_field("bits in a strong field", np.full(10, 40.0), 0.0, True)
@@ -291,39 +381,101 @@ def discrete():
     yield with_field("bits, offset -1e8", np.linspace(-2, 2, 10), -1e8, False)
     for num_spins, coupling in ((10, 0.5), (14, 3.0)):
         up = np.arange(num_spins + 1)
-        log_count = gammaln(num_spins + 1) - gammaln(up + 1) - gammaln(num_spins - up + 1)
-        truth = logsumexp(log_count + 0.5 * coupling / num_spins * (2 * up - num_spins) ** 2) - num_spins * np.log(2)
+        log_count = (
+            gammaln(num_spins + 1) - gammaln(up + 1) - gammaln(num_spins - up + 1)
+        )
+        truth = logsumexp(
+            log_count + 0.5 * coupling / num_spins * (2 * up - num_spins) ** 2
+        ) - num_spins * np.log(2)
         p = arrays(dims=np.zeros(num_spins), coupling=coupling)
-        yield Target(f"Curie-Weiss {num_spins}, {coupling:g}", curie_weiss, p, float(truth), True, **exact)
+        yield Target(
+            f"Curie-Weiss {num_spins}, {coupling:g}",
+            curie_weiss,
+            p,
+            float(truth),
+            True,
+            **exact,
+        )
     for num_bits, log_weight in ((14, 0.0), (14, 12.0), (16, 60.0)):
-        truth = np.logaddexp(np.log1p(-(0.5**num_bits)), log_weight - num_bits * np.log(2))
+        truth = np.logaddexp(
+            np.log1p(-(0.5**num_bits)), log_weight - num_bits * np.log(2)
+        )
         p = arrays(dims=np.zeros(num_bits), log_weight=log_weight)
-        yield Target(f"one state of 2^{num_bits}, e^{log_weight:g}", needle, p, float(truth), True, **exact)
+        yield Target(
+            f"one state of 2^{num_bits}, e^{log_weight:g}",
+            needle,
+            p,
+            float(truth),
+            True,
+            **exact,
+        )
     truth = 4 * 5 * np.log(0.7 + 0.3 * np.exp(-0.8))
-    yield Target("counts", counts, arrays(dims=np.zeros(4), rate=0.8), float(truth), True, **exact)
+    yield Target(
+        "counts",
+        counts,
+        arrays(dims=np.zeros(4), rate=0.8),
+        float(truth),
+        True,
+        **exact,
+    )
     truth = 7 * np.log((1 + 2 * np.exp(-1.5)) / 3)
-    yield Target("chain of 3 colours", colours, arrays(dims=np.zeros(8), cost=1.5), float(truth), True, **exact)
-    # Strings without two ones in a row are counted by Fibonacci numbers: F(12) = 144 of ten bits.
+    yield Target(
+        "chain of 3 colours",
+        colours,
+        arrays(dims=np.zeros(8), cost=1.5),
+        float(truth),
+        True,
+        **exact,
+    )
+    # Strings without two ones in a row are counted by Fibonacci numbers: F(12) = 144 of
+    # ten bits.
     truth = math.log(144) - 10 * np.log(2)
-    yield Target("forbidden states", forbidden, arrays(dims=np.zeros(10), poison=0.0), truth, True, **exact)
-    yield Target("NaN at one state", forbidden, arrays(dims=np.zeros(10), poison=np.nan), np.nan, False, **exact)
-    yield Target("-inf at one state", forbidden, arrays(dims=np.zeros(10), poison=-np.inf), np.inf, False, **exact)
+    yield Target(
+        "forbidden states",
+        forbidden,
+        arrays(dims=np.zeros(10), poison=0.0),
+        truth,
+        True,
+        **exact,
+    )
+    yield Target(
+        "NaN at one state",
+        forbidden,
+        arrays(dims=np.zeros(10), poison=np.nan),
+        np.nan,
+        False,
+        **exact,
+    )
+    yield Target(
+        "-inf at one state",
+        forbidden,
+        arrays(dims=np.zeros(10), poison=-np.inf),
+        np.inf,
+        False,
+        **exact,
+    )
     h = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     for name, offset, benign in (
         ("bits, batch of 4", np.zeros(4), True),
         ("bits, batch of 4, one offset 3e6", np.array([0.0, 1.0, 3e6, 2.0]), False),
     ):
         truth = np.logaddexp(0.0, h.astype(float)).sum(-1) - 6 * np.log(2) - offset
-        yield Target(name, fields, arrays(field=h, offset=offset), truth, benign, **exact)
+        yield Target(
+            name, fields, arrays(field=h, offset=offset), truth, benign, **exact
+        )
 
 
-# --- Hard edges and bad numbers ------------------------------------------------------------------------------------
+# --- Hard edges and bad numbers -------------------------------------------------------
 
 
 def edge(p, data=None):
     """E = +inf beyond an edge of x₀ over N(0, I)."""
     base = normal(len(p["dims"]))
-    site(lambda v: jnp.where(v[..., 0] > p["edge"], p["rate"] * v[..., 0], jnp.inf), base, data)
+    site(
+        lambda v: jnp.where(v[..., 0] > p["edge"], p["rate"] * v[..., 0], jnp.inf),
+        base,
+        data,
+    )
 
 
 def not_a_number(p, data=None):
@@ -333,7 +485,11 @@ def not_a_number(p, data=None):
 
 def step(p, data=None):
     """A step down by ``height`` beyond an edge: its gradient tells nothing."""
-    site(lambda v: jnp.where(v[..., 0] > p["edge"], -p["height"], 0.0), normal(len(p["dims"])), data)
+    site(
+        lambda v: jnp.where(v[..., 0] > p["edge"], -p["height"], 0.0),
+        normal(len(p["dims"])),
+        data,
+    )
 
 
 def edges():
@@ -342,14 +498,28 @@ def edges():
         ("half-space tilted", 3, -1.0, 1.0, False, "bracket"),
         ("far half-space", 2, 2.0, 0.0, False, "bracket"),
         ("half-line by quadrature", 1, 0.123, 1.0, False, "quadrature"),
-        ("half-line by quadrature, edge between points", 1, -1.0, 0.0, False, "quadrature"),
+        (
+            "half-line by quadrature, edge between points",
+            1,
+            -1.0,
+            0.0,
+            False,
+            "quadrature",
+        ),
     ):
         p = arrays(dims=np.zeros(num_dims), edge=where, rate=rate)
         truth = 0.5 * rate**2 + norm.logcdf(-(float(p["edge"]) + rate))
         yield Target(name, edge, p, float(truth), benign, method=method)
     for num_dims, method in ((3, "bracket"), (1, "quadrature")):
         p = arrays(dims=np.zeros(num_dims))
-        yield Target(f"NaN on half of the support, {method}", not_a_number, p, np.nan, False, method=method)
+        yield Target(
+            f"NaN on half of the support, {method}",
+            not_a_number,
+            p,
+            np.nan,
+            False,
+            method=method,
+        )
     for name, num_dims, where, height, method in (
         ("step d3", 3, 1.0, 3.0, "bracket"),
         ("step d2, far and deep", 2, 1.8, 8.0, "bracket"),

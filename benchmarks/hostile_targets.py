@@ -1,4 +1,5 @@
-"""What a target of the battery is, and all of them (see hostile.py); their energies lie in the files beside it."""
+"""What a target of the battery is, and all of them (see hostile.py); their energies lie
+in the files beside it."""
 
 import hashlib
 import inspect
@@ -15,20 +16,22 @@ import numpy as np
 class Target:
     """One energy whose log Z is known.
 
-    Its model is ``model(p, data)``, a function of a module, so that the programs that JAX compiles for it serve every
-    target and seed with arrays of the same shapes.
+    Its model is ``model(p, data)``, a function of a module, so that the programs that
+    JAX compiles for it serve every target and seed with arrays of the same shapes.
 
     Attributes:
         name: Unlike that of any other target.
-        model: A NumPyro model with an energy at site 'x', called with ``p`` and, where there are any, ``data``.
+        model: A NumPyro model with an energy at site 'x', called with ``p`` and, where
+            there are any, ``data``.
         p: What the energy depends on, arrays by name.
-        truth: log Z, a number or one per batch element or draw; inf where the integral diverges, NaN where there is
-            none to be had.  Either must be refused.
-        benign: Whether a competent method at default settings should certify it.  Of the others nothing is asked but
-            not to be wrong.
+        truth: log Z, a number or one per batch element or draw; inf where the integral
+            diverges, NaN where there is none to be had.  Either must be refused.
+        benign: Whether a competent method at default settings should certify it.  Of
+            the others nothing is asked but not to be wrong.
         data: Rows observed at the site.
         method: As in ``log_normalizer``.
-        invisible: Why no method could know better without being told; empty for nearly all.
+        invisible: Why no method could know better without being told; empty for nearly
+            all.
         params: Parameters of the model, draws where ``options`` has ``batch_ndims``.
         options: More arguments of ``log_normalizer``.
         quick: Whether it is cheap enough, and of use, in the quick form.
@@ -48,9 +51,17 @@ class Target:
 
     @cached_property
     def version(self) -> str:
-        """A digest of all that defines it: another one, and results that were kept no longer count."""
-        parts = [inspect.getsource(self.model), self.method, repr(sorted(self.options.items()))]
-        arrays = [np.asarray(self.truth, float), *(np.asarray(v) for _, v in sorted((self.p | self.params).items()))]
+        """A digest of all that defines it: another one, and results that were kept no
+        longer count."""
+        parts = [
+            inspect.getsource(self.model),
+            self.method,
+            repr(sorted(self.options.items())),
+        ]
+        arrays = [
+            np.asarray(self.truth, float),
+            *(np.asarray(v) for _, v in sorted((self.p | self.params).items())),
+        ]
         arrays += [] if self.data is None else [self.data]
         # Truths come from SciPy and may differ in the last digits.
         parts += [f"{a.shape}{[float(f'{x:.5g}') for x in a.ravel()]}" for a in arrays]
@@ -58,7 +69,8 @@ class Target:
 
 
 def arrays(**values) -> dict[str, np.ndarray]:
-    """Arguments of a model in single precision: traced by JAX, so that other values need no other program."""
+    """Arguments of a model in single precision: traced by JAX, so that other values
+    need no other program."""
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
 
 

@@ -1,6 +1,8 @@
-"""Mixtures of Gaussians: wells in a broad body, two widths at one centre, far and many modes.  log Z is Σ of weights.
+"""Mixtures of Gaussians: wells in a broad body, two widths at one centre, far and many
+modes.  log Z is Σ of weights.
 
-E = log base − log f for a mixture f, whose integral is the sum of its components' weights.
+E = log base − log f for a mixture f, whose integral is the sum of its components'
+weights.
 """
 
 import jax.numpy as jnp
@@ -33,14 +35,19 @@ def log_mixture(v, p):
     """Log of Σ_k exp(w_k) N(v; m_k, s_k² I)."""
     num_dims = v.shape[-1]
     standard = (v[..., None, :] - p["locs"]) / p["scales"][:, None]
-    log_density = -0.5 * (standard**2).sum(-1) - num_dims * (jnp.log(p["scales"]) + 0.5 * np.log(2 * np.pi))
+    log_density = -0.5 * (standard**2).sum(-1) - num_dims * (
+        jnp.log(p["scales"]) + 0.5 * np.log(2 * np.pi)
+    )
     return logsumexp(log_density + p["log_weights"], axis=-1)
 
 
 def mixture(p, data=None):
     """f over a Gaussian base."""
     base = dist.Normal(0.0, p["base"]).expand([p["locs"].shape[-1]]).to_event(1)
-    observe(ebm.EnergyDistribution(lambda v: base.log_prob(v) - log_mixture(v, p), base), data)
+    observe(
+        ebm.EnergyDistribution(lambda v: base.log_prob(v) - log_mixture(v, p), base),
+        data,
+    )
 
 
 def flat_mixture(p, data=None):
@@ -48,7 +55,9 @@ def flat_mixture(p, data=None):
     num_dims = p["locs"].shape[-1]
     flat = dist.ImproperUniform(constraints.real_vector, (), (num_dims,))
     start = dist.Normal(0.0, p["base"]).expand([num_dims]).to_event(1)
-    observe(ebm.EnergyDistribution(lambda v: -log_mixture(v, p), flat, start=start), data)
+    observe(
+        ebm.EnergyDistribution(lambda v: -log_mixture(v, p), flat, start=start), data
+    )
 
 
 def carton(p, data=None):
@@ -70,36 +79,67 @@ def drawn(p, counts, seed=0):
 
 
 def expected_draws_in_well(p):
-    """How many of a thousand base draws lie where the second component outweighs the first.
+    """How many of a thousand base draws lie where the second component outweighs the
+    first.
 
     Where s₂ < s₁ that is a ball, and |x|² over it is noncentral χ².
     """
     (first, second), (body, width) = p["locs"].astype(float), p["scales"].astype(float)
     num_dims, rate = len(first), width**-2 - body**-2
-    log_ratio = float(p["log_weights"][1] - p["log_weights"][0]) - num_dims * np.log(width / body)
+    log_ratio = float(p["log_weights"][1] - p["log_weights"][0]) - num_dims * np.log(
+        width / body
+    )
     centre = (second / width**2 - first / body**2) / rate
     rest = second @ second / width**2 - first @ first / body**2 - rate * centre @ centre
     squared_radius = (2 * log_ratio - rest) / rate
     if squared_radius <= 0:
         return 0.0
     base = float(p["base"])
-    return NUM_DRAWS * float(ncx2.cdf(squared_radius / base**2, num_dims, max(centre @ centre / base**2, 1e-12)))
+    return NUM_DRAWS * float(
+        ncx2.cdf(
+            squared_radius / base**2, num_dims, max(centre @ centre / base**2, 1e-12)
+        )
+    )
 
 
-def well(name, num_dims, distance, width, log_weight, *, benign=False, rows=None, body=1.0, base=1.0, **options):
-    """A Gaussian body and a well beside it, ``rows`` of the 200 data in it; invisible where nothing points there."""
+def well(
+    name,
+    num_dims,
+    distance,
+    width,
+    log_weight,
+    *,
+    benign=False,
+    rows=None,
+    body=1.0,
+    base=1.0,
+    **options,
+):
+    """A Gaussian body and a well beside it, ``rows`` of the 200 data in it; invisible
+    where nothing points there."""
     locs = np.zeros((2, num_dims))
     locs[1] = distance / np.sqrt(num_dims)
-    p = arrays(locs=locs, scales=[body, width], log_weights=[0.0, log_weight], base=base)
+    p = arrays(
+        locs=locs, scales=[body, width], log_weights=[0.0, log_weight], base=base
+    )
     num_rows = options.pop("num_rows", NUM_ROWS)
     data = None if rows is None else drawn(p, (num_rows - rows, rows))
     hits = expected_draws_in_well(p)
     if not rows and 1.0 <= hits < 20.0:
-        raise ValueError(f"Of a thousand base draws {hits:.2g} see the well of '{name}': neither visible nor not.")
-    invisible = "" if rows or hits >= 20.0 else f"of a thousand base draws {hits:.1g} lie in its well, and no data do"
+        raise ValueError(
+            f"Of a thousand base draws {hits:.2g} see the well of '{name}': neither "
+            "visible nor not."
+        )
+    invisible = (
+        ""
+        if rows or hits >= 20.0
+        else f"of a thousand base draws {hits:.1g} lie in its well, and no data do"
+    )
     model = options.pop("model", mixture)
     truth = float(np.logaddexp(0.0, log_weight))
-    return Target(name, model, p, truth, benign, data=data, invisible=invisible, **options)
+    return Target(
+        name, model, p, truth, benign, data=data, invisible=invisible, **options
+    )
 
 
 def wells():
@@ -125,9 +165,21 @@ def wells():
     yield well("well d2 far heavy, 1 row", 2, 11.3, 0.3, 3.0, rows=1, quick=True)
     yield well("well d2 far heavy, 4 rows", 2, 11.3, 0.3, 3.0, rows=4)
     yield well("well d2 far heavy, half the rows", 2, 11.3, 0.3, 3.0, rows=100)
-    yield well("well d2 far heavy, 20 of 2000 rows", 2, 11.3, 0.3, 3.0, rows=20, num_rows=2000)
-    yield well("well d2 far, body narrower than base, 4 rows", 2, 8.0, 0.3, 2.0, rows=4, body=0.7)
-    yield well("well d2 far, body wider than base, 4 rows", 2, 8.0, 0.3, 2.0, rows=4, body=1.5)
+    yield well(
+        "well d2 far heavy, 20 of 2000 rows", 2, 11.3, 0.3, 3.0, rows=20, num_rows=2000
+    )
+    yield well(
+        "well d2 far, body narrower than base, 4 rows",
+        2,
+        8.0,
+        0.3,
+        2.0,
+        rows=4,
+        body=0.7,
+    )
+    yield well(
+        "well d2 far, body wider than base, 4 rows", 2, 8.0, 0.3, 2.0, rows=4, body=1.5
+    )
     yield well("well d2 narrow, half the rows", 2, 2.0, 0.02, 0.0, rows=100)
     yield well("well d5 narrow, half the rows", 5, 2.0, 0.1, 0.0, rows=100)
     yield well("well d5 narrow, 4 rows", 5, 2.0, 0.1, 0.0, rows=4)
@@ -143,10 +195,20 @@ def wells():
 
 
 def two_widths():
-    """A narrow and a broad Gaussian at one centre: at no temperature do walkers see both in high dimensions."""
+    """A narrow and a broad Gaussian at one centre: at no temperature do walkers see
+    both in high dimensions."""
     yield well("two widths d1 0.3", 1, 0.0, 0.3, 0.0, benign=True)
     yield well("two widths d2 0.5", 2, 0.0, 0.5, 0.0, benign=True)
-    yield well("two widths d2 0.5 with rows", 2, 0.0, 0.5, 0.0, benign=True, rows=100, quick=True)
+    yield well(
+        "two widths d2 0.5 with rows",
+        2,
+        0.0,
+        0.5,
+        0.0,
+        benign=True,
+        rows=100,
+        quick=True,
+    )
     yield well("two widths d5 0.7", 5, 0.0, 0.7, 0.0, benign=True)
     yield well("two widths d1 0.01", 1, 0.0, 0.01, 0.0)
     yield well("two widths d2 0.1", 2, 0.0, 0.1, 0.0)
@@ -156,15 +218,41 @@ def two_widths():
     yield well("two widths d5 0.1, 4 rows", 5, 0.0, 0.1, 0.0, rows=4)
     yield well("two widths d16 0.3, half the rows", 16, 0.0, 0.3, 0.0, rows=100)
     yield well("two widths d16 0.3, 4 rows", 16, 0.0, 0.3, 0.0, rows=4)
-    yield well("two widths d5 0.1 under a wide base, half the rows", 5, 0.0, 0.1, 0.0, rows=100, base=3.0)
+    yield well(
+        "two widths d5 0.1 under a wide base, half the rows",
+        5,
+        0.0,
+        0.1,
+        0.0,
+        rows=100,
+        base=3.0,
+    )
     yield well("two widths d16 0.2", 16, 0.0, 0.2, 0.0)
 
 
 def modes():
-    def target(name, locs, scales, log_weights, base, benign, counts=None, model=flat_mixture, **options):
+    def target(
+        name,
+        locs,
+        scales,
+        log_weights,
+        base,
+        benign,
+        counts=None,
+        model=flat_mixture,
+        **options,
+    ):
         p = arrays(locs=locs, scales=scales, log_weights=log_weights, base=base)
         data = None if counts is None else drawn(p, counts)
-        return Target(name, model, p, float(exact_logsumexp(log_weights)), benign, data=data, **options)
+        return Target(
+            name,
+            model,
+            p,
+            float(exact_logsumexp(log_weights)),
+            benign,
+            data=data,
+            **options,
+        )
 
     def pair(num_dims, distance):
         locs = np.zeros((2, num_dims))
@@ -179,18 +267,76 @@ def modes():
     yield target("two modes d5", pair(5, 3.0), [1.0, 0.6], unequal, 3.0, True)
     yield target("two modes d2", pair(2, 3.0), [1.0, 0.6], unequal, 3.0, True)
     yield target("two modes d10", pair(10, 3.0), [1.0, 0.8], unequal, 3.0, True)
-    yield target("two modes d5 with rows", pair(5, 3.0), [1.0, 0.6], unequal, 3.0, True, counts=(60, 140))
-    yield target("two modes d2, widths 1 and 0.1", pair(2, 3.0), [1.0, 0.1], unequal, 3.0, False)
-    yield target("two modes d10, widths 1 and 0.4", pair(10, 3.0), [1.0, 0.4], unequal, 3.0, False, counts=(60, 140))
-    yield target("two modes d2 from between", pair(2, 5.0), [0.5, 0.5], [0.0, 0.0], 1.0, False)
-    yield target("two modes d5 from between, rows", pair(5, 8.0), [0.5, 0.5], [0.0, 3.0], 1.0, False, counts=(100, 100))
-    yield target("two modes d2 far, masses 1 to 1e4", pair(2, 6.0), [0.5, 0.5], [0.0, 9.2], 4.0, False)
+    yield target(
+        "two modes d5 with rows",
+        pair(5, 3.0),
+        [1.0, 0.6],
+        unequal,
+        3.0,
+        True,
+        counts=(60, 140),
+    )
+    yield target(
+        "two modes d2, widths 1 and 0.1", pair(2, 3.0), [1.0, 0.1], unequal, 3.0, False
+    )
+    yield target(
+        "two modes d10, widths 1 and 0.4",
+        pair(10, 3.0),
+        [1.0, 0.4],
+        unequal,
+        3.0,
+        False,
+        counts=(60, 140),
+    )
+    yield target(
+        "two modes d2 from between", pair(2, 5.0), [0.5, 0.5], [0.0, 0.0], 1.0, False
+    )
+    yield target(
+        "two modes d5 from between, rows",
+        pair(5, 8.0),
+        [0.5, 0.5],
+        [0.0, 3.0],
+        1.0,
+        False,
+        counts=(100, 100),
+    )
+    yield target(
+        "two modes d2 far, masses 1 to 1e4",
+        pair(2, 6.0),
+        [0.5, 0.5],
+        [0.0, 9.2],
+        4.0,
+        False,
+    )
     yield target("8 modes on a ring", ring, [0.5] * 8, np.zeros(8), 4.0, True)
     yield target("8 modes on a ring, sharp", ring, [0.05] * 8, np.zeros(8), 4.0, False)
-    yield target("8 modes on a ring, one heavy", ring, [0.5] * 8, np.where(np.arange(8) == 3, 4.0, 0.0), 4.0, False)
+    yield target(
+        "8 modes on a ring, one heavy",
+        ring,
+        [0.5] * 8,
+        np.where(np.arange(8) == 3, 4.0, 0.0),
+        4.0,
+        False,
+    )
     yield target("25 modes on a grid", grid, [0.4] * 25, np.zeros(25), 6.0, True)
-    yield target("25 modes on a grid from its middle", grid, [0.4] * 25, np.zeros(25), 1.0, False, counts=[8] * 25)
-    yield target("mode beside the start d2", [[0, 0], [12, 0]], [1.0, 0.5], [0.0, 0.0], 1.0, False, counts=(196, 4))
+    yield target(
+        "25 modes on a grid from its middle",
+        grid,
+        [0.4] * 25,
+        np.zeros(25),
+        1.0,
+        False,
+        counts=[8] * 25,
+    )
+    yield target(
+        "mode beside the start d2",
+        [[0, 0], [12, 0]],
+        [1.0, 0.5],
+        [0.0, 0.0],
+        1.0,
+        False,
+        counts=(196, 4),
+    )
     yield target(
         "mode beside the start d2, no rows",
         [[0, 0], [12, 0]],
@@ -212,7 +358,8 @@ def modes():
 
 
 def carton_target(name, num_dims, height, wave, base, benign, **options):
-    """The one-dimensional integral: Σ_n I_n(A) exp(−n² k² σ²/2 − A) by the Jacobi–Anger series, to the power of d."""
+    """The one-dimensional integral: Σ_n I_n(A) exp(−n² k² σ²/2 − A) by the Jacobi–Anger
+    series, to the power of d."""
     from scipy.special import ive
 
     order = np.arange(-200, 201)
@@ -224,10 +371,21 @@ def carton_target(name, num_dims, height, wave, base, benign, **options):
 def grid():
     """Quadrature where it may look between its points."""
     exact = {"method": "quadrature"}
-    yield well("grid d1 broad", 1, 1.5, 0.5, 0.0, benign=True, rows=100, quick=True, **exact)
+    yield well(
+        "grid d1 broad", 1, 1.5, 0.5, 0.0, benign=True, rows=100, quick=True, **exact
+    )
     yield well("grid d2 broad", 2, 1.5, 0.6, 0.0, benign=True, **exact)
     yield well("grid d1 0.1", 1, 2.0, 0.1, 0.0, benign=True, **exact)
-    yield well("grid d1 spike between points", 1, 3.02, 1e-3, 0.0, rows=100, quick=True, **exact)
+    yield well(
+        "grid d1 spike between points",
+        1,
+        3.02,
+        1e-3,
+        0.0,
+        rows=100,
+        quick=True,
+        **exact,
+    )
     yield well("grid d1 spike, 2 rows", 1, 3.02, 3e-4, 0.0, rows=2, **exact)
     yield well("grid d1 sharper spike", 1, 2.0, 1e-5, 2.0, rows=100, **exact)
     yield well("grid d1 far spike", 1, 60.0, 1e-2, 0.0, rows=20, **exact)
@@ -237,8 +395,12 @@ def grid():
     yield well("grid d2 two widths", 2, 0.0, 1e-3, 0.0, rows=100, **exact)
     yield well("grid d1 spike, no rows", 1, 4.5, 1e-4, 0.0, **exact)
     yield carton_target("grid carton", 1, 5.0, 2 * np.pi, 1.0, True, **exact)
-    yield carton_target("grid carton, 60 waves a width", 1, 5.0, 60 * 2 * np.pi, 1.0, False, **exact)
-    yield carton_target("grid carton d2, 40 waves a width", 2, 3.0, 40 * 2 * np.pi, 1.0, False, **exact)
+    yield carton_target(
+        "grid carton, 60 waves a width", 1, 5.0, 60 * 2 * np.pi, 1.0, False, **exact
+    )
+    yield carton_target(
+        "grid carton d2, 40 waves a width", 2, 3.0, 40 * 2 * np.pi, 1.0, False, **exact
+    )
 
 
 FAMILIES = {"wells": wells, "two widths": two_widths, "modes": modes, "grid": grid}

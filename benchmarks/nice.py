@@ -1,18 +1,21 @@
 """A NICE flow as an energy: the exact likelihood judges how it was trained.
 
-    python benchmarks/nice.py DATA_FOLDER [--seconds 150] [--seed 0] [--methods likelihood VERA Jarzynski PCD]
+    python benchmarks/nice.py DATA_FOLDER [--seconds 150] [--seed 0] [--methods
+    likelihood VERA Jarzynski PCD]
 
-A NICE flow of four additive couplings (Dinh, Krueger and Bengio 2015) on 28x28 MNIST with noise of 0.1, in standardised
-principal components of the training rows, so that the flow starts at the Gaussian of the data.  Its density is
-normalised, log Z = 0, but only maximum likelihood is told so.  The others see the energy: VERA, Jarzynski, and
-persistent walkers without weights (PCD: as many walkers and moves as Jarzynski, which holds a quarter of its walkers
-out), each for the same wall time, compilation included.  VERA's generator is another such flow, which starts as the
-energy's own; as many draws as PCD has walkers, in the energy's step with importance weights.
-Printed: exact test log-likelihood in nats of the noisy pixels, and, of the package's two backends, log Z with its
-certificate beside the true 0.
+A NICE flow of four additive couplings (Dinh, Krueger and Bengio 2015) on 28x28 MNIST
+with noise of 0.1, in standardised principal components of the training rows, so that
+the flow starts at the Gaussian of the data.  Its density is normalised, log Z = 0, but
+only maximum likelihood is told so.  The others see the energy: VERA, Jarzynski, and
+persistent walkers without weights (PCD: as many walkers and moves as Jarzynski, which
+holds a quarter of its walkers out), each for the same wall time, compilation included.
+VERA's generator is another such flow, which starts as the energy's own; as many draws
+as PCD has walkers, in the energy's step with importance weights. Printed: exact test
+log-likelihood in nats of the noisy pixels, and, of the package's two backends, log Z
+with its certificate beside the true 0.
 
-The setting of Grathwohl et al. (2021), section 5.1: a NICE model of MNIST trained by VERA, PCD, score matching and
-maximum likelihood.
+The setting of Grathwohl et al. (2021), section 5.1: a NICE model of MNIST trained by
+VERA, PCD, score matching and maximum likelihood.
 
 DATA_FOLDER holds mnist.npz with X_train and X_test, 28 x 28 pixels in 0..255.
 """
@@ -56,7 +59,8 @@ class Shift(nn.Module):
 
 
 class NICE(nn.Module):
-    """Log density of whitened pixels, ``(..., 784)``; the standard normal's at first."""
+    """Log density of whitened pixels, ``(..., 784)``; the standard normal's at
+    first."""
 
     def setup(self):
         self.shifts = [Shift() for _ in range(4)]
@@ -110,16 +114,21 @@ class Data:
         if not path.exists():
             sys.exit(f"{path} is missing: this benchmark needs mnist.npz (see --help).")
         found = np.load(path)
-        train, test = (found[name].reshape(-1, PIXELS) / 255.0 for name in ("X_train", "X_test"))
+        train, test = (
+            found[name].reshape(-1, PIXELS) / 255.0 for name in ("X_train", "X_test")
+        )
         self.mean = train.mean(0)
         # Principal components, the widest first.
         variances, directions = (
-            found[..., ::-1] for found in np.linalg.eigh(np.cov(train.T) + NOISE**2 * np.eye(PIXELS))
+            found[..., ::-1]
+            for found in np.linalg.eigh(np.cov(train.T) + NOISE**2 * np.eye(PIXELS))
         )
         self.whiten = jnp.asarray(directions / np.sqrt(variances), jnp.float32)
         self.log_det = -0.5 * np.sum(np.log(variances))
         self.train = jnp.asarray(train - self.mean, jnp.float32)
-        self.test = self.whitened(random.key(99), jnp.asarray(test - self.mean, jnp.float32))
+        self.test = self.whitened(
+            random.key(99), jnp.asarray(test - self.mean, jnp.float32)
+        )
 
     def whitened(self, rng_key, pixels):
         return (pixels + NOISE * random.normal(rng_key, pixels.shape)) @ self.whiten
@@ -134,7 +143,9 @@ def make_model(data):
         flow = flax_module("flow", FLOW, input_shape=(PIXELS,))
         energy = lambda u: jnp.sum(norm.logpdf(u), axis=-1) - flow(u)  # noqa: E731
         with numpyro.plate("rows", len(pixels), subsample_size=BATCH):
-            batch = data.whitened(numpyro.prng_key(), numpyro.subsample(pixels, event_dim=1))
+            batch = data.whitened(
+                numpyro.prng_key(), numpyro.subsample(pixels, event_dim=1)
+            )
             numpyro.sample("x", ebm.EnergyDistribution(energy, BASE), obs=batch)
 
     return model
@@ -153,14 +164,21 @@ def decayed(rate, num_steps):
 
 def by_jarzynski(model, data, num_steps, seed):
     optim = optax.adam(decayed(1e-3, num_steps))
-    backend = ebm.Jarzynski(model, optim, num_chains=NUM_CHAINS, num_walkers=NUM_WALKERS, num_kernel_steps=NUM_MOVES)
+    backend = ebm.Jarzynski(
+        model,
+        optim,
+        num_chains=NUM_CHAINS,
+        num_walkers=NUM_WALKERS,
+        num_kernel_steps=NUM_MOVES,
+    )
     fit = backend.run(random.key(seed), num_steps, data.train, progress_bar=False)
     return fit.params["flow$params"], fit
 
 
 def by_vera(model, data, num_steps, seed, importance_weights=True):
     optim, generator_optim = (
-        optax.adam(decayed(rate, num_steps), b1=0.5, b2=b2) for rate, b2 in ((1e-3, 0.999), (2e-3, 0.99))
+        optax.adam(decayed(rate, num_steps), b1=0.5, b2=b2)
+        for rate, b2 in ((1e-3, 0.999), (2e-3, 0.99))
     )
     backend = ebm.VERA(
         model,
@@ -172,10 +190,19 @@ def by_vera(model, data, num_steps, seed, importance_weights=True):
         importance_weights=importance_weights,
     )
     state = backend.init(random.key(seed), data.train)
-    # The two flows are equal at first, hidden layers included: the generator follows, it need not find features.
-    state = replace(state, generator_params={"generator$params": state.params["flow$params"]})
+    # The two flows are equal at first, hidden layers included: the generator follows,
+    # it need not find features.
+    state = replace(
+        state, generator_params={"generator$params": state.params["flow$params"]}
+    )
     try:
-        fit = backend.run(random.key(seed), num_steps, data.train, progress_bar=False, init_state=state)
+        fit = backend.run(
+            random.key(seed),
+            num_steps,
+            data.train,
+            progress_bar=False,
+            init_state=state,
+        )
     except ebm.NonFiniteError as error:
         print(f"VERA was not finite after {error.step} updates; its last good state:")
         fit = error.fit
@@ -183,7 +210,8 @@ def by_vera(model, data, num_steps, seed, importance_weights=True):
 
 
 def train(loss, carry, move, data, num_steps, seed):
-    """Adam on ``loss(params, batch, carry)``; ``move(params, carry, key)`` renews the walkers before each update."""
+    """Adam on ``loss(params, batch, carry)``; ``move(params, carry, key)`` renews the
+    walkers before each update."""
     key_init, key_run = random.split(random.key(seed))
     params = FLOW.init(key_init, jnp.zeros(PIXELS))["params"]
     optim = optax.adam(decayed(1e-3, num_steps))
@@ -198,8 +226,12 @@ def train(loss, carry, move, data, num_steps, seed):
         return (optax.apply_updates(params, updates), optim_state, carry), None
 
     keys = random.split(key_run, num_steps)
-    run = jax.jit(lambda pixels, state: lax.scan(partial(update, pixels), state, keys)[0])
-    return jax.block_until_ready(run(data.train, (params, optim.init(params), carry)))[0], None
+    run = jax.jit(
+        lambda pixels, state: lax.scan(partial(update, pixels), state, keys)[0]
+    )
+    return jax.block_until_ready(run(data.train, (params, optim.init(params), carry)))[
+        0
+    ], None
 
 
 def log_density(params, u):
@@ -218,7 +250,8 @@ def by_likelihood(_, data, num_steps, seed):
 
 
 def by_pcd(_, data, num_steps, seed):
-    """Persistent contrastive divergence: MALA with an adapted step size, every weight equal."""
+    """Persistent contrastive divergence: MALA with an adapted step size, every weight
+    equal."""
 
     def move(params, carry, key):
         value_and_slope = jax.vmap(jax.value_and_grad(lambda u: log_density(params, u)))
@@ -226,29 +259,47 @@ def by_pcd(_, data, num_steps, seed):
         def one(carry, key):
             x, value, slope, step_size = carry
             key_noise, key_accept = random.split(key)
-            y = x + step_size * slope + jnp.sqrt(2 * step_size) * random.normal(key_noise, x.shape)
+            y = (
+                x
+                + step_size * slope
+                + jnp.sqrt(2 * step_size) * random.normal(key_noise, x.shape)
+            )
             value_y, slope_y = value_and_slope(y)
             forward = jnp.sum((y - x - step_size * slope) ** 2, axis=1)
             backward = jnp.sum((x - y - step_size * slope_y) ** 2, axis=1)
             log_accept = value_y - value + (forward - backward) / (4 * step_size)
             accepted = jnp.log(random.uniform(key_accept, (len(x),))) < log_accept
             rate = jnp.mean(jnp.minimum(1.0, jnp.exp(log_accept)))
-            x, slope = (jnp.where(accepted[:, None], new, old) for new, old in ((y, x), (slope_y, slope)))
+            x, slope = (
+                jnp.where(accepted[:, None], new, old)
+                for new, old in ((y, x), (slope_y, slope))
+            )
             value = jnp.where(accepted, value_y, value)
             return (x, value, slope, step_size * jnp.exp(0.05 * (rate - 0.574))), None
 
         x, step_size = carry
-        x, _, _, step_size = lax.scan(one, (x, *value_and_slope(x), step_size), random.split(key, NUM_MOVES))[0]
+        x, _, _, step_size = lax.scan(
+            one, (x, *value_and_slope(x), step_size), random.split(key, NUM_MOVES)
+        )[0]
         return x, step_size
 
     def loss(params, rows, carry):
-        return -jnp.mean(log_density(params, rows)) + jnp.mean(log_density(params, carry[0]))
+        return -jnp.mean(log_density(params, rows)) + jnp.mean(
+            log_density(params, carry[0])
+        )
 
-    walkers = random.normal(random.key(seed + 1_000), (NUM_CHAINS * NUM_WALKERS, PIXELS))
+    walkers = random.normal(
+        random.key(seed + 1_000), (NUM_CHAINS * NUM_WALKERS, PIXELS)
+    )
     return train(loss, (walkers, jnp.asarray(0.05)), move, data, num_steps, seed)
 
 
-COMPARED = {"likelihood": by_likelihood, "VERA": by_vera, "Jarzynski": by_jarzynski, "PCD": by_pcd}
+COMPARED = {
+    "likelihood": by_likelihood,
+    "VERA": by_vera,
+    "Jarzynski": by_jarzynski,
+    "PCD": by_pcd,
+}
 METHODS = COMPARED | {"VERA-unweighted": partial(by_vera, importance_weights=False)}
 
 
@@ -266,26 +317,39 @@ def steps_in(method, model, data, seconds, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder")
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--budget", type=int, default=8_000_000, help="energy evaluations for log Z")
+    parser.add_argument(
+        "--budget", type=int, default=8_000_000, help="energy evaluations for log Z"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(COMPARED))
     options = parser.parse_args()
     data = Data(options.folder)
     model = make_model(data)
     start = FLOW.init(random.key(0), jnp.zeros(PIXELS))["params"]
-    print(f"the Gaussian that all start from: {data.test_log_likelihood(start):.1f} nats (exact, test)", flush=True)
+    print(
+        f"the Gaussian that all start from: {data.test_log_likelihood(start):.1f} nats "
+        "(exact, test)",
+        flush=True,
+    )
     for name in options.methods:
         method = METHODS[name]
         num_steps = steps_in(method, model, data, options.seconds, options.seed)
         began = time.perf_counter()
         params, fit = method(model, data, num_steps, options.seed)
         seconds = time.perf_counter() - began
-        told = f"{name:15s} {data.test_log_likelihood(params):8.1f} nats in {seconds:.0f} s, {num_steps} updates"
+        told = (
+            f"{name:15s} {data.test_log_likelihood(params):8.1f} nats in {seconds:.0f} "
+            f"s, {num_steps} updates"
+        )
         if fit is not None:
-            log_z = ebm.log_normalizer(random.key(3), model, fit.params, data.train, budget=options.budget)
+            log_z = ebm.log_normalizer(
+                random.key(3), model, fit.params, data.train, budget=options.budget
+            )
             told += f"; true log Z 0, {log_z}"
         print(told, flush=True)
 

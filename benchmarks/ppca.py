@@ -1,12 +1,15 @@
-"""The entropy's gradient against its closed form: linear generators, whose draws are Gaussian.
+"""The entropy's gradient against its closed form: linear generators, whose draws are
+Gaussian.
 
     python benchmarks/ppca.py plane
     python benchmarks/ppca.py mnist DATA_FOLDER [--output ppca.png]
 
-``plane``: two latents, three pixels, 10⁵ draws (bar: cosine 0.99).  ``mnist``: the maximum-likelihood PPCA with 100
-latents of 28x28 MNIST (Tipping and Bishop 1999), the check of Grathwohl et al. (2021).  Relative bias and standard
-deviation of ∇H with respect to the loadings and the noise scale, against generator evaluations per draw (a gradient
-counts as three), for importance sampling with local and global proposals, with the paper's, and for HMC.
+``plane``: two latents, three pixels, 10⁵ draws (bar: cosine 0.99).  ``mnist``: the
+maximum-likelihood PPCA with 100 latents of 28x28 MNIST (Tipping and Bishop 1999), the
+check of Grathwohl et al. (2021).  Relative bias and standard deviation of ∇H with
+respect to the loadings and the noise scale, against generator evaluations per draw (a
+gradient counts as three), for importance sampling with local and global proposals, with
+the paper's, and for HMC.
 
 DATA_FOLDER holds mnist.npz with X_train, 60,000 rows of 28 x 28 pixels in 0..255.
 """
@@ -44,7 +47,11 @@ class Linear(NamedTuple):
 
     def log_joint(self, latents, value):
         standard = (value - self.weight @ latents) / self.scale
-        return self.log_prior(latents) - 0.5 * standard @ standard - len(value) * jnp.log(self.scale)
+        return (
+            self.log_prior(latents)
+            - 0.5 * standard @ standard
+            - len(value) * jnp.log(self.scale)
+        )
 
     def residuals(self, latents, value):
         return latents, (value - self.weight @ latents) / self.scale
@@ -59,20 +66,23 @@ class Linear(NamedTuple):
 
 
 def evaluations(score, num_latents):
-    """Generator evaluations per draw: a gradient counts as three, a directional derivative as two."""
+    """Generator evaluations per draw: a gradient counts as three, a directional
+    derivative as two."""
     match score:
         case ebm.ImportanceScore():
             return score.num_samples + (2 * num_latents if score.local else 3)
         case ebm.VariationalScore():
             return score.num_samples + 3
         case ebm.HMCScore():
-            # One gradient at a path's start, one per leapfrog step; two potentials; a score where it counts.
+            # One gradient at a path's start, one per leapfrog step; two potentials; a
+            # score where it counts.
             transitions = score.num_warmup + score.num_samples
             return transitions * (3 * (score.num_steps + 1) + 2) + score.num_samples
 
 
 def measure(generator, score, num_draws, rng_key):
-    """Relative bias (its own noise subtracted), relative standard deviation of one draw, and cosine."""
+    """Relative bias (its own noise subtracted), relative standard deviation of one
+    draw, and cosine."""
     exact = jnp.concatenate([jnp.ravel(leaf) for leaf in generator.entropy_gradient()])
     dims, num_latents = generator.weight.shape
 
@@ -83,7 +93,11 @@ def measure(generator, score, num_draws, rng_key):
         errors = random.normal(key_errors, (NUM_PAIRS, dims))
         values, pull = jax.vjp(lambda g: g.generate(latents, errors), generator)
         found, state = score.evaluate(
-            key_score, state, Pair(generator.log_prior, generator.log_joint, generator.residuals), latents, values
+            key_score,
+            state,
+            Pair(generator.log_prior, generator.log_joint, generator.residuals),
+            latents,
+            values,
         )
         (gradient,) = pull(-found.score / NUM_PAIRS)
         error = jnp.concatenate([jnp.ravel(leaf) for leaf in gradient]) - exact
@@ -108,8 +122,12 @@ def measure(generator, score, num_draws, rng_key):
 
 SCORES = {
     "local proposals": [ebm.ImportanceScore(num_samples=k) for k in (5, 20)],
-    "global proposals": [ebm.ImportanceScore(num_samples=k, local=False) for k in (5, 10, 20, 50)],
-    "the paper's proposals": [ebm.VariationalScore(num_samples=k) for k in (5, 10, 20, 50, 200)],
+    "global proposals": [
+        ebm.ImportanceScore(num_samples=k, local=False) for k in (5, 10, 20, 50)
+    ],
+    "the paper's proposals": [
+        ebm.VariationalScore(num_samples=k) for k in (5, 10, 20, 50, 200)
+    ],
     "HMC": [
         ebm.HMCScore(num_warmup=w, num_samples=s, num_steps=n)
         for w, s, n in ((1, 1, 3), (2, 2, 5), (5, 5, 5), (10, 5, 10))
@@ -119,23 +137,33 @@ SCORES = {
 
 def table(generator, num_draws):
     print(
-        f"{num_draws} draws; before them {NUM_SETTLING} evaluations of {NUM_PAIRS} draws fit proposals and step sizes"
+        f"{num_draws} draws; before them {NUM_SETTLING} evaluations of {NUM_PAIRS} "
+        "draws fit proposals and step sizes"
     )
-    print("method                 | evaluations | relative bias | relative sd of a draw | cosine  | s")
+    print(
+        "method                 | evaluations | relative bias | relative sd of a draw "
+        "| cosine  | s"
+    )
     rows = {}
     for name, scores in SCORES.items():
         for score in scores:
             began = time.perf_counter()
-            bias, deviation, cosine = measure(generator, score, num_draws, random.key(0))
+            bias, deviation, cosine = measure(
+                generator, score, num_draws, random.key(0)
+            )
             cost = evaluations(score, generator.weight.shape[1])
             rows.setdefault(name, []).append((cost, bias, deviation))
-            row = f"{name:22} | {cost:11d} | {bias:13.4f} | {deviation:21.3f} | {cosine:7.4f}"
+            row = (
+                f"{name:22} | {cost:11d} | {bias:13.4f} | {deviation:21.3f} | "
+                f"{cosine:7.4f}"
+            )
             print(f"{row} | {time.perf_counter() - began:.0f}", flush=True)
     return rows
 
 
 def mnist_ppca(folder, num_latents=100):
-    """The maximum-likelihood PPCA of dequantised pixels in [0, 1], its loadings rotated at random."""
+    """The maximum-likelihood PPCA of dequantised pixels in [0, 1], its loadings rotated
+    at random."""
     path = pathlib.Path(folder) / "mnist.npz"
     if not path.exists():
         sys.exit(f"{path} is missing: this benchmark needs mnist.npz (see --help).")
@@ -146,7 +174,10 @@ def mnist_ppca(folder, num_latents=100):
     noise = values[:-num_latents].mean()
     loadings = vectors[:, -num_latents:] * np.sqrt(values[-num_latents:] - noise)
     rotation, _ = np.linalg.qr(rng.normal(size=(num_latents, num_latents)))
-    return Linear(jnp.asarray(loadings @ rotation, jnp.float32), jnp.asarray(np.sqrt(noise), jnp.float32))
+    return Linear(
+        jnp.asarray(loadings @ rotation, jnp.float32),
+        jnp.asarray(np.sqrt(noise), jnp.float32),
+    )
 
 
 def draw(rows, path):
@@ -157,7 +188,9 @@ def draw(rows, path):
         cost, bias, deviation = np.array(found).T
         axes[0].loglog(cost, np.maximum(bias, 1e-4), "o-", label=name)
         axes[1].semilogx(cost, deviation, "o-")
-    for ax, what in zip(axes, ("relative bias", "relative standard deviation of one draw"), strict=True):
+    for ax, what in zip(
+        axes, ("relative bias", "relative standard deviation of one draw"), strict=True
+    ):
         ax.set(xlabel="generator evaluations per draw", ylabel=what)
     axes[1].set_ylim(bottom=0)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
@@ -166,7 +199,9 @@ def draw(rows, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("task", choices=["plane", "mnist"])
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--draws", type=int)

@@ -3,7 +3,11 @@
 from ebm_ppl.arviz import to_arviz
 from ebm_ppl.certificate import LogNormalizer
 from ebm_ppl.distribution import EnergyDistribution
-from ebm_ppl.errors import NonFiniteError, UncertifiedNormalizerError, UnknownNormalizerError
+from ebm_ppl.errors import (
+    NonFiniteError,
+    UncertifiedNormalizerError,
+    UnknownNormalizerError,
+)
 from ebm_ppl.generator import standardized_normal
 from ebm_ppl.jarzynski import Jarzynski, JarzynskiState
 from ebm_ppl.kernels import MALA, ULA

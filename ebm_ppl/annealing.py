@@ -1,9 +1,10 @@
-"""Annealing from a distribution that can be sampled to an energy: sequential Monte Carlo over temperatures.
+"""Annealing from a distribution that can be sampled to an energy: sequential Monte
+Carlo over temperatures.
 
-The path is ``U_β = U_start + β D`` with ``D = U − U_start``, β from 0 to 1, in the walkers' coordinates u.  A
-*pilot* ensemble chooses the temperatures and the step sizes; fresh islands then follow that fixed protocol, so
-each island's Ẑ is unbiased, its own ESS-triggered resampling included (Neal 2001; Del Moral, Doucet and Jasra
-2006).
+The path is ``U_β = U_start + β D`` with ``D = U − U_start``, β from 0 to 1, in the
+walkers' coordinates u.  A *pilot* ensemble chooses the temperatures and the step sizes;
+fresh islands then follow that fixed protocol, so each island's Ẑ is unbiased, its own
+ESS-triggered resampling included (Neal 2001; Del Moral, Doucet and Jasra 2006).
 """
 
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from ebm_ppl.kernels import Kernel, KernelState, adapt_step_size, move
 from ebm_ppl.resampling import Resampling
 from ebm_ppl.weights import conditional_ess_fraction, ess_fraction, log_mean_exp
 
-# Moves of the pilot at every temperature, so that it stays near equilibrium and its step sizes settle.
+# Moves of the pilot at every temperature, so that it stays near equilibrium and its
+# step sizes settle.
 NUM_SETTLING_MOVES = 20
 
 
@@ -56,7 +58,8 @@ class Pilot(NamedTuple):
     Attributes:
         ladder: Padded.
         num_rungs: How many of its rungs are real.
-        difference: D at the pilot's walkers in the end, ``(num_chains, num_walkers, *batch)``.
+        difference: D at the pilot's walkers in the end, ``(num_chains, num_walkers,
+            *batch)``.
     """
 
     ladder: Ladder
@@ -68,10 +71,12 @@ class Ensemble(NamedTuple):
     """Weighted walkers and their islands' past log normalisers.
 
     Attributes:
-        position: Walkers in base-standard coordinates, ``(num_chains, num_walkers, *batch, *event)``.
+        position: Walkers in base-standard coordinates, ``(num_chains, num_walkers,
+            *batch, *event)``.
         potential: ``U_u`` there, ``(num_chains, num_walkers, *batch)``.
         log_weight: A, same shape.
-        log_normalizer: Sum of the log-mean-exps at past resamplings, ``(num_chains, *batch)``.
+        log_normalizer: Sum of the log-mean-exps at past resamplings, ``(num_chains,
+            *batch)``.
     """
 
     position: Array
@@ -85,19 +90,24 @@ class Ensemble(NamedTuple):
         return self.log_normalizer + log_mean_exp(self.log_weight, axis=1)
 
 
-def resample_islands(rng_key: Array, ensemble: Ensemble, low: Array, resampling: Resampling) -> Ensemble:
+def resample_islands(
+    rng_key: Array, ensemble: Ensemble, low: Array, resampling: Resampling
+) -> Ensemble:
     """Resample the islands (and batch elements) where ``low``, a boolean ``(num_chains, *batch)``; keep the others."""
     log_weight = ensemble.log_weight
     flat = jnp.moveaxis(log_weight, 1, -1).reshape(-1, log_weight.shape[1])
     picked = jax.vmap(resampling)(random.split(rng_key, flat.shape[0]), flat)
     picked = jnp.moveaxis(picked.reshape((*low.shape, log_weight.shape[1])), -1, 1)
-    stay = jnp.arange(log_weight.shape[1]).reshape((1, -1) + (1,) * (log_weight.ndim - 2))
+    stay = jnp.arange(log_weight.shape[1]).reshape(
+        (1, -1) + (1,) * (log_weight.ndim - 2)
+    )
     ancestors = jnp.where(low[:, None], picked, stay)
 
     def gather(value: Array, indices: Array) -> Array:
         return value.at[indices].get(mode="promise_in_bounds")
 
-    # Whole events by one index each; take_along_axis would build an index for every element.
+    # Whole events by one index each; take_along_axis would build an index for every
+    # element.
     for _ in range(log_weight.ndim - 2):
         gather = jax.vmap(gather, (1, 1), 1)
     gather = jax.vmap(gather)
@@ -105,7 +115,9 @@ def resample_islands(rng_key: Array, ensemble: Ensemble, low: Array, resampling:
         position=gather(ensemble.position, ancestors),
         potential=gather(ensemble.potential, ancestors),
         log_weight=jnp.where(low[:, None], 0.0, log_weight),
-        log_normalizer=jnp.where(low, ensemble.log_normalizers, ensemble.log_normalizer),
+        log_normalizer=jnp.where(
+            low, ensemble.log_normalizers, ensemble.log_normalizer
+        ),
     )
 
 
@@ -121,12 +133,18 @@ def evaluate_path(path: Path, position: Array, beta: Array) -> KernelState:
 def at_temperature(state: KernelState, beta: Array) -> KernelState:
     """The same walkers under U_β, from the parts in ``state.aux``: no new evaluation."""
     start, difference, grad_start, grad_difference = state.aux
-    return state._replace(potential=start + beta * difference, grad=grad_start + beta * grad_difference)
+    return state._replace(
+        potential=start + beta * difference, grad=grad_start + beta * grad_difference
+    )
 
 
 def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensemble:
-    # A difference of +inf (outside the energy's domain) weighs nothing; 0 · inf must not become NaN.
-    return ensemble._replace(log_weight=ensemble.log_weight - jnp.where(beta_step != 0, beta_step * state.aux[1], 0.0))
+    # A difference of +inf (outside the energy's domain) weighs nothing; 0 · inf must
+    # not become NaN.
+    return ensemble._replace(
+        log_weight=ensemble.log_weight
+        - jnp.where(beta_step != 0, beta_step * state.aux[1], 0.0)
+    )
 
 
 class Moves(NamedTuple):
@@ -134,8 +152,8 @@ class Moves(NamedTuple):
 
     Attributes:
         acceptance: Mean acceptance.
-        turnover: Mean squared jump over the walkers' variance, summed over temperatures: about 1 when they have moved
-            as far as they are spread.
+        turnover: Mean squared jump over the walkers' variance, summed over
+            temperatures: about 1 when they have moved as far as they are spread.
     """
 
     acceptance: Array
@@ -165,7 +183,11 @@ def begin_climb(path: Path, position: Array, beta: Array) -> Climb:
     """Equally weighted walkers at ``position``, ``(num_chains, num_walkers, *batch, *event)``, under U_β."""
     state = evaluate_path(path, position, beta)
     zeros = jnp.zeros_like(state.potential)
-    return Climb(Ensemble(position, state.potential, zeros, zeros[:, 0]), state, Moves(zeros[0, 0], zeros[0, 0]))
+    return Climb(
+        Ensemble(position, state.potential, zeros, zeros[:, 0]),
+        state,
+        Moves(zeros[0, 0], zeros[0, 0]),
+    )
 
 
 def _advance(
@@ -179,9 +201,11 @@ def _advance(
     step_size: Array,
     options: "AnnealingOptions",
 ) -> tuple[Ensemble, KernelState, Moves]:
-    """Resample where the ESS is low, reweight, move under U_β; returns what the moves amounted to, too.
+    """Resample where the ESS is low, reweight, move under U_β; returns what the moves
+    amounted to, too.
 
-    Resampling comes first: after the last temperature it would only replace weights by ties.
+    Resampling comes first: after the last temperature it would only replace weights by
+    ties.
     """
     key_resample, key_move = random.split(rng_key)
     evaluate = partial(evaluate_path, path, beta=beta)
@@ -191,22 +215,36 @@ def _advance(
         resampled = resample_islands(key_resample, ensemble, low, options.resampling)
         return resampled, evaluate(resampled.position)
 
-    ensemble, state = lax.cond(jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta)))
+    ensemble, state = lax.cond(
+        jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta))
+    )
     ensemble, before = _reweight(ensemble, state, beta_step), state.position
-    state, info = move(kernel, key_move, state, evaluate, step_size, options.num_kernel_steps)
+    state, info = move(
+        kernel, key_move, state, evaluate, step_size, options.num_kernel_steps
+    )
     ensemble = ensemble._replace(
         position=state.position,
         potential=state.potential,
         # A walker without weight keeps none, wherever it moves.
-        log_weight=jnp.where(ensemble.log_weight == -jnp.inf, -jnp.inf, ensemble.log_weight + info.log_weight),
+        log_weight=jnp.where(
+            ensemble.log_weight == -jnp.inf,
+            -jnp.inf,
+            ensemble.log_weight + info.log_weight,
+        ),
     )
-    return ensemble, state, Moves(jnp.mean(info.acceptance, axis=(0, 1)), _turnover(before, state))
+    return (
+        ensemble,
+        state,
+        Moves(jnp.mean(info.acceptance, axis=(0, 1)), _turnover(before, state)),
+    )
 
 
 def _turnover(before: Array, state: KernelState) -> Array:
     """Mean squared jump of all walkers over their variance, of the batch shape; 0 where nothing moves."""
     event_axes = tuple(range(state.potential.ndim - 2, state.position.ndim - 2))
-    jump = jnp.sum(jnp.mean((state.position - before) ** 2, axis=(0, 1)), axis=event_axes)
+    jump = jnp.sum(
+        jnp.mean((state.position - before) ** 2, axis=(0, 1)), axis=event_axes
+    )
     spread = jnp.sum(jnp.var(state.position, axis=(0, 1)), axis=event_axes)
     return jnp.where(jump > 0, jump / spread, 0.0)
 
@@ -230,15 +268,18 @@ def run_pilot(
     max_rungs: int,
     ess_target: float = 0.9,
 ) -> Pilot:
-    """Choose temperatures by the conditional ESS of the next step, and step sizes by acceptance.
+    """Choose temperatures by the conditional ESS of the next step, and step sizes by
+    acceptance.
 
-    Bisection on β (Zhou, Johansen and Aston 2016, section 3.3).  With a batch shape the hardest element decides.
+    Bisection on β (Zhou, Johansen and Aston 2016, section 3.3).  With a batch shape the
+    hardest element decides.
 
     Args:
         kernel: Its ``target_acceptance`` decides whether step sizes adapt.
         rng_key: A JAX PRNG key.
         path: U_start and D.
-        position: Pilot walkers drawn from the start, ``(num_chains, num_walkers, *batch, *event)``.
+        position: Pilot walkers drawn from the start, ``(num_chains, num_walkers,
+            *batch, *event)``.
         step_size: Initial step size, ``batch``.
         options: See :class:`AnnealingOptions`.
         max_rungs: Where to give up; ``ladder.betas`` then ends below 1.
@@ -249,7 +290,10 @@ def run_pilot(
     def next_beta(ensemble: Ensemble, state: KernelState, beta: Array) -> Array:
         def enough(candidate: Array) -> Array:
             increments = -(candidate - beta) * state.aux[1]
-            return jnp.min(conditional_ess_fraction(ensemble.log_weight, increments)) >= ess_target
+            return (
+                jnp.min(conditional_ess_fraction(ensemble.log_weight, increments))
+                >= ess_target
+            )
 
         def bisect(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
             low, high = bounds
@@ -259,35 +303,70 @@ def run_pilot(
 
         one = jnp.ones_like(beta)
         low, high = lax.fori_loop(0, 24, bisect, (beta, one))
-        # Never stand still: the upper end of the bracket is one ulp-sized step at worst.
+        # Never stand still: the upper end of the bracket is one ulp-sized step at
+        # worst.
         return jnp.where(enough(one), one, jnp.where(low > beta, low, high))
 
     def climbing(carry: tuple) -> Array:
         rung, beta = carry[0], carry[1]
         return (rung < max_rungs) & (beta < 1.0)
 
-    def settle(carry: tuple[KernelState, Array], key: Array, beta: Array) -> tuple[tuple[KernelState, Array], None]:
+    def settle(
+        carry: tuple[KernelState, Array], key: Array, beta: Array
+    ) -> tuple[tuple[KernelState, Array], None]:
         state, step_size = carry
-        state, info = kernel.step(key, state, partial(evaluate_path, path, beta=beta), step_size)
-        return (state, adapt_step_size(kernel, step_size, jnp.mean(info.acceptance, axis=(0, 1)), gain=0.5)), None
+        state, info = kernel.step(
+            key, state, partial(evaluate_path, path, beta=beta), step_size
+        )
+        return (
+            state,
+            adapt_step_size(
+                kernel, step_size, jnp.mean(info.acceptance, axis=(0, 1)), gain=0.5
+            ),
+        ), None
 
     def climb(carry: tuple) -> tuple:
         rung, beta, step_size, rng_key, ensemble, state, ladder = carry
         rng_key, key, key_settle = random.split(rng_key, 3)
         target = next_beta(ensemble, state, beta)
-        ensemble, state, _ = _advance(kernel, key, path, ensemble, state, target, target - beta, step_size, options)
+        ensemble, state, _ = _advance(
+            kernel,
+            key,
+            path,
+            ensemble,
+            state,
+            target,
+            target - beta,
+            step_size,
+            options,
+        )
         keys = random.split(key_settle, NUM_SETTLING_MOVES)
-        (state, step_size), _ = lax.scan(partial(settle, beta=target), (state, step_size), keys)
+        (state, step_size), _ = lax.scan(
+            partial(settle, beta=target), (state, step_size), keys
+        )
         ensemble = ensemble._replace(position=state.position, potential=state.potential)
         ladder = ladder._replace(
-            betas=ladder.betas.at[rung].set(target), step_sizes=ladder.step_sizes.at[rung].set(step_size)
+            betas=ladder.betas.at[rung].set(target),
+            step_sizes=ladder.step_sizes.at[rung].set(step_size),
         )
         return rung + 1, target, step_size, rng_key, ensemble, state, ladder
 
     dtype = state.potential.dtype
     step_size = jnp.asarray(step_size, dtype)
-    ladder = Ladder(jnp.zeros((), dtype), jnp.ones(max_rungs, dtype), jnp.ones((max_rungs, *step_size.shape), dtype))
-    carry = (jnp.zeros((), jnp.int32), jnp.zeros((), dtype), step_size, rng_key, ensemble, state, ladder)
+    ladder = Ladder(
+        jnp.zeros((), dtype),
+        jnp.ones(max_rungs, dtype),
+        jnp.ones((max_rungs, *step_size.shape), dtype),
+    )
+    carry = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((), dtype),
+        step_size,
+        rng_key,
+        ensemble,
+        state,
+        ladder,
+    )
     rung, *_, state, ladder = lax.while_loop(climbing, climb, carry)
     return Pilot(ladder, rung, state.aux[1])
 
@@ -295,17 +374,24 @@ def run_pilot(
 def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
     """The pilot's protocol at ``num_temperatures`` rungs, ending exactly at β = 1.
 
-    β (and log h) are interpolated as functions of the rung, so the pilot's spacing is kept.
+    β (and log h) are interpolated as functions of the rung, so the pilot's spacing is
+    kept.
     """
     rungs = pilot.num_rungs.astype(pilot.ladder.betas.dtype)
     places = rungs * jnp.arange(1, num_temperatures + 1) / num_temperatures
     known = jnp.arange(1, pilot.ladder.betas.shape[0] + 1, dtype=rungs.dtype)
     betas = jnp.interp(
-        places, jnp.concatenate([jnp.zeros(1), known]), jnp.concatenate([jnp.zeros(1), pilot.ladder.betas])
+        places,
+        jnp.concatenate([jnp.zeros(1), known]),
+        jnp.concatenate([jnp.zeros(1), pilot.ladder.betas]),
     )
     log_h = jnp.log(pilot.ladder.step_sizes).reshape(known.shape[0], -1)
-    step_sizes = jax.vmap(lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1)(log_h)
-    step_sizes = step_sizes.reshape(num_temperatures, *pilot.ladder.step_sizes.shape[1:])
+    step_sizes = jax.vmap(
+        lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1
+    )(log_h)
+    step_sizes = step_sizes.reshape(
+        num_temperatures, *pilot.ladder.step_sizes.shape[1:]
+    )
     return Ladder(pilot.ladder.start, betas.at[-1].set(1.0), step_sizes)
 
 
@@ -325,7 +411,8 @@ def climb(
         kernel: Any kernel; its own log weights are added.
         rng_key: A JAX PRNG key, the same for all pieces of one climb.
         path: U_start and D.
-        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or from the piece before.
+        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or from
+            the piece before.
         ladder: From :func:`refine_ladder`, or reversed.
         options: See :class:`AnnealingOptions`.
         first: Index of the first temperature; may be traced.
@@ -351,13 +438,24 @@ def climb(
 
 
 def anneal(
-    kernel: Kernel, rng_key: Array, path: Path, position: Array, ladder: Ladder, options: AnnealingOptions
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    position: Array,
+    ladder: Ladder,
+    options: AnnealingOptions,
 ) -> tuple[Ensemble, Moves]:
-    """Carry walkers along a whole ladder: :func:`climb` from exact draws at ``ladder.start``.
+    """Carry walkers along a whole ladder: :func:`climb` from exact draws at
+    ``ladder.start``.
 
     Returns:
         The ensemble at the ladder's end and what the moves amounted to.
     """
-    start, num_temperatures = begin_climb(path, position, ladder.start), ladder.betas.shape[0]
+    start, num_temperatures = (
+        begin_climb(path, position, ladder.start),
+        ladder.betas.shape[0],
+    )
     end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)
-    return end.ensemble, end.moves._replace(acceptance=end.moves.acceptance / num_temperatures)
+    return end.ensemble, end.moves._replace(
+        acceptance=end.moves.acceptance / num_temperatures
+    )

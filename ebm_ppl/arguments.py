@@ -1,9 +1,11 @@
-"""What a model is called with: arrays are traced, everything else belongs to the compiled program.
+"""What a model is called with: arrays are traced, everything else belongs to the
+compiled program.
 
-One rule.  NumPy and JAX arrays of numbers may change without compiling again.  Anything else (flags,
-sizes, strings, data frames, tensors of other libraries, objects) reaches the model as it is, and two
-calls share a program only where its *content* is the same: an equal copy compiles nothing, and an
-object that was changed in place never meets the program of before.
+One rule.  NumPy and JAX arrays of numbers may change without compiling again.  Anything
+else (flags, sizes, strings, data frames, tensors of other libraries, objects) reaches
+the model as it is, and two calls share a program only where its *content* is the same:
+an equal copy compiles nothing, and an object that was changed in place never meets the
+program of before.
 """
 
 import hashlib
@@ -37,15 +39,24 @@ class Arguments:
         """Arrays are traced; whatever else there is belongs to the structure, told apart by content."""
         leaves, treedef = jax.tree.flatten((self.args, self.kwargs))
         is_array = [_is_traced(leaf) for leaf in leaves]
-        arrays = tuple(_unmasked(leaf) if yes else None for leaf, yes in zip(leaves, is_array, strict=True))
-        static = tuple(None if yes else _Static(leaf) for leaf, yes in zip(leaves, is_array, strict=True))
+        arrays = tuple(
+            _unmasked(leaf) if yes else None
+            for leaf, yes in zip(leaves, is_array, strict=True)
+        )
+        static = tuple(
+            None if yes else _Static(leaf)
+            for leaf, yes in zip(leaves, is_array, strict=True)
+        )
         return arrays, (treedef, static)
 
     @classmethod
     def tree_unflatten(cls, aux: tuple, arrays: tuple) -> "Arguments":
         """Inverse of :meth:`tree_flatten`."""
         treedef, static = aux
-        leaves = [array if fixed is None else fixed.value for array, fixed in zip(arrays, static, strict=True)]
+        leaves = [
+            array if fixed is None else fixed.value
+            for array, fixed in zip(arrays, static, strict=True)
+        ]
         return cls(*jax.tree.unflatten(treedef, leaves))
 
 
@@ -67,17 +78,23 @@ class _Static:
 
 
 def _unmasked(leaf: Any) -> Any:
-    return leaf.data if isinstance(leaf, np.ma.MaskedArray) else leaf  # JAX takes none, even without a mask
+    return (
+        leaf.data if isinstance(leaf, np.ma.MaskedArray) else leaf
+    )  # JAX takes none, even without a mask
 
 
 def _is_traced(leaf: Any) -> bool:
     if isinstance(leaf, np.ma.MaskedArray) and np.ma.is_masked(leaf):
         raise ValueError(
-            f"A NumPy masked array of shape {leaf.shape} is among the model's arguments; JAX drops its mask, and what "
-            "lies under it would become data. Pass x.filled(0.0) and ~np.ma.getmaskarray(x), and leave rows out with "
+            f"A NumPy masked array of shape {leaf.shape} is among the model's "
+            "arguments; JAX drops its mask, and what "
+            "lies under it would become data. Pass x.filled(0.0) and "
+            "~np.ma.getmaskarray(x), and leave rows out with "
             "numpyro.handlers.mask(mask=...)."
         )
-    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray | np.generic) and is_numeric(leaf.dtype))
+    return isinstance(leaf, jax.Array) or (
+        isinstance(leaf, np.ndarray | np.generic) and is_numeric(leaf.dtype)
+    )
 
 
 def is_numeric(dtype: Any) -> bool:
@@ -114,7 +131,9 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if isinstance(value, list | tuple):
         return type(value), tuple(_content(item, seen) for item in value)
     if isinstance(value, dict):
-        return type(value), tuple((_content(key, seen), _content(item, seen)) for key, item in value.items())
+        return type(value), tuple(
+            (_content(key, seen), _content(item, seen)) for key, item in value.items()
+        )
     if isinstance(value, set | frozenset):
         return type(value), frozenset(_content(item, {}) for item in value)
     if _is_pandas(value):
@@ -139,13 +158,21 @@ class _Identity:
 
 def _content_of_array(array: np.ndarray, seen: dict[int, tuple[int, Any]]) -> Hashable:
     if array.dtype.hasobject:
-        return str(array.dtype), array.shape, tuple(_content(item, seen) for item in array.ravel().tolist())
+        return (
+            str(array.dtype),
+            array.shape,
+            tuple(_content(item, seen) for item in array.ravel().tolist()),
+        )
     return str(array.dtype), array.shape, _digest(np.ascontiguousarray(array).tobytes())
 
 
 def _is_pandas(value: Any) -> bool:
     is_table = hasattr(value, "columns") or hasattr(value, "dtype")
-    return type(value).__module__.split(".")[0] == "pandas" and is_table and hasattr(value, "to_numpy")
+    return (
+        type(value).__module__.split(".")[0] == "pandas"
+        and is_table
+        and hasattr(value, "to_numpy")
+    )
 
 
 def _content_of_pandas(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
@@ -153,12 +180,28 @@ def _content_of_pandas(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable
     attrs = _content(getattr(value, "attrs", None), seen)
     if hasattr(value, "columns"):
         columns = [value.iloc[:, k] for k in range(value.shape[1])]
-        values = tuple((_content_of_type(column), _content(column.to_numpy(), seen)) for column in columns)
-        return attrs, _content_of_pandas(value.columns, seen), _content_of_pandas(value.index, seen), values
+        values = tuple(
+            (_content_of_type(column), _content(column.to_numpy(), seen))
+            for column in columns
+        )
+        return (
+            attrs,
+            _content_of_pandas(value.columns, seen),
+            _content_of_pandas(value.index, seen),
+            values,
+        )
 
     labels = _content_of_pandas(value.index, seen) if hasattr(value, "index") else None
-    names = _content(getattr(value, "names", None) or getattr(value, "name", None), seen)
-    return attrs, labels, names, _content_of_type(value), _content(value.to_numpy(), seen)
+    names = _content(
+        getattr(value, "names", None) or getattr(value, "name", None), seen
+    )
+    return (
+        attrs,
+        labels,
+        names,
+        _content_of_type(value),
+        _content(value.to_numpy(), seen),
+    )
 
 
 def _content_of_type(column: Any) -> Hashable:
@@ -170,7 +213,9 @@ def _content_of_type(column: Any) -> Hashable:
 def _compares_by_value(value: Any) -> bool:
     """Whether its class says what equality means, and that it holds for good: Python's convention for ``__hash__``."""
     cls = type(value)
-    if getattr(cls, "__eq__", None) is object.__eq__ or getattr(cls, "__hash__", None) in (None, object.__hash__):
+    if getattr(cls, "__eq__", None) is object.__eq__ or getattr(
+        cls, "__hash__", None
+    ) in (None, object.__hash__):
         return False
     try:
         hash(value)
@@ -180,7 +225,8 @@ def _compares_by_value(value: Any) -> bool:
 
 
 def _content_of_object(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
-    """By the array that it says it is, and by the state that it gives away to be copied (labels, say).
+    """By the array that it says it is, and by the state that it gives away to be copied
+    (labels, say).
 
     One that gives neither is itself alone.
     """
@@ -191,7 +237,9 @@ def _content_of_object(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable
         except Exception:
             array = None  # a tensor that must be detached first, say
     state = _content_of_state(value, seen)
-    return array if array is not None and isinstance(state, _Identity) else (array, state)
+    return (
+        array if array is not None and isinstance(state, _Identity) else (array, state)
+    )
 
 
 def _content_of_state(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
@@ -201,9 +249,11 @@ def _content_of_state(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
         return _Identity(value)
     if isinstance(state, str):
         return _Identity(value)
-    # Its constructor, that one's arguments, its attributes, then its items as iterators.
+    # Its constructor, that one's arguments, its attributes, then its items as
+    # iterators.
     return tuple(
-        _content(list(part) if index > 2 and part is not None else part, seen) for index, part in enumerate(state)
+        _content(list(part) if index > 2 and part is not None else part, seen)
+        for index, part in enumerate(state)
     )
 
 
@@ -216,7 +266,8 @@ def as_numbers(place: str, value: Any) -> Any:
 
     Args:
         place: Such as ``"site 'x'"``, for messages.
-        value: An array, a list, an array of objects, a column of a frame, or any other array-like.
+        value: An array, a list, an array of objects, a column of a frame, or any other
+            array-like.
 
     Raises:
         ValueError: It does not hold numbers, or carries a mask that JAX drops.
@@ -225,31 +276,41 @@ def as_numbers(place: str, value: Any) -> Any:
         return value
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise ValueError(
-            f"Data at {place} is a NumPy masked array, whose mask JAX drops. Give obs=x.filled(0.0) under "
+            f"Data at {place} is a NumPy masked array, whose mask JAX drops. Give "
+            "obs=x.filled(0.0) under "
             "numpyro.handlers.mask(mask=~np.ma.getmaskarray(x))."
         )
     try:
-        is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+        is_traced = any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)
+        )
         array = jnp.asarray(value) if is_traced else np.asarray(value)
     except Exception as error:
         raise ValueError(
-            f"Data at {place} is a {type(value).__name__} that is no array ({error}). Give numbers of one shape: "
+            f"Data at {place} is a {type(value).__name__} that is no array ({error}). "
+            "Give numbers of one shape: "
             "obs=jnp.asarray(...)."
         ) from error
     if isinstance(array, jax.Array):
         return array
     if is_numeric(array.dtype):
-        is_plain = isinstance(value, np.ndarray | np.generic | float | int) and not isinstance(value, np.ma.MaskedArray)
+        is_plain = isinstance(
+            value, np.ndarray | np.generic | float | int
+        ) and not isinstance(value, np.ma.MaskedArray)
         return value if is_plain else array
 
-    odd: Any = next((item for item in array.ravel().tolist() if isinstance(item, str | bytes)), None)
+    odd: Any = next(
+        (item for item in array.ravel().tolist() if isinstance(item, str | bytes)), None
+    )
     if odd is None and array.dtype.kind in "Of":
         try:
             return array.astype(float)
         except (TypeError, ValueError) as error:
             odd = error
     raise ValueError(
-        f"Data at {place} is a {type(value).__name__} of type {array.dtype}, which does not hold numbers alone "
-        f"({odd!r}). Turn it into floats before, np.asarray(x, float), and leave missing rows out with "
+        f"Data at {place} is a {type(value).__name__} of type {array.dtype}, which "
+        "does not hold numbers alone "
+        f"({odd!r}). Turn it into floats before, np.asarray(x, float), and leave "
+        "missing rows out with "
         "numpyro.handlers.mask."
     )

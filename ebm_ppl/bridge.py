@@ -1,7 +1,7 @@
 """log Z at many parameter values, each bridged from walkers at one reference value.
 
-Posterior draws lie close together: a few temperatures carry the reference's walkers to any of them, and errors do
-not pile up as they would along a path from draw to draw.
+Posterior draws lie close together: a few temperatures carry the reference's walkers to
+any of them, and errors do not pile up as they would along a path from draw to draw.
 """
 
 from dataclasses import replace
@@ -14,7 +14,14 @@ import numpy as np
 from jax import Array, lax, random
 
 from ebm_ppl.annealing import AnnealingOptions, Ladder, Path, anneal
-from ebm_ppl.certificate import Bridge, SiteCertificate, certify, certify_bridges, disagreement, pass_of
+from ebm_ppl.certificate import (
+    Bridge,
+    SiteCertificate,
+    certify,
+    certify_bridges,
+    disagreement,
+    pass_of,
+)
 from ebm_ppl.distribution import potential_at, starting_distribution
 from ebm_ppl.evidence import Plan, gather
 from ebm_ppl.geometry import standardizing_transform
@@ -43,12 +50,18 @@ class Reference(NamedTuple):
 
 
 def bridge_to_draws(
-    rng_key: Array, reference: Reference, draws: Params, plan: Plan, tolerance: float, rows: Array | None
+    rng_key: Array,
+    reference: Reference,
+    draws: Params,
+    plan: Plan,
+    tolerance: float,
+    rows: Array | None,
 ) -> tuple[SiteCertificate, int]:
     """Log Z at every parameter draw, the reference's uncertainty included.
 
-    Walkers of the reference do not see what it hardly has.  So a few draws, those that are least like it, are annealed
-    to on their own, from either side and with the data rows, and compared.
+    Walkers of the reference do not see what it hardly has.  So a few draws, those that
+    are least like it, are annealed to on their own, from either side and with the data
+    rows, and compared.
 
     Args:
         rng_key: A JAX PRNG key.
@@ -59,7 +72,8 @@ def bridge_to_draws(
         rows: Data rows of the site, ``(num_rows, *batch, *event)``.
 
     Returns:
-        A certificate whose arrays lead with the draws' axis, and the number of energy evaluations.
+        A certificate whose arrays lead with the draws' axis, and the number of energy
+        evaluations.
     """
     site, position, options = reference.site, reference.position, plan.options
     level, variance = _level_and_variance(site, position, draws)
@@ -70,16 +84,31 @@ def bridge_to_draws(
         num_temperatures *= 2
     islands = reference.certificate.log_normalizers - reference.certificate.estimate
     bridges = _bridges(
-        site, position, draws, level, reference.step_size, islands, rng_key, plan.kernel, options, num_temperatures
+        site,
+        position,
+        draws,
+        level,
+        reference.step_size,
+        islands,
+        rng_key,
+        plan.kernel,
+        options,
+        num_temperatures,
     )
     num_draws = jax.tree.leaves(draws)[0].shape[0]
-    per_draw = position.shape[0] * position.shape[1] * (1 + num_temperatures * options.num_kernel_steps)
+    per_draw = (
+        position.shape[0]
+        * position.shape[1]
+        * (1 + num_temperatures * options.num_kernel_steps)
+    )
     certificate = certify_bridges(reference.certificate, bridges, tolerance)
 
     unlike = _draws_unlike(reference, draws, variance, certificate, rows)
     flags, spent = certificate.flags, num_draws * per_draw
     for index, how in unlike.items():
-        alone, more = _alone(random.fold_in(rng_key, index), site, draws, index, plan, tolerance, rows)
+        alone, more = _alone(
+            random.fold_in(rng_key, index), site, draws, index, plan, tolerance, rows
+        )
         # What is known of one draw comes before what holds for all.
         flags = disagreement(certificate, index, alone, len(unlike), how) + flags
         spent += more
@@ -87,18 +116,33 @@ def bridge_to_draws(
 
 
 def _alone(
-    rng_key: Array, site: SiteAtParams, draws: Params, index: int, plan: Plan, tolerance: float, rows: Array | None
+    rng_key: Array,
+    site: SiteAtParams,
+    draws: Params,
+    index: int,
+    plan: Plan,
+    tolerance: float,
+    rows: Array | None,
 ) -> tuple[SiteCertificate, int]:
     """Log Z at one draw by annealing to it, and the energy evaluations spent."""
     params = jax.tree.map(lambda leaf: leaf[index], draws)
     there = replace(site, params=params, reference=None)
-    there = replace(there, transform=standardizing_transform(starting_distribution(there.distribution, site.name)))
+    there = replace(
+        there,
+        transform=standardizing_transform(
+            starting_distribution(there.distribution, site.name)
+        ),
+    )
     found = gather(rng_key, there, plan, None, rows)
     return certify(found.evidence, tolerance), found.num_evaluations
 
 
 def _draws_unlike(
-    reference: Reference, draws: Params, variance: Array, bridged: SiteCertificate, rows: Array | None
+    reference: Reference,
+    draws: Params,
+    variance: Array,
+    bridged: SiteCertificate,
+    rows: Array | None,
 ) -> dict[int, str]:
     """Which draws are least like the reference, and in what way each."""
     num_draws = variance.shape[0]
@@ -117,10 +161,21 @@ def _draws_unlike(
     choose(distance, "farthest from the draw in the middle")
     if rows is not None:
         even = np.unique(np.linspace(0, rows.shape[0] - 1, NUM_ROWS).astype(int))
-        gain = -_mean_potential(reference.site, reference.site.transform.inv(rows[even]), draws) - bridged.estimate
+        gain = (
+            -_mean_potential(
+                reference.site, reference.site.transform.inv(rows[even]), draws
+            )
+            - bridged.estimate
+        )
         choose(gain, "the highest likelihood, unless its log Z is too small")
-    nearest = [distance] + [_distances(draws, jax.tree.map(lambda leaf, i=i: leaf[i], draws)) for i in chosen]
-    choose(np.min(np.stack([np.asarray(d) for d in nearest]), axis=0), "far from all others that were looked at")
+    nearest = [distance] + [
+        _distances(draws, jax.tree.map(lambda leaf, i=i: leaf[i], draws))
+        for i in chosen
+    ]
+    choose(
+        np.min(np.stack([np.asarray(d) for d in nearest]), axis=0),
+        "far from all others that were looked at",
+    )
     return chosen
 
 
@@ -131,7 +186,10 @@ def _distances(draws: Params, params: Params) -> Array:
     def distance(leaf: Array, centre: Array) -> Array:
         flat = leaf.reshape(leaf.shape[0], -1)
         spread = jnp.std(flat, axis=0)
-        return jnp.sum(((flat - jnp.ravel(centre)) / jnp.where(spread > 0, spread, 1.0)) ** 2, axis=1)
+        return jnp.sum(
+            ((flat - jnp.ravel(centre)) / jnp.where(spread > 0, spread, 1.0)) ** 2,
+            axis=1,
+        )
 
     return sum(jax.tree.leaves(jax.tree.map(distance, draws, params)))  # type: ignore[return-value]
 
@@ -141,7 +199,12 @@ def _mean_potential(site: SiteAtParams, position: Array, draws: Params) -> Array
     """Mean of U over data rows at every draw, ``(num_draws, *batch)``."""
 
     def at(params: Params) -> Array:
-        return jnp.mean(potential_at(site.bound.energies(params)[site.name], site.transform, position), axis=0)
+        return jnp.mean(
+            potential_at(
+                site.bound.energies(params)[site.name], site.transform, position
+            ),
+            axis=0,
+        )
 
     return lax.map(at, draws)
 
@@ -149,11 +212,15 @@ def _mean_potential(site: SiteAtParams, position: Array, draws: Params) -> Array
 def _difference(site: SiteAtParams, params: Params, position: Array) -> Array:
     """U_θ − U_reference in the reference's coordinates."""
     there = site.bound.energies(params)[site.name]
-    return potential_at(there, site.transform, position) - potential_at(site.distribution, site.transform, position)
+    return potential_at(there, site.transform, position) - potential_at(
+        site.distribution, site.transform, position
+    )
 
 
 @jax.jit
-def _level_and_variance(site: SiteAtParams, position: Array, draws: Params) -> tuple[Array, Array]:
+def _level_and_variance(
+    site: SiteAtParams, position: Array, draws: Params
+) -> tuple[Array, Array]:
     """Median and variance over walkers of the log weights of one step to every draw, ``(num_draws, *batch)``."""
 
     def at(params: Params) -> tuple[Array, Array]:
@@ -179,7 +246,11 @@ def _bridges(
     num_temperatures: int,
 ) -> Bridge:
     betas = jnp.arange(1, num_temperatures + 1) / num_temperatures
-    ladder = Ladder(jnp.zeros(()), betas, jnp.broadcast_to(step_size, (num_temperatures, *step_size.shape)))
+    ladder = Ladder(
+        jnp.zeros(()),
+        betas,
+        jnp.broadcast_to(step_size, (num_temperatures, *step_size.shape)),
+    )
 
     def bridge(draw: tuple[Params, Array, Array]) -> Bridge:
         params, level, key = draw
@@ -189,8 +260,15 @@ def _bridges(
         )
         ends = anneal(kernel, key, path, position, ladder, options)
         found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
-        # The tail is judged inside islands' terms: their weights, tied inside an island, would hide it.
-        return Bridge(found.log_ratios, weighted.ess(), found.khat(), found.moves.acceptance, level)
+        # The tail is judged inside islands' terms: their weights, tied inside an
+        # island, would hide it.
+        return Bridge(
+            found.log_ratios,
+            weighted.ess(),
+            found.khat(),
+            found.moves.acceptance,
+            level,
+        )
 
     num_draws = jax.tree.leaves(draws)[0].shape[0]
     return lax.map(bridge, (draws, levels, random.split(rng_key, num_draws)))

@@ -1,7 +1,8 @@
 """Discrete bases: whether a support is discrete, and the states of a finite one.
 
-A bijection of a discrete base (spins −1 and 1 out of coins) only names its states anew: it has a mass function, without
-a Jacobian, where ``TransformedDistribution`` has the density of a continuous one.
+A bijection of a discrete base (spins −1 and 1 out of coins) only names its states anew:
+it has a mass function, without a Jacobian, where ``TransformedDistribution`` has the
+density of a continuous one.
 """
 
 import math
@@ -37,14 +38,20 @@ class _Renamed(constraints.Constraint):
         original = jnp.round(self.transform.inv(x))
         same = jnp.isclose(self.transform(original), x, rtol=1e-5, atol=1e-6)
         event_dim = self.original.event_dim
-        return self.original(original) & (jnp.all(same, axis=tuple(range(-event_dim, 0))) if event_dim else same)
+        return self.original(original) & (
+            jnp.all(same, axis=tuple(range(-event_dim, 0))) if event_dim else same
+        )
 
     def __repr__(self) -> str:
         return f"{type(self.transform).__name__} of {self.original}"
 
     def eq(self, other: object, static: bool = False) -> Any:
         """Equal where both parts are."""
-        return isinstance(other, _Renamed) and self.original == other.original and self.transform == other.transform
+        return (
+            isinstance(other, _Renamed)
+            and self.original == other.original
+            and self.transform == other.transform
+        )
 
     def tree_flatten(self) -> tuple:
         """The parts are the leaves."""
@@ -58,7 +65,11 @@ class _RenamedDistribution(dist.Distribution):
     pytree_data_fields = ("original", "transform")
 
     def __init__(
-        self, original: dist.Distribution, transform: Transform, batch_shape: tuple, event_shape: tuple
+        self,
+        original: dist.Distribution,
+        transform: Transform,
+        batch_shape: tuple,
+        event_shape: tuple,
     ) -> None:
         self.original = original
         self.transform = transform
@@ -74,7 +85,9 @@ class _RenamedDistribution(dist.Distribution):
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """Mass of the state that the value names."""
-        return self.original.log_prob(jnp.round(self.transform.inv(value)).astype(jnp.result_type(int)))
+        return self.original.log_prob(
+            jnp.round(self.transform.inv(value)).astype(jnp.result_type(int))
+        )
 
 
 def mass_function(base: dist.Distribution) -> dist.Distribution:
@@ -83,23 +96,36 @@ def mass_function(base: dist.Distribution) -> dist.Distribution:
         original = mass_function(base.base_dist)
         if not original.support.is_discrete:
             return base
-        transform = base.transforms[0] if len(base.transforms) == 1 else ComposeTransform(base.transforms)
-        return _RenamedDistribution(original, transform, base.batch_shape, base.event_shape)
+        transform = (
+            base.transforms[0]
+            if len(base.transforms) == 1
+            else ComposeTransform(base.transforms)
+        )
+        return _RenamedDistribution(
+            original, transform, base.batch_shape, base.event_shape
+        )
 
-    if not isinstance(base, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    if not isinstance(
+        base, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    ):
         return base
     inner = mass_function(base.base_dist)
     if inner is base.base_dist:
         return base
     if isinstance(base, dist.Independent):
         return inner.to_event(base.reinterpreted_batch_ndims)
-    return inner.expand(base.batch_shape) if isinstance(base, dist.ExpandedDistribution) else inner.mask(base._mask)
+    return (
+        inner.expand(base.batch_shape)
+        if isinstance(base, dist.ExpandedDistribution)
+        else inner.mask(base._mask)
+    )
 
 
 def states(base: dist.Distribution, name: str | None = None) -> Array:
     """Every state of a finite support, ``(num_states, *batch_shape, *event_shape)``.
 
-    Where batch elements or coordinates have unequal bounds, states outside some of them are among these.
+    Where batch elements or coordinates have unequal bounds, states outside some of them
+    are among these.
 
     Raises:
         ValueError: A support that is not finite, or has more than 2²² states.
@@ -108,10 +134,14 @@ def states(base: dist.Distribution, name: str | None = None) -> Array:
     return _states(base.support, shape, len(base.batch_shape), name)
 
 
-def _states(support: Any, shape: tuple[int, ...], batch_ndims: int, name: str | None) -> Array:
+def _states(
+    support: Any, shape: tuple[int, ...], batch_ndims: int, name: str | None
+) -> Array:
     inner = _without_independent(support)
     if isinstance(inner, _Renamed):
-        original = _states(inner.original, inner.transform.inverse_shape(shape), batch_ndims, name)
+        original = _states(
+            inner.original, inner.transform.inverse_shape(shape), batch_ndims, name
+        )
         return inner.transform(original)
 
     atoms = _atoms(inner, shape, name)
@@ -136,21 +166,27 @@ def _atoms(support: Any, shape: tuple[int, ...], name: str | None) -> np.ndarray
     """Values of one element, or, where counts have a total, of one vector of them."""
     if support is constraints.boolean:
         return np.arange(2)
-    bounds: list[Any] = [getattr(support, end, None) for end in ("lower_bound", "upper_bound")]
+    bounds: list[Any] = [
+        getattr(support, end, None) for end in ("lower_bound", "upper_bound")
+    ]
     is_interval = isinstance(support, type(constraints.integer_interval(0, 1)))
     is_counts = isinstance(support, type(constraints.multinomial(1)))
     if not (is_interval or is_counts):
         raise ValueError(not_enumerable(support, name))
     if any(isinstance(bound, jax.core.Tracer) for bound in bounds):
         raise ValueError(
-            f"The energy{at_site(name)} has a discrete support whose bounds are computed while the model is compiled "
-            f"({support}), so its states cannot be listed; expected bounds that are numbers. Give total_count, low and "
+            f"The energy{at_site(name)} has a discrete support whose bounds are "
+            "computed while the model is compiled "
+            f"({support}), so its states cannot be listed; expected bounds that are "
+            "numbers. Give total_count, low and "
             "high as Python or NumPy numbers."
         )
     if is_interval:
         return np.arange(int(np.min(bounds[0])), int(np.max(bounds[1])) + 1)
     totals = np.unique(np.asarray(bounds[1]).astype(int))
-    num_states = sum(math.comb(total + shape[-1] - 1, shape[-1] - 1) for total in totals.tolist())
+    num_states = sum(
+        math.comb(total + shape[-1] - 1, shape[-1] - 1) for total in totals.tolist()
+    )
     if num_states > MAX_STATES:
         raise ValueError(_too_many(f"{num_states:,}", name))
     return np.concatenate([_counts(total, shape[-1]) for total in totals.tolist()])
@@ -163,15 +199,19 @@ def _counts(total: int, size: int) -> np.ndarray:
         repeats = left + 1
         first = np.repeat(np.cumsum(repeats) - repeats, repeats)
         taken = np.arange(repeats.sum()) - first
-        rows = np.concatenate([np.repeat(rows, repeats, axis=0), taken[:, None]], axis=1)
+        rows = np.concatenate(
+            [np.repeat(rows, repeats, axis=0), taken[:, None]], axis=1
+        )
         left = np.repeat(left, repeats) - taken
     return np.concatenate([rows, left[:, None]], axis=1)
 
 
 def _too_many(count: str, name: str | None) -> str:
     return (
-        f"The energy{at_site(name)} has {count} states; enumeration serves up to {MAX_STATES:,}, and every other "
-        "method needs a continuous support. What is left: sum it by hand (transfer matrices, symmetry) and give "
+        f"The energy{at_site(name)} has {count} states; enumeration serves up to "
+        f"{MAX_STATES:,}, and every other "
+        "method needs a continuous support. What is left: sum it by hand (transfer "
+        "matrices, symmetry) and give "
         "EnergyDistribution(..., log_normalizer=...), or a base with fewer states."
     )
 
@@ -180,13 +220,19 @@ def not_enumerable(support: Any, name: str | None) -> str:
     """What is left to do where a support is not a finite set."""
     if not support.is_discrete:
         return (
-            f"The energy{at_site(name)} has support {support}, which is continuous and cannot be enumerated; expected "
-            "a finite discrete one. Use method='bracket', or 'quadrature' in one or two dimensions."
+            f"The energy{at_site(name)} has support {support}, which is continuous and "
+            "cannot be enumerated; expected "
+            "a finite discrete one. Use method='bracket', or 'quadrature' in one or "
+            "two dimensions."
         )
     return (
-        f"The energy{at_site(name)} has a discrete support ({support}) that is not finite: method='enumeration' sums "
-        "finite supports, and every other method needs a continuous one. What is left: truncate it (in place of "
-        "dist.Poisson(3.0), dist.Categorical(logits=dist.Poisson(3.0).log_prob(np.arange(100)))), or sum it by hand "
+        f"The energy{at_site(name)} has a discrete support ({support}) that is not "
+        "finite: method='enumeration' sums "
+        "finite supports, and every other method needs a continuous one. What is left: "
+        "truncate it (in place of "
+        "dist.Poisson(3.0), "
+        "dist.Categorical(logits=dist.Poisson(3.0).log_prob(np.arange(100)))), or sum "
+        "it by hand "
         "and give EnergyDistribution(..., log_normalizer=...)."
     )
 
@@ -198,6 +244,8 @@ def needs_continuous(base: dist.Distribution, name: str | None, what: str) -> st
     except ValueError as refusal:
         return str(refusal)
     return (
-        f"The energy{at_site(name)} has a discrete support ({base.support}); {what} needs a continuous one. This one "
-        "is finite, so it can be summed: method='enumeration', or ebm_ppl.normalized(model)."
+        f"The energy{at_site(name)} has a discrete support ({base.support}); {what} "
+        "needs a continuous one. This one "
+        "is finite, so it can be summed: method='enumeration', or "
+        "ebm_ppl.normalized(model)."
     )

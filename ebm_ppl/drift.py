@@ -1,8 +1,9 @@
 """Whether walkers stay what they were while they move on under the energy itself.
 
-What moves leave invariant, expectations do not change.  Means miss what few walkers do, so that the *shares* of walkers
-in both tails of many statistics are looked at: in a narrow neck or well that moves have just found, the gradient is
-large, the energy low, and a coordinate far from the others'.
+What moves leave invariant, expectations do not change.  Means miss what few walkers do,
+so that the *shares* of walkers in both tails of many statistics are looked at: in a
+narrow neck or well that moves have just found, the gradient is large, the energy low,
+and a coordinate far from the others'.
 """
 
 import jax
@@ -20,7 +21,8 @@ NUM_DIRECTIONS = 4
 
 @jax.jit
 def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
-    """What moves changed, island by island; zero in expectation for walkers that were the energy's.
+    """What moves changed, island by island; zero in expectation for walkers that were
+    the energy's.
 
     Args:
         site: The site whose energy the moves left invariant.
@@ -28,12 +30,16 @@ def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
         after: The same walkers later.
 
     Returns:
-        ``(num_chains, num_statistics, *batch)``: the changes of mean ``|u|²`` and ``|u|``, then of the shares in both
-        tails of ``|u|``, of U, of ``|∇U|``, of every coordinate and of some random directions.
+        ``(num_chains, num_statistics, *batch)``: the changes of mean ``|u|²`` and
+        ``|u|``, then of the shares in both tails of ``|u|``, of U, of ``|∇U|``, of
+        every coordinate and of some random directions.
     """
-    states = [evaluate_at(site.distribution, site.transform, u) for u in (before, after)]
+    states = [
+        evaluate_at(site.distribution, site.transform, u) for u in (before, after)
+    ]
     position, potential, grad = (
-        jnp.stack([getattr(state, name) for state in states]) for name in ("position", "potential", "grad")
+        jnp.stack([getattr(state, name) for state in states])
+        for name in ("position", "potential", "grad")
     )
     event_axes = tuple(range(potential.ndim, position.ndim))
     radius = jnp.sqrt(jnp.sum(position**2, axis=event_axes))
@@ -64,11 +70,17 @@ def _projections(flat: Array) -> Array:
 
 
 def _tail_shares(values: Array) -> Array:
-    """Changes of the shares under and over the pooled quantiles, ``(2 k, num_chains, *batch)``.
+    """Changes of the shares under and over the pooled quantiles, ``(2 k, num_chains,
+    *batch)``.
 
     ``values``: ``(k, 2, num_chains, num_walkers, *batch)``, before and after.
     """
-    low, high = jnp.quantile(values, jnp.array([TAIL, 1.0 - TAIL], values.dtype), axis=(1, 2, 3), keepdims=True)
+    low, high = jnp.quantile(
+        values,
+        jnp.array([TAIL, 1.0 - TAIL], values.dtype),
+        axis=(1, 2, 3),
+        keepdims=True,
+    )
 
     def change(inside: Array) -> Array:
         share = jnp.mean(inside, axis=3, dtype=values.dtype)

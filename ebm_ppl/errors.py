@@ -7,8 +7,8 @@ from typing import Any
 class UnknownNormalizerError(NotImplementedError):
     """A normalised number was asked of an energy whose normaliser is not known.
 
-    Subclasses :class:`NotImplementedError`, so NumPyro's initialisation strategies fall back as they do for any
-    distribution that cannot be sampled.
+    Subclasses :class:`NotImplementedError`, so NumPyro's initialisation strategies fall
+    back as they do for any distribution that cannot be sampled.
     """
 
 
@@ -31,18 +31,22 @@ class NonFiniteError(FloatingPointError):
 
 
 def find_site_name(distribution: Any, unwrap: Any) -> str | None:
-    """Name of the sample site whose (unwrapped) distribution is ``distribution``, from the callers' frames.
+    """Name of the sample site whose (unwrapped) distribution is ``distribution``, from
+    the callers' frames.
 
-    ``Distribution.log_prob`` is not told its site, but NumPyro's loops hold the site's message in a local
-    variable when they call it, and this package's a dict of distributions by site name.  Only used to word an
-    error, never to compute.
+    ``Distribution.log_prob`` is not told its site, but NumPyro's loops hold the site's
+    message in a local variable when they call it, and this package's a dict of
+    distributions by site name.  Only used to word an error, never to compute.
     """
     frame = sys._getframe(1)
     while frame is not None:
         for value in list(frame.f_locals.values()):
             if not isinstance(value, dict):
                 continue
-            if isinstance(value.get("name"), str) and unwrap(value.get("fn")) is distribution:
+            if (
+                isinstance(value.get("name"), str)
+                and unwrap(value.get("fn")) is distribution
+            ):
                 return value["name"]
             for name, candidate in value.items():
                 if candidate is distribution and isinstance(name, str):

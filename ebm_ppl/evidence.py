@@ -58,7 +58,8 @@ class Gathered(NamedTuple):
     Attributes:
         evidence: For the certificate.
         forward: The forward pass's walkers.
-        position: Equally weighted ones at the energy, moved on there, ``(num_chains, num_walkers, *batch, *event)``.
+        position: Equally weighted ones at the energy, moved on there, ``(num_chains,
+            num_walkers, *batch, *event)``.
         num_evaluations: Energy evaluations spent.
     """
 
@@ -77,7 +78,9 @@ def gather(
     progress: Progress | None = None,
 ) -> Gathered:
     """The passes that the method asks for, and what walkers and data rows say about them."""
-    key_forward, key_resample, key_settle, key_reverse, key_data = random.split(rng_key, 5)
+    key_forward, key_resample, key_settle, key_reverse, key_data = random.split(
+        rng_key, 5
+    )
     kernel, options = plan.kernel, plan.options
     # A reverse pass from given draws needs the forward pass for its ladder alone.
     forward = anneal_site(
@@ -96,23 +99,39 @@ def gather(
     spent = per_pass + forward.num_pilot_evaluations
     if plan.method == "reverse" and _misses_part_of_the_start(site, key_data):
         raise ValueError(
-            f"The energy of site '{site.name}' is infinite on part of its base's support, where a reverse pass "
-            "never comes: 1/Ẑ would leave that part out. Use method='bracket' or 'forward', or a base with the smaller "
+            f"The energy of site '{site.name}' is infinite on part of its base's "
+            "support, where a reverse pass "
+            "never comes: 1/Ẑ would leave that part out. Use method='bracket' or "
+            "'forward', or a base with the smaller "
             "support."
         )
 
-    position = resampled(key_resample, forward) if samples is None else site.transform.inv(samples)
+    position = (
+        resampled(key_resample, forward)
+        if samples is None
+        else site.transform.inv(samples)
+    )
     reverse = drift = unreached = None
     if plan.method != "forward":
         position, drift, num_moves = _settle(key_settle, site, plan, forward, position)
         # The pass donates its starting points.
         start = jnp.copy(position)
-        backward = follow(key_reverse, site, kernel, options, forward.ladder.reverse(), start, progress)
+        backward = follow(
+            key_reverse,
+            site,
+            kernel,
+            options,
+            forward.ladder.reverse(),
+            start,
+            progress,
+        )
         weights = forward.relative.log_normalizers if samples is None else None
         reverse = pass_of(backward.relative, backward.moves, weights)
         spent += per_pass + num_moves * num_walkers
     if rows is not None and plan.method != "reverse":
-        unreached, more = share_unreached(key_data, site, forward, position, rows, kernel, options)
+        unreached, more = share_unreached(
+            key_data, site, forward, position, rows, kernel, options
+        )
         spent += more
 
     evidence = Evidence(
@@ -123,7 +142,8 @@ def gather(
         _share_beyond(key_data, site, position),
         forward.reference,
         _magnitude(forward),
-        math.prod(position.shape[2 + len(site.distribution.batch_shape) :]) - steepest_fall(site, position),
+        math.prod(position.shape[2 + len(site.distribution.batch_shape) :])
+        - steepest_fall(site, position),
     )
     return Gathered(evidence, forward, position, spent)
 
@@ -135,17 +155,26 @@ def _settle(
     step_size, num_moves = forward.ladder.step_sizes[-1], plan.num_settling_moves
     before, total = position, 0
     for key, factor in zip(random.split(rng_key), (1, MORE_MOVES), strict=True):
-        position = settle(site, key, position, step_size, factor * num_moves, SETTLING_SCALES)
+        position = settle(
+            site, key, position, step_size, factor * num_moves, SETTLING_SCALES
+        )
         total += factor * num_moves
         drift = changes(site, before, position)
-        # Where something seems to move, more moves show it, and bring the walkers nearer to where they belong.
+        # Where something seems to move, more moves show it, and bring the walkers
+        # nearer to where they belong.
         if not (plan.may_settle_longer and is_drift_suspicious(drift)):
             break
     return position, drift, total
 
 
 def _misses_part_of_the_start(site: SiteAtParams, rng_key: Array) -> bool:
-    return bool(jnp.any(jnp.isposinf(site.path().difference(site.draw(rng_key, (1, NUM_START_DRAWS))))))
+    return bool(
+        jnp.any(
+            jnp.isposinf(
+                site.path().difference(site.draw(rng_key, (1, NUM_START_DRAWS)))
+            )
+        )
+    )
 
 
 def _share_beyond(rng_key: Array, site: SiteAtParams, position: Array) -> Array:
@@ -154,7 +183,9 @@ def _share_beyond(rng_key: Array, site: SiteAtParams, position: Array) -> Array:
     if not has_edges(site.transform):
         return jnp.zeros(batch_shape)
     start = draw(site, rng_key, (position.shape[0], position.shape[1]))
-    return jnp.maximum(*(share_beyond(site.transform, u, len(batch_shape)) for u in (start, position)))
+    return jnp.maximum(
+        *(share_beyond(site.transform, u, len(batch_shape)) for u in (start, position))
+    )
 
 
 @jax.jit
@@ -167,21 +198,37 @@ def _magnitude(forward: Annealed) -> Array:
     return jnp.maximum(jnp.abs(forward.reference), usual)
 
 
-def given_samples(site: SiteAtParams, samples: Mapping[str, ArrayLike], num_chains: int, num_walkers: int) -> Array:
+def given_samples(
+    site: SiteAtParams,
+    samples: Mapping[str, ArrayLike],
+    num_chains: int,
+    num_walkers: int,
+) -> Array:
     """Draws of the model that a user gave for one site, checked.
 
     Raises:
-        ValueError: The site is missing, or the shape is not ``(num_chains, num_walkers, *batch, *event)``.
+        ValueError: The site is missing, or the shape is not ``(num_chains, num_walkers,
+            *batch, *event)``.
     """
     if site.name not in samples:
-        raise ValueError(f"samples has sites {sorted(samples)}; expected energy site '{site.name}' among them.")
+        raise ValueError(
+            f"samples has sites {sorted(samples)}; expected energy site '{site.name}' "
+            "among them."
+        )
     distribution = site.distribution
     given = jnp.asarray(samples[site.name], float)
-    expected = (num_chains, num_walkers, *distribution.batch_shape, *distribution.event_shape)
+    expected = (
+        num_chains,
+        num_walkers,
+        *distribution.batch_shape,
+        *distribution.event_shape,
+    )
     if given.shape != expected:
         raise ValueError(
-            f"samples['{site.name}'] has shape {given.shape}; expected (num_chains, num_walkers, *batch_shape, "
-            f"*event_shape) = {expected}. Pass num_chains= and num_walkers=, or reshape the draws."
+            f"samples['{site.name}'] has shape {given.shape}; expected (num_chains, "
+            "num_walkers, *batch_shape, "
+            f"*event_shape) = {expected}. Pass num_chains= and num_walkers=, or "
+            "reshape the draws."
         )
     return given
 
@@ -198,20 +245,36 @@ def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
     return full
 
 
-def data_rows(bound: BoundModel, params: Params, max_rows: int | None = None) -> dict[str, Array]:
+def data_rows(
+    bound: BoundModel, params: Params, max_rows: int | None = None
+) -> dict[str, Array]:
     """The usable rows of every observed energy site, evenly at most ``max_rows``, ``(num_rows, *batch, *event)``."""
     rows = {}
     for name, found in _observed(bound, params).items():
         energy = unwrap(found.distribution)
-        if energy is None or isinstance(found.value, jax.core.Tracer) or energy.support.is_discrete:
+        if (
+            energy is None
+            or isinstance(found.value, jax.core.Tracer)
+            or energy.support.is_discrete
+        ):
             continue
         own_shape = energy.batch_shape + energy.event_shape
-        values = np.broadcast_to(np.asarray(found.value), found.distribution.shape()).reshape(-1, *own_shape)
+        values = np.broadcast_to(
+            np.asarray(found.value), found.distribution.shape()
+        ).reshape(-1, *own_shape)
         num_rows = len(values)
-        checks = (np.isfinite(values), np.asarray(energy.support(values)), unmasked(found.distribution))
-        values = values[np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)]
+        checks = (
+            np.isfinite(values),
+            np.asarray(energy.support(values)),
+            unmasked(found.distribution),
+        )
+        values = values[
+            np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)
+        ]
         if max_rows is not None and len(values) > max_rows:
-            values = values[np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))]
+            values = values[
+                np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))
+            ]
         if len(values):
             rows[name] = jnp.asarray(values, float)
     return rows

@@ -17,7 +17,8 @@ from ebm_ppl.supports import bijector_of, is_improper, unchecked_log_prob
 TOLERANCE = 3e-4
 # Of float rounding, in units of its precision at the size of E and of log base.
 ROUNDING = 16.0
-# Points are kept at several distances, in units of the base's spread, and on a grid in one or two dimensions.
+# Points are kept at several distances, in units of the base's spread, and on a grid in
+# one or two dimensions.
 DISTANCES = (1.0, 3.0, 10.0)
 GRID_POINTS = {1: 257, 2: 25}
 # Of each kind of points at most so many, and all together at most so many numbers.
@@ -42,7 +43,8 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprint(distribution: Any, more: Array | None = None) -> Fingerprint:
-    """E and log base at draws of the base, near its centre, far out, and at ``more`` points.
+    """E and log base at draws of the base, near its centre, far out, and at ``more``
+    points.
 
     Args:
         distribution: An :class:`~ebm_ppl.EnergyDistribution`.
@@ -57,7 +59,9 @@ def fingerprint(distribution: Any, more: Array | None = None) -> Fingerprint:
 
 def _evaluate(distribution: Any, points: Array) -> Fingerprint:
     energy = distribution.energy(points)
-    log_base = jnp.broadcast_to(unchecked_log_prob(distribution.base, points), energy.shape)
+    log_base = jnp.broadcast_to(
+        unchecked_log_prob(distribution.base, points), energy.shape
+    )
     return Fingerprint(points, energy, log_base)
 
 
@@ -67,11 +71,16 @@ def points_kept(shape: tuple[int, ...]) -> int:
 
 
 def _points(distribution: Any) -> Array:
-    base, num = distribution.base, points_kept(distribution.batch_shape + distribution.event_shape)
+    base, num = (
+        distribution.base,
+        points_kept(distribution.batch_shape + distribution.event_shape),
+    )
     if base.support.is_discrete:
         return _discrete_points(base, num)
 
-    named = [d for d in (base, distribution.start) if d is not None and not is_improper(d)]
+    named = [
+        d for d in (base, distribution.start) if d is not None and not is_improper(d)
+    ]
     transform = standardizing_transform(named[0]) if named else bijector_of(base)
     shape = transform.inverse_shape(base.batch_shape + base.event_shape)
     num_batch_dims = len(base.batch_shape)
@@ -92,8 +101,12 @@ def _points(distribution: Any) -> Array:
 def _grid(num_batch_dims: int, event_shape: tuple[int, ...]) -> np.ndarray:
     """Finer near the centre, and as far out as the points drawn."""
     num_dims = math.prod(event_shape)
-    edges = np.sinh(np.linspace(-1, 1, GRID_POINTS[num_dims]) * np.arcsinh(3 * DISTANCES[-1]))
-    mesh = np.stack(np.meshgrid(*[edges] * num_dims, indexing="ij"), -1).reshape(-1, num_dims)
+    edges = np.sinh(
+        np.linspace(-1, 1, GRID_POINTS[num_dims]) * np.arcsinh(3 * DISTANCES[-1])
+    )
+    mesh = np.stack(np.meshgrid(*[edges] * num_dims, indexing="ij"), -1).reshape(
+        -1, num_dims
+    )
     return mesh.reshape(-1, *(1,) * num_batch_dims, *event_shape)
 
 
@@ -102,13 +115,21 @@ def _discrete_points(base: Any, num: int) -> Array:
     points = [] if is_improper(base) else [base.sample(random.key(0), (num,))]
 
     element: Any = base
-    while isinstance(element, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    while isinstance(
+        element, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    ):
         element = element.base_dist
     support = _states_of(element)
     if support is not None:
         digits = _digits(len(support), math.prod(base.event_shape), num)
-        states = support[digits].reshape(-1, *(1,) * len(base.batch_shape), *base.event_shape)
-        points.append(jnp.broadcast_to(states, (len(digits), *base.batch_shape, *base.event_shape)))
+        states = support[digits].reshape(
+            -1, *(1,) * len(base.batch_shape), *base.event_shape
+        )
+        points.append(
+            jnp.broadcast_to(
+                states, (len(digits), *base.batch_shape, *base.event_shape)
+            )
+        )
 
     return jnp.concatenate(points)
 
@@ -134,18 +155,23 @@ def _digits(size: int, num_elements: int, num: int) -> np.ndarray:
     return digits
 
 
-def require_same_energy(name: str | None, distribution: Any, expected: Fingerprint) -> Array | np.ndarray:
+def require_same_energy(
+    name: str | None, distribution: Any, expected: Fingerprint
+) -> Array | np.ndarray:
     """0 where a distribution has the energies of a fingerprint.
 
-    Energies that depend on nothing traced are compared at once, inside a trace too.  Others give NaN where they
-    differ.
+    Energies that depend on nothing traced are compared at once, inside a trace too.
+    Others give NaN where they differ.
 
     Raises:
         ValueError: It is another energy.
     """
     batch_shape = distribution.batch_shape
     event_shape = batch_shape + distribution.event_shape
-    fits = expected.points.shape[1:] == event_shape and expected.energy.shape[1:] == batch_shape
+    fits = (
+        expected.points.shape[1:] == event_shape
+        and expected.energy.shape[1:] == batch_shape
+    )
 
     with jax.ensure_compile_time_eval():
         if fits:
@@ -158,11 +184,18 @@ def require_same_energy(name: str | None, distribution: Any, expected: Fingerpri
     if isinstance(same, jax.core.Tracer):
         return lax.stop_gradient(jnp.where(same, 0.0, jnp.nan))
     if not bool(same):
-        what = f"by up to {float(difference):.3g} nats" if fits else f"in shape ({event_shape} here)"
+        what = (
+            f"by up to {float(difference):.3g} nats"
+            if fits
+            else f"in shape ({event_shape} here)"
+        )
         raise ValueError(
-            f"log_normalizer belongs to another energy than that{at_site(name)}: at the points that it was marked "
-            f"with they differ {what}, although the parameters' names and values agree. Another base, other "
-            "arguments of the model, or a changed net: estimate it for this very energy; "
+            f"log_normalizer belongs to another energy than that{at_site(name)}: at "
+            "the points that it was marked "
+            f"with they differ {what}, although the parameters' names and values "
+            "agree. Another base, other "
+            "arguments of the model, or a changed net: estimate it for this very "
+            "energy; "
             "log_normalizer.estimate[site] is the bare number."
         )
     # NumPy's number: JAX's would be traced here.
@@ -174,15 +207,25 @@ def _compare(found: Fingerprint, expected: Fingerprint) -> tuple[Array, Array]:
     precision = float(jnp.finfo(expected.energy.dtype).eps)
     worst, largest = jnp.array(-jnp.inf), jnp.zeros(())
 
-    for here, there in ((found.energy, expected.energy), (found.log_base, expected.log_base)):
+    for here, there in (
+        (found.energy, expected.energy),
+        (found.log_base, expected.log_base),
+    ):
         size = jnp.abs(there)
         # How much E varies, not how large it is: an offset must not hide a difference.
-        spread = jnp.abs(there - jnp.nanmedian(jnp.where(jnp.isfinite(there), there, jnp.nan), axis=0))
+        spread = jnp.abs(
+            there
+            - jnp.nanmedian(jnp.where(jnp.isfinite(there), there, jnp.nan), axis=0)
+        )
         allowed = TOLERANCE * (1.0 + spread) + ROUNDING * precision * size
         difference = jnp.where(_identical(here, there), 0.0, jnp.abs(here - there))
         excess = jnp.where(_identical(here, there), -jnp.inf, difference - allowed)
-        worst = jnp.maximum(worst, jnp.max(jnp.where(jnp.isnan(excess), jnp.inf, excess)))
-        largest = jnp.maximum(largest, jnp.max(jnp.where(jnp.isnan(difference), jnp.inf, difference)))
+        worst = jnp.maximum(
+            worst, jnp.max(jnp.where(jnp.isnan(excess), jnp.inf, excess))
+        )
+        largest = jnp.maximum(
+            largest, jnp.max(jnp.where(jnp.isnan(difference), jnp.inf, difference))
+        )
 
     return worst, largest
 

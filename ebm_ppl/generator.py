@@ -1,7 +1,9 @@
-"""A generator as pure functions: a NumPyro program that draws latents z, then x given z at an energy site's name.
+"""A generator as pure functions: a NumPyro program that draws latents z, then x given z
+at an energy site's name.
 
-Its parameters are its ``param`` sites, its latents all other sample sites.  z is one flat vector here, whatever sites
-the program draws it at, and empty where x has a density of its own, as a flow has.
+Its parameters are its ``param`` sites, its latents all other sample sites.  z is one
+flat vector here, whatever sites the program draws it at, and empty where x has a
+density of its own, as a flow has.
 """
 
 from collections.abc import Callable
@@ -35,23 +37,30 @@ T = TypeVar("T")
 # Evaluations of a score that its estimator is fitted in.
 NUM_FITTING_STEPS = 150
 
-# How near to an end of an interval a parameter counts as standing at it, as a share of the interval.
+# How near to an end of an interval a parameter counts as standing at it, as a share of
+# the interval.
 AT_BOUND = 0.01
 
 
-def standardized_normal(base: dist.Distribution, loc: Array, scale: Array | float) -> dist.Distribution:
-    """``T(N(loc, scale²))``, T the map from base-standard coordinates to x: what a generator draws x given z from.
+def standardized_normal(
+    base: dist.Distribution, loc: Array, scale: Array | float
+) -> dist.Distribution:
+    """``T(N(loc, scale²))``, T the map from base-standard coordinates to x: what a
+    generator draws x given z from.
 
-    Every base then sees the same generator: a net that returns 0 is at the base's centre, ``scale`` is in units of its
-    spread, and draws stay in its support.
+    Every base then sees the same generator: a net that returns 0 is at the base's
+    centre, ``scale`` is in units of its spread, and draws stay in its support.
 
     Args:
-        base: The energy's base, or any proper distribution of its shape; without a batch shape.
-        loc: A net's output at z, of the shape of the coordinates (for a base on the whole space, its event shape).
+        base: The energy's base, or any proper distribution of its shape; without a
+            batch shape.
+        loc: A net's output at z, of the shape of the coordinates (for a base on the
+            whole space, its event shape).
         scale: Standard deviation in base-standard units, scalar or like ``loc``.
 
     Returns:
-        A distribution of the base's event shape, with reparametrised draws and a density.
+        A distribution of the base's event shape, with reparametrised draws and a
+        density.
     """
     transform = standardizing_transform(base)
     noise = dist.Normal(loc, scale).to_event(jnp.ndim(loc))
@@ -96,14 +105,16 @@ def _standard_residual(found: Any, value: Array) -> Array | None:
 )
 @dataclass(frozen=True)
 class Generator:
-    """A generator program as functions of unconstrained parameters φ, one draw at a time.
+    """A generator program as functions of unconstrained parameters φ, one draw at a
+    time.
 
     Attributes:
         program: Takes no arguments.
         name: The site of x given z.
         transforms: Unconstrained to constrained parameters, by site name.
         latents: One value of every latent site.
-        is_normal: Whether all its sites are normals, transformed ones included, so that :meth:`residuals` exist.
+        is_normal: Whether all its sites are normals, transformed ones included, so that
+            :meth:`residuals` exist.
     """
 
     program: Snapshot
@@ -133,14 +144,21 @@ class Generator:
 
     def log_joint(self, params: Params, latents: Array, value: Array) -> Array:
         """``log p(z) + log q(x | z)`` of one pair."""
-        return self.log_prior(params, latents) + self._at(params, latents)[1].log_prob(value)
+        return self.log_prior(params, latents) + self._at(params, latents)[1].log_prob(
+            value
+        )
 
     def log_prior(self, params: Params, latents: Array) -> Array:
         """``log p(z)``."""
         priors, _ = self._at(params, latents)
-        return sum((jnp.sum(found.log_prob(given)) for found, given in priors), jnp.array(0.0, latents.dtype))
+        return sum(
+            (jnp.sum(found.log_prob(given)) for found, given in priors),
+            jnp.array(0.0, latents.dtype),
+        )
 
-    def residuals(self, params: Params, latents: Array, value: Array) -> tuple[Array, Array]:
+    def residuals(
+        self, params: Params, latents: Array, value: Array
+    ) -> tuple[Array, Array]:
         """Latents and value of one pair in coordinates where their normals are standard."""
         priors, conditional = self._at(params, latents)
         of_latents = [_standard_residual(found, given) for found, given in priors]
@@ -151,7 +169,9 @@ class Generator:
     def pair(self, params: Params) -> Pair:
         """What a score's estimator needs, at fixed parameters."""
         residuals = partial(self.residuals, params) if self.is_normal else None
-        return Pair(partial(self.log_prior, params), partial(self.log_joint, params), residuals)
+        return Pair(
+            partial(self.log_prior, params), partial(self.log_joint, params), residuals
+        )
 
     def at_bounds(self, params: Params) -> dict[str, Array]:
         """The share of elements that stand at an end of their interval: below minus above, by bounded parameter."""
@@ -160,15 +180,23 @@ class Generator:
             bounds = _bounds(transform)
             if bounds is not None:
                 place = (transform(params[name]) - bounds[0]) / (bounds[1] - bounds[0])
-                shares[name] = jnp.mean((place < AT_BOUND).astype(place.dtype) - (place > 1 - AT_BOUND))
+                shares[name] = jnp.mean(
+                    (place < AT_BOUND).astype(place.dtype) - (place > 1 - AT_BOUND)
+                )
         return shares
 
-    def _at(self, params: Params, latents: Array) -> tuple[list[tuple[Any, Array]], Any]:
+    def _at(
+        self, params: Params, latents: Array
+    ) -> tuple[list[tuple[Any, Array]], Any]:
         """The latents' distributions with their values, and the distribution of x given them."""
         given = ravel_pytree(self.latents)[1](latents)
-        recorder = _Conditional(handlers.substitute(self.at(params), data=given), self.name)
+        recorder = _Conditional(
+            handlers.substitute(self.at(params), data=given), self.name
+        )
         trace = handlers.trace(recorder).get_trace()
-        return [(trace[name]["fn"], trace[name]["value"]) for name in sorted(self.latents)], recorder.found
+        return [
+            (trace[name]["fn"], trace[name]["value"]) for name in sorted(self.latents)
+        ], recorder.found
 
     def at(self, params: Params) -> Program:
         """The program at these parameters."""
@@ -191,7 +219,8 @@ def fit_score(
     """A score's estimator fitted to a generator that stays as it is.
 
     Returns:
-        Its state, and what ``tell(values, log_density)`` said of every evaluation's draws.
+        Its state, and what ``tell(values, log_density)`` said of every evaluation's
+        draws.
     """
     pair = generator.pair(params)
 
@@ -201,21 +230,28 @@ def fit_score(
         found, state = score.evaluate(key_score, state, pair, latents, values)
         return state, tell(values, found.log_density)
 
-    return lax.scan(evaluate, score.init(generator.num_latents), random.split(rng_key, NUM_FITTING_STEPS))
+    return lax.scan(
+        evaluate,
+        score.init(generator.num_latents),
+        random.split(rng_key, NUM_FITTING_STEPS),
+    )
 
 
 def _bounds(transform: Transform) -> tuple[float, float] | None:
     codomain = transform.codomain
     while isinstance(codomain, constraints.independent):
         codomain = codomain.base_constraint
-    lower, upper = (getattr(codomain, end, None) for end in ("lower_bound", "upper_bound"))
+    lower, upper = (
+        getattr(codomain, end, None) for end in ("lower_bound", "upper_bound")
+    )
     return None if lower is None or upper is None else (lower, upper)
 
 
 def inspect_generator(
     rng_key: Array, program: Program, name: str, distribution: EnergyDistribution
 ) -> tuple[Generator, Params]:
-    """Run a generator program once, check it against its energy site, and find parameters and latents.
+    """Run a generator program once, check it against its energy site, and find
+    parameters and latents.
 
     Args:
         rng_key: A JAX PRNG key, for initial values.
@@ -227,11 +263,13 @@ def inspect_generator(
         The generator and its initial unconstrained parameters.
 
     Raises:
-        ValueError: A program that cannot generate this site; the message names what was found and what to write.
+        ValueError: A program that cannot generate this site; the message names what was
+            found and what to write.
     """
     if not callable(program):
         raise TypeError(
-            f"generator is a {type(program).__name__}; expected a NumPyro program without arguments that samples "
+            f"generator is a {type(program).__name__}; expected a NumPyro program "
+            "without arguments that samples "
             f"latents and then numpyro.sample('{name}', ...)."
         )
     trace = handlers.trace(handlers.seed(program, rng_key)).get_trace()
@@ -241,7 +279,8 @@ def inspect_generator(
         seen.append(found)
         if site["type"] == "mutable":
             raise ValueError(
-                f"Generator site '{found}' is mutable state (batch norm, running statistics): its draws would change "
+                f"Generator site '{found}' is mutable state (batch norm, running "
+                "statistics): its draws would change "
                 "with every call. Use a net without state, such as layer norm."
             )
         if site["type"] == "param":
@@ -251,83 +290,121 @@ def inspect_generator(
         elif site["type"] == "sample":
             if site["is_observed"]:
                 raise ValueError(
-                    f"Generator site '{found}' is observed, or a factor: the density of z and x would have an unknown "
-                    "normaliser. A generator only draws: leave obs= and numpyro.factor out."
+                    f"Generator site '{found}' is observed, or a factor: the density "
+                    "of z and x would have an unknown "
+                    "normaliser. A generator only draws: leave obs= and numpyro.factor "
+                    "out."
                 )
             if found != name:
                 if name in seen:
                     raise ValueError(
-                        f"Generator latent '{found}' is drawn after '{name}': x must be given all latents. Draw it "
+                        f"Generator latent '{found}' is drawn after '{name}': x must "
+                        "be given all latents. Draw it "
                         "before, or leave it out."
                     )
                 _check_latent(found, site["fn"])
                 latents[found] = site["value"]
     if name not in trace or trace[name]["type"] != "sample":
-        samples = sorted(found for found, site in trace.items() if site["type"] == "sample")
-        raise ValueError(
-            f"The generator has sample sites {samples}, but none named '{name}', the model's energy site. Draw x given "
-            f"the latents there: numpyro.sample('{name}', ebm_ppl.standardized_normal(base, net(z), scale))."
+        samples = sorted(
+            found for found, site in trace.items() if site["type"] == "sample"
         )
-    _check_conditional(rng_key, name, trace[name]["fn"], trace[name]["value"], distribution)
-    if not params:
-        raise ValueError("The generator has no parameters to learn: no numpyro.param and no module.")
-    unconstrained = transform_fn(transforms, params, invert=True)
-    unconstrained = jax.tree.map(lambda value: jnp.asarray(value, jnp.result_type(value)), unconstrained)
-    is_normal = all(
-        _standard_residual(trace[site]["fn"], trace[site]["value"]) is not None for site in (name, *latents)
+        raise ValueError(
+            f"The generator has sample sites {samples}, but none named '{name}', the "
+            "model's energy site. Draw x given "
+            f"the latents there: numpyro.sample('{name}', "
+            "ebm_ppl.standardized_normal(base, net(z), scale))."
+        )
+    _check_conditional(
+        rng_key, name, trace[name]["fn"], trace[name]["value"], distribution
     )
-    return Generator(snapshot(program), name, transforms, latents, is_normal), unconstrained
+    if not params:
+        raise ValueError(
+            "The generator has no parameters to learn: no numpyro.param and no module."
+        )
+    unconstrained = transform_fn(transforms, params, invert=True)
+    unconstrained = jax.tree.map(
+        lambda value: jnp.asarray(value, jnp.result_type(value)), unconstrained
+    )
+    is_normal = all(
+        _standard_residual(trace[site]["fn"], trace[site]["value"]) is not None
+        for site in (name, *latents)
+    )
+    return Generator(
+        snapshot(program), name, transforms, latents, is_normal
+    ), unconstrained
 
 
 def _check_mask(name: str, found: Any) -> None:
     while hasattr(found, "base_dist"):
         if isinstance(found, dist.MaskedDistribution):
-            raise ValueError(f"Generator site '{name}' is masked: its draws have no density. Take the mask away.")
+            raise ValueError(
+                f"Generator site '{name}' is masked: its draws have no density. Take "
+                "the mask away."
+            )
         found = found.base_dist
 
 
 def _check_latent(name: str, found: Any) -> None:
     _check_mask(name, found)
-    unbounded = same_support(found.support, constraints.real) or same_support(found.support, constraints.real_vector)
+    unbounded = same_support(found.support, constraints.real) or same_support(
+        found.support, constraints.real_vector
+    )
     if found.support.is_discrete or not unbounded:
         raise ValueError(
-            f"Generator latent '{name}' has support {found.support}; its posterior is reached by normal proposals, "
-            "which need latents on the whole real line. Draw a standard normal and transform it inside the program."
+            f"Generator latent '{name}' has support {found.support}; its posterior is "
+            "reached by normal proposals, "
+            "which need latents on the whole real line. Draw a standard normal and "
+            "transform it inside the program."
         )
     if not found.has_rsample:
         raise ValueError(
-            f"Generator latent '{name}' is a {type(found).__name__}, whose draws are not reparametrised. Draw a "
+            f"Generator latent '{name}' is a {type(found).__name__}, whose draws are "
+            "not reparametrised. Draw a "
             "standard normal and transform it inside the program."
         )
 
 
-def _check_conditional(rng_key: Array, name: str, found: Any, value: Array, distribution: EnergyDistribution) -> None:
+def _check_conditional(
+    rng_key: Array,
+    name: str,
+    found: Any,
+    value: Array,
+    distribution: EnergyDistribution,
+) -> None:
     _check_mask(name, found)
     if found.support.is_discrete or not found.has_rsample:
         kind = "discrete" if found.support.is_discrete else "not reparametrised"
         raise ValueError(
-            f"The generator's x given z at site '{name}' is a {type(found).__name__}, which is {kind}: gradients must "
-            f"flow through its draws. Use ebm_ppl.standardized_normal(base, net(z), scale), or another continuous "
+            f"The generator's x given z at site '{name}' is a {type(found).__name__}, "
+            f"which is {kind}: gradients must "
+            "flow through its draws. Use ebm_ppl.standardized_normal(base, net(z), "
+            "scale), or another continuous "
             "distribution with reparametrised draws."
         )
     if found.batch_shape or found.event_shape != distribution.event_shape:
         raise ValueError(
-            f"The generator's x given z at site '{name}' has batch shape {found.batch_shape} and event shape "
-            f"{found.event_shape}; expected one event of shape {distribution.event_shape}, as the energy's base has. "
-            "The program makes one draw (many are made by jax.vmap): use .to_event(...), and no plates."
+            f"The generator's x given z at site '{name}' has batch shape "
+            f"{found.batch_shape} and event shape "
+            f"{found.event_shape}; expected one event of shape "
+            f"{distribution.event_shape}, as the energy's base has. "
+            "The program makes one draw (many are made by jax.vmap): use "
+            ".to_event(...), and no plates."
         )
     try:
         found.log_prob(value)
     except NotImplementedError as error:
         raise ValueError(
-            f"The generator's x given z at site '{name}' is a {type(found).__name__} whose density at a given value is "
-            "not implemented: one of its transforms has no inverse. Use a flow that is inverted in closed form, of "
+            f"The generator's x given z at site '{name}' is a {type(found).__name__} "
+            "whose density at a given value is "
+            "not implemented: one of its transforms has no inverse. Use a flow that is "
+            "inverted in closed form, of "
             "couplings for example."
         ) from error
     outside = ~distribution.support(found.sample(rng_key, (64,)))
     if bool(jnp.any(outside)):
         raise ValueError(
-            f"The generator's x given z at site '{name}' leaves the base's support ({distribution.support}) in "
+            f"The generator's x given z at site '{name}' leaves the base's support "
+            f"({distribution.support}) in "
             f"{int(jnp.sum(outside))} of 64 draws, where the energy is infinite. Use "
             "ebm_ppl.standardized_normal(base, net(z), scale), which stays in it."
         )

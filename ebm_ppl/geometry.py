@@ -1,7 +1,7 @@
 """Coordinates u in which a base distribution is standard: ``x = T(u)``.
 
-Walkers move in u, the energy sees x.  A normal base gives its affine map, a transformed normal base that map
-followed by its transforms, everything else ``biject_to(support)``.
+Walkers move in u, the energy sees x.  A normal base gives its affine map, a transformed
+normal base that map followed by its transforms, everything else ``biject_to(support)``.
 """
 
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ from ebm_ppl.supports import bijector_of
 class CholeskyAffine(Transform):
     """``x = loc + L u`` as one matrix product over all leading dimensions.
 
-    NumPyro's ``LowerCholeskyAffine`` multiplies one matrix by one vector per walker, several times slower on
-    an ensemble.  ``loc``: ``(*batch, d)``; ``scale_tril``: ``(*batch, d, d)`` or ``(d, d)``.
+    NumPyro's ``LowerCholeskyAffine`` multiplies one matrix by one vector per walker,
+    several times slower on an ensemble.  ``loc``: ``(*batch, d)``; ``scale_tril``:
+    ``(*batch, d, d)`` or ``(d, d)``.
     """
 
     domain = constraints.real_vector
@@ -41,9 +42,13 @@ class CholeskyAffine(Transform):
         return self.loc + jnp.einsum("...ij,...j->...i", self.scale_tril, x)
 
     def _inverse(self, y: Array) -> Array:
-        return solve_triangular(self.scale_tril, (y - self.loc)[..., None], lower=True)[..., 0]
+        return solve_triangular(self.scale_tril, (y - self.loc)[..., None], lower=True)[
+            ..., 0
+        ]
 
-    def log_abs_det_jacobian(self, x: Array, y: Array, intermediates: object = None) -> Array:
+    def log_abs_det_jacobian(
+        self, x: Array, y: Array, intermediates: object = None
+    ) -> Array:
         """``log |det L|``, of shape ``x.shape[:-1]``."""
         log_det = jnp.log(jnp.diagonal(self.scale_tril, axis1=-2, axis2=-1)).sum(-1)
         return jnp.broadcast_to(log_det, x.shape[:-1])
@@ -58,18 +63,24 @@ class CholeskyAffine(Transform):
 
 
 def standardizing_transform(base: dist.Distribution) -> Transform:
-    """Return the bijection T from coordinates u in which ``base`` is (close to) standard to x.
+    """Return the bijection T from coordinates u in which ``base`` is (close to)
+    standard to x.
 
-    ``T.log_abs_det_jacobian`` has the batch shape of ``base``: event dimensions are summed.
+    ``T.log_abs_det_jacobian`` has the batch shape of ``base``: event dimensions are
+    summed.
     """
     inner = base
-    while isinstance(inner, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+    while isinstance(
+        inner, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
+    ):
         inner = inner.base_dist
     if isinstance(inner, dist.TransformedDistribution):
         parts = [standardizing_transform(inner.base_dist), *inner.transforms]
         return _sum_event_dims(ComposeTransform(parts), base)
     if isinstance(inner, dist.Normal):
-        return _sum_event_dims(AffineTransform(_like(base, inner.loc), _like(base, inner.scale)), base)
+        return _sum_event_dims(
+            AffineTransform(_like(base, inner.loc), _like(base, inner.scale)), base
+        )
     if isinstance(inner, dist.MultivariateNormal) and len(base.event_shape) == 1:
         return CholeskyAffine(jnp.asarray(inner.loc), inner.scale_tril)
     return _sum_event_dims(bijector_of(base), base)
@@ -88,7 +99,8 @@ def log_abs_det(transform: Transform, position: Array, value: Array) -> Array:
 
 
 def _like(wrapped: dist.Distribution, value: Array) -> Array:
-    # Follows the wrappers outwards: expanding may broadcast, `Independent` only renames dimensions.
+    # Follows the wrappers outwards: expanding may broadcast, `Independent` only renames
+    # dimensions.
     if isinstance(wrapped, dist.Independent | dist.MaskedDistribution):
         return _like(wrapped.base_dist, value)
     if isinstance(wrapped, dist.ExpandedDistribution):

@@ -1,7 +1,7 @@
 """A constant log Z stays constant: what refuses one whose energy varies.
 
-Leaving ``−∇log Z`` out of a gradient, or one value's log Z under another's energy, gives a fit or a posterior that
-looks healthy and is wrong.
+Leaving ``−∇log Z`` out of a gradient, or one value's log Z under another's energy,
+gives a fit or a posterior that looks healthy and is wrong.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,12 @@ from ebm_ppl.errors import UnknownNormalizerError, at_site
 
 
 class Constant:
-    """A log Z that belongs to fixed parameters: a hashable array, part of a pytree's structure and no leaf of it.
+    """A log Z that belongs to fixed parameters: a hashable array, part of a pytree's
+    structure and no leaf of it.
 
-    As a leaf it would have a tangent of its own, which a derivative with respect to the whole distribution would
-    take for that of log Z, and ``jax.tree.map`` could scale it.
+    As a leaf it would have a tangent of its own, which a derivative with respect to the
+    whole distribution would take for that of log Z, and ``jax.tree.map`` could scale
+    it.
     """
 
     def __init__(self, value: np.ndarray) -> None:
@@ -43,7 +45,9 @@ class Constant:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def refuse_constant(name: str | None, closure: list[Array], log_normalizer: Array) -> tuple[list[Array], Array]:
+def refuse_constant(
+    name: str | None, closure: list[Array], log_normalizer: Array
+) -> tuple[list[Array], Array]:
     """Identity; its derivative raises where the closure is differentiated and log Z is constant."""
     return closure, log_normalizer
 
@@ -51,13 +55,19 @@ def refuse_constant(name: str | None, closure: list[Array], log_normalizer: Arra
 @partial(refuse_constant.defjvp, symbolic_zeros=True)
 def _refuse_constant_jvp(name: str | None, primals: tuple, tangents: tuple) -> tuple:
     closure_tangents, log_normalizer_tangent = tangents
-    learning = any(not isinstance(t, SymbolicZero) for t in jax.tree.leaves(closure_tangents, is_leaf=_is_zero))
+    learning = any(
+        not isinstance(t, SymbolicZero)
+        for t in jax.tree.leaves(closure_tangents, is_leaf=_is_zero)
+    )
 
     if learning and isinstance(log_normalizer_tangent, SymbolicZero):
         raise UnknownNormalizerError(
-            f"The energy{at_site(name)} is being differentiated with respect to parameters inside it, but its "
-            "log_normalizer is a constant: the term −∇log Z would be dropped and the fit or posterior would be wrong. "
-            "Give log_normalizer as a function of the same parameters, or fit with ebm_ppl.Jarzynski(model, ...)."
+            f"The energy{at_site(name)} is being differentiated with respect to "
+            "parameters inside it, but its "
+            "log_normalizer is a constant: the term −∇log Z would be dropped and the "
+            "fit or posterior would be wrong. "
+            "Give log_normalizer as a function of the same parameters, or fit with "
+            "ebm_ppl.Jarzynski(model, ...)."
         )
     return primals, tangents
 
@@ -67,10 +77,11 @@ def _is_zero(value: Any) -> bool:
 
 
 def traced_sites() -> tuple[str, ...]:
-    """Names of the sample sites whose values are traced in the run of a model that is under way.
+    """Names of the sample sites whose values are traced in the run of a model that is
+    under way.
 
-    A sampler's latents are: NUTS, a Gibbs step (which conditions on the others) or vmapped posterior draws put tracers
-    at them.
+    A sampler's latents are: NUTS, a Gibbs step (which conditions on the others) or
+    vmapped posterior draws put tracers at them.
     """
     return tuple(
         name
@@ -78,34 +89,48 @@ def traced_sites() -> tuple[str, ...]:
         if isinstance(handler, handlers.trace)
         for name, site in handler.trace.items()
         if site["type"] == "sample"
-        and any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(site["value"]))
+        and any(
+            isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(site["value"])
+        )
     )
 
 
 def depends_on_traced(fn: Callable[[Array], Array], value: Array) -> bool:
     """Whether a function closes over traced values, of any type."""
-    constants = jax.make_jaxpr(lambda v: fn(v))(jax.ShapeDtypeStruct(value.shape, value.dtype)).consts
+    constants = jax.make_jaxpr(lambda v: fn(v))(
+        jax.ShapeDtypeStruct(value.shape, value.dtype)
+    ).consts
     return any(isinstance(constant, jax.core.Tracer) for constant in constants)
 
 
-def varying_energy_error(name: str | None, sites: tuple[str, ...]) -> UnknownNormalizerError:
+def varying_energy_error(
+    name: str | None, sites: tuple[str, ...]
+) -> UnknownNormalizerError:
     """What to say where an energy varies with sites of the run and its log Z does not."""
     found = ", ".join(f"'{site}'" for site in sites)
     return UnknownNormalizerError(
-        f"The energy{at_site(name)} varies while sites {found} are sampled (or mapped over draws), but its "
-        "log_normalizer is a constant, which belongs to one value of them: the posterior or likelihood would be "
-        "wrong without a word. Give log_normalizer as a function of the same values (an array with one entry per "
-        "state of a discrete latent); where the energy is smooth in them, ebm_ppl.normalized(model) does it."
+        f"The energy{at_site(name)} varies while sites {found} are sampled (or mapped "
+        "over draws), but its "
+        "log_normalizer is a constant, which belongs to one value of them: the "
+        "posterior or likelihood would be "
+        "wrong without a word. Give log_normalizer as a function of the same values "
+        "(an array with one entry per "
+        "state of a discrete latent); where the energy is smooth in them, "
+        "ebm_ppl.normalized(model) does it."
     )
 
 
 class Origin:
-    """What a distribution's arrays were when it was built: pytree operations may change them behind its back.
+    """What a distribution's arrays were when it was built: pytree operations may change
+    them behind its back.
 
-    All origins are equal, so that they neither tell pytrees apart nor compile programs anew.
+    All origins are equal, so that they neither tell pytrees apart nor compile programs
+    anew.
     """
 
-    def __init__(self, shapes: tuple[tuple, ...], leaves: tuple[list, ...] | None) -> None:
+    def __init__(
+        self, shapes: tuple[tuple, ...], leaves: tuple[list, ...] | None
+    ) -> None:
         self.shapes = shapes
         self.leaves = leaves
 
@@ -113,7 +138,10 @@ class Origin:
     def of(cls, parts: tuple, *, keep: bool) -> "Origin":
         """The shapes of the arrays in every part and, to ``keep``, those arrays that are not traced."""
         leaves = tuple(jax.tree.leaves(part) for part in parts)
-        kept = tuple([None if isinstance(leaf, jax.core.Tracer) else leaf for leaf in part] for part in leaves)
+        kept = tuple(
+            [None if isinstance(leaf, jax.core.Tracer) else leaf for leaf in part]
+            for part in leaves
+        )
         return cls(tuple(_shapes(part) for part in leaves), kept if keep else None)
 
     def __eq__(self, other: object) -> bool:
@@ -126,19 +154,26 @@ class Origin:
         """Refuse arrays with axes that the distribution was not built with.
 
         Raises:
-            ValueError: The message says how to call a distribution that ``jax.vmap`` returned.
+            ValueError: The message says how to call a distribution that ``jax.vmap``
+                returned.
         """
         for part, shapes in zip(parts, self.shapes, strict=True):
             found = _shapes(jax.tree.leaves(part))
             # Other numbers of arrays: a lazy property of the base was computed since.
             if found == shapes or len(found) != len(shapes):
                 continue
-            here, there = next((a, b) for a, b in zip(found, shapes, strict=True) if a != b)
+            here, there = next(
+                (a, b) for a, b in zip(found, shapes, strict=True) if a != b
+            )
             raise ValueError(
-                f"The energy distribution{at_site(site_name())} holds an array of shape {here} that had shape "
-                f"{there} when it was built: it came out of jax.vmap (or lax.scan, or jax.tree.map stacked several), "
-                "and its batch shape does not know of the new axis. Call its methods inside jax.vmap: "
-                "jax.vmap(lambda d, v: d.log_prob(v))(distributions, values); or build one distribution whose base "
+                f"The energy distribution{at_site(site_name())} holds an array of "
+                f"shape {here} that had shape "
+                f"{there} when it was built: it came out of jax.vmap (or lax.scan, or "
+                "jax.tree.map stacked several), "
+                "and its batch shape does not know of the new axis. Call its methods "
+                "inside jax.vmap: "
+                "jax.vmap(lambda d, v: d.log_prob(v))(distributions, values); or build "
+                "one distribution whose base "
                 "has that batch shape, base.expand([n])."
             )
 
@@ -152,22 +187,32 @@ class Origin:
             return
         for part, leaves in zip(parts, self.leaves, strict=True):
             found = jax.tree.leaves(part)
-            if len(found) == len(leaves) and not all(map(_same_or_unknown, found, leaves)):
+            if len(found) == len(leaves) and not all(
+                map(_same_or_unknown, found, leaves)
+            ):
                 raise ValueError(
-                    f"The arrays inside the energy{at_site(name)} were changed (jax.tree.map, an optimiser's update) "
-                    "after its constant log_normalizer was given, which belongs to the arrays before. Build it anew "
+                    f"The arrays inside the energy{at_site(name)} were changed "
+                    "(jax.tree.map, an optimiser's update) "
+                    "after its constant log_normalizer was given, which belongs to the "
+                    "arrays before. Build it anew "
                     "with the log_normalizer of the new ones."
                 )
 
 
 def _shapes(leaves: list) -> tuple:
-    # Python's numbers become arrays on the way; other leaves (functions of equinox modules) have no shape.
-    return tuple(() if isinstance(leaf, int | float) else getattr(leaf, "shape", None) for leaf in leaves)
+    # Python's numbers become arrays on the way; other leaves (functions of equinox
+    # modules) have no shape.
+    return tuple(
+        () if isinstance(leaf, int | float) else getattr(leaf, "shape", None)
+        for leaf in leaves
+    )
 
 
 def _same_or_unknown(found: Any, kept: Any) -> bool:
     if found is kept or kept is None or isinstance(found, jax.core.Tracer):
         return True
-    if not isinstance(kept, int | float) and not jnp.issubdtype(getattr(kept, "dtype", object), jnp.number):
+    if not isinstance(kept, int | float) and not jnp.issubdtype(
+        getattr(kept, "dtype", object), jnp.number
+    ):
         return True  # random keys, functions
     return bool(np.array_equal(np.asarray(found), np.asarray(kept), equal_nan=True))

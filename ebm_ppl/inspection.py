@@ -27,7 +27,13 @@ from ebm_ppl.distribution import (
 )
 from ebm_ppl.fingerprint import Fingerprint, fingerprint
 from ebm_ppl.model import Arguments, BoundModel, EnergySites, Model, Params
-from ebm_ppl.pointwise import Company, doubt_of, in_company, require_equal, require_no_rows
+from ebm_ppl.pointwise import (
+    Company,
+    doubt_of,
+    in_company,
+    require_equal,
+    require_no_rows,
+)
 from ebm_ppl.snapshot import snapshot
 from ebm_ppl.supports import points_in_support
 
@@ -42,7 +48,11 @@ class Inspection:
 
 
 def inspect_model(
-    rng_key: Array, model: Model, arguments: Arguments, *, init_params: Params | None = None
+    rng_key: Array,
+    model: Model,
+    arguments: Arguments,
+    *,
+    init_params: Params | None = None,
 ) -> Inspection:
     """Run the model once on its data, check it, and find parameters and energy sites.
 
@@ -50,10 +60,12 @@ def inspect_model(
         rng_key: A JAX PRNG key, for initial values and subsampling.
         model: A NumPyro model.
         arguments: What to call it with.
-        init_params: Constrained values for any ``param`` or sample site, instead of its initial value.
+        init_params: Constrained values for any ``param`` or sample site, instead of its
+            initial value.
 
     Raises:
-        ValueError: Every ill-posed model; the message names the site, what was found and what to write.
+        ValueError: Every ill-posed model; the message names the site, what was found
+            and what to write.
     """
     init_params = {} if init_params is None else dict(init_params)
     args, kwargs = arguments.args, arguments.kwargs
@@ -64,14 +76,17 @@ def inspect_model(
     trace = _run(handlers.substitute(with_initial, data=init_params), args, kwargs)
     if not recorder.found:
         raise ValueError(
-            "The model has no energy site. Declare one: numpyro.sample('x', ebm_ppl.EnergyDistribution(energy, base), "
+            "The model has no energy site. Declare one: numpyro.sample('x', "
+            "ebm_ppl.EnergyDistribution(energy, base), "
             "obs=x); a model without energies is fitted by numpyro.infer.SVI."
         )
     for name in recorder.unobserved:
         raise ValueError(
-            f"Energy site '{name}' is not observed. Fitting needs data there: pass obs= (not obs_mask=, which "
+            f"Energy site '{name}' is not observed. Fitting needs data there: pass "
+            "obs= (not obs_mask=, which "
             "turns rows "
-            "into latents; use handlers.mask to leave rows out). A latent energy with fixed parameters is an energy "
+            "into latents; use handlers.mask to leave rows out). A latent energy with "
+            "fixed parameters is an energy "
             "prior: give it log_normalizer= and use NUTS."
         )
     values, transforms = _parameters(trace)
@@ -81,7 +96,12 @@ def inspect_model(
         lambda value: jnp.asarray(value, jnp.result_type(value)),
         transform_fn(transforms, values, invert=True),
     )
-    _check_repeatable(rng_key, BoundModel(model, transforms, rng_key, arguments), params, recorder.found)
+    _check_repeatable(
+        rng_key,
+        BoundModel(model, transforms, rng_key, arguments),
+        params,
+        recorder.found,
+    )
     return Inspection(params, transforms, recorder.found)
 
 
@@ -100,7 +120,8 @@ def _run(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:
             raise
         name = _local_of_last_frame(error, "name")
         raise ValueError(
-            f"Plate '{name}' has size 0: there are no rows to fit. Check the data that the model was given; leave a "
+            f"Plate '{name}' has size 0: there are no rows to fit. Check the data that "
+            "the model was given; leave a "
             "plate without rows out of the model."
         ) from error
 
@@ -118,32 +139,45 @@ def _parameters(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]:
     for name, site in trace.items():
         if site["type"] == "mutable":
             raise ValueError(
-                f"Site '{name}' is mutable state (batch norm, running statistics): the energy would change with every "
-                "call and walkers' weights would be wrong. Use a net without state, such as layer norm."
+                f"Site '{name}' is mutable state (batch norm, running statistics): the "
+                "energy would change with every "
+                "call and walkers' weights would be wrong. Use a net without state, "
+                "such as layer norm."
             )
         if site["type"] == "param":
             constraint = site["kwargs"].get("constraint", constraints.real)
             values[name] = as_real(name, site["value"], constraint)
             transforms[name] = biject_to(constraint)
-        elif site["type"] == "sample" and not site["is_observed"] and unwrap(site["fn"]) is None:
+        elif (
+            site["type"] == "sample"
+            and not site["is_observed"]
+            and unwrap(site["fn"]) is None
+        ):
             _check_latent(name, site)
             values[name] = site["value"]
             transforms[name] = biject_to(site["fn"].support)
     if not values:
-        raise ValueError("The model has no parameters to fit: no numpyro.param, module or unobserved sample site.")
+        raise ValueError(
+            "The model has no parameters to fit: no numpyro.param, module or "
+            "unobserved sample site."
+        )
     return values, transforms
 
 
 def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
-    """The initial value of a parameter, a whole number as a float; what no gradient can move is refused.
+    """The initial value of a parameter, a whole number as a float; what no gradient can
+    move is refused.
 
     Raises:
-        ValueError: Parameters over integers, or a tree with leaves that are not real numbers.
+        ValueError: Parameters over integers, or a tree with leaves that are not real
+            numbers.
     """
     if constraint.is_discrete:
         raise ValueError(
-            f"Parameter '{name}' has the discrete constraint {constraint}; gradients need a continuous one. Write "
-            f"numpyro.param('{name}', ..., constraint=constraints.positive) for example, or pass it as an argument."
+            f"Parameter '{name}' has the discrete constraint {constraint}; gradients "
+            "need a continuous one. Write "
+            f"numpyro.param('{name}', ..., constraint=constraints.positive) for "
+            "example, or pass it as an argument."
         )
     is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
     if is_leaf and jnp.issubdtype(jnp.result_type(value), jnp.integer):
@@ -152,13 +186,17 @@ def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(
-                f"Parameter '{name}'{jax.tree_util.keystr(path)} starts at {dtype} values; expected floats, which a "
-                f"gradient can move: numpyro.param('{name}', 1.0). What is not to be learned is no parameter."
+                f"Parameter '{name}'{jax.tree_util.keystr(path)} starts at {dtype} "
+                "values; expected floats, which a "
+                f"gradient can move: numpyro.param('{name}', 1.0). What is not to be "
+                "learned is no parameter."
             )
     return value
 
 
-def _check_init_params(init_params: Params, run_without: Callable[[], dict[str, dict]]) -> None:
+def _check_init_params(
+    init_params: Params, run_without: Callable[[], dict[str, dict]]
+) -> None:
     """Given values must have names that the model has, and the shapes of its own values."""
     try:
         trace = run_without()
@@ -166,46 +204,62 @@ def _check_init_params(init_params: Params, run_without: Callable[[], dict[str, 
         return  # the model may need the values it was given; if not, it fails with them too, and says why
     unknown = set(init_params) - set(trace)
     if unknown:
-        raise ValueError(f"init_params names {sorted(unknown)}, which the model does not have.")
+        raise ValueError(
+            f"init_params names {sorted(unknown)}, which the model does not have."
+        )
     for name, given in init_params.items():
-        found, expected = (jax.tree.map(jnp.shape, value) for value in (given, trace[name]["value"]))
+        found, expected = (
+            jax.tree.map(jnp.shape, value) for value in (given, trace[name]["value"])
+        )
         if found != expected:
-            raise ValueError(f"init_params['{name}'] has shape {found}; expected {expected}, as the model has it.")
+            raise ValueError(
+                f"init_params['{name}'] has shape {found}; expected {expected}, as the "
+                "model has it."
+            )
 
 
 def _check_latent(name: str, site: dict) -> None:
     if site["fn"].support.is_discrete:
         raise ValueError(
-            f"Latent site '{name}' is discrete; beside an energy its gradient is not defined. Marginalise it by hand "
+            f"Latent site '{name}' is discrete; beside an energy its gradient is not "
+            "defined. Marginalise it by hand "
             "(logsumexp over its values inside the energy), or observe it."
         )
     if site["cond_indep_stack"]:
         plates = ", ".join(frame.name for frame in site["cond_indep_stack"])
         raise ValueError(
-            f"Latent site '{name}' is local to plate {plates}. This backend fits global sites only (MAP): move it "
+            f"Latent site '{name}' is local to plate {plates}. This backend fits "
+            "global sites only (MAP): move it "
             "out of the plate, or marginalise it."
         )
 
 
-def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[str, dict]) -> None:
+def _check_energy_site(
+    name: str, distribution: EnergyDistribution, trace: dict[str, dict]
+) -> None:
     site = trace[name]
     wrapped = site["fn"]
     value = site["value"]
     starting_distribution(distribution, name)
     if distribution.support.is_discrete:
         raise ValueError(
-            f"Energy site '{name}' has a discrete support ({distribution.support}); Langevin walkers need a continuous "
+            f"Energy site '{name}' has a discrete support ({distribution.support}); "
+            "Langevin walkers need a continuous "
             "one. Choose a continuous base, or dequantise the data."
         )
     if distribution.log_normalizer is not None:
         raise ValueError(
-            f"Energy site '{name}' already has a log_normalizer, so its density is normalised: fit it with "
-            "numpyro.infer.SVI or MCMC, or leave log_normalizer out to have it estimated."
+            f"Energy site '{name}' already has a log_normalizer, so its density is "
+            "normalised: fit it with "
+            "numpyro.infer.SVI or MCMC, or leave log_normalizer out to have it "
+            "estimated."
         )
     if jnp.shape(value) != wrapped.shape():
         raise ValueError(
-            f"Data at energy site '{name}' has shape {jnp.shape(value)}; expected {wrapped.shape()}: plates and batch "
-            f"shape {wrapped.batch_shape}, event shape {wrapped.event_shape} from the base. Reshape the data, or "
+            f"Data at energy site '{name}' has shape {jnp.shape(value)}; expected "
+            f"{wrapped.shape()}: plates and batch "
+            f"shape {wrapped.batch_shape}, event shape {wrapped.event_shape} from the "
+            "base. Reshape the data, or "
             ".expand/.to_event the base."
         )
     check_start_covers(distribution, name)
@@ -215,7 +269,8 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
         size = trace[frame.name]["args"][0]
         if -frame.dim <= own_dims and frame.size != size:
             raise ValueError(
-                f"Energy site '{name}' has one normaliser per row of plate '{frame.name}', which is subsampled: "
+                f"Energy site '{name}' has one normaliser per row of plate "
+                f"'{frame.name}', which is subsampled: "
                 "walkers of absent rows could not follow. "
                 "Drop subsample_size, or give the base no batch shape (one shared Z)."
             )
@@ -226,7 +281,8 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
         wrapped,
         np.isfinite(np.asarray(value)),
         "is NaN or infinite",
-        "Drop or impute those rows, or exclude them with handlers.mask and fill in any finite value.",
+        "Drop or impute those rows, or exclude them with handlers.mask and fill in any "
+        "finite value.",
     )
     _refuse_rows(
         name,
@@ -237,7 +293,9 @@ def _check_energy_site(name: str, distribution: EnergyDistribution, trace: dict[
     )
 
 
-def _refuse_rows(name: str, wrapped: Any, good: np.ndarray, finding: str, remedy: str) -> None:
+def _refuse_rows(
+    name: str, wrapped: Any, good: np.ndarray, finding: str, remedy: str
+) -> None:
     """Raise where any element of an unmasked row is not ``good``."""
     counts = unmasked(wrapped)
     bad = ~good.reshape((*counts.shape, -1)).all(-1) & counts
@@ -245,7 +303,8 @@ def _refuse_rows(name: str, wrapped: Any, good: np.ndarray, finding: str, remedy
     if bad.any():
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
         raise ValueError(
-            f"Data at energy site '{name}' {finding} in {int(bad.sum())} of {bad.size} rows "
+            f"Data at energy site '{name}' {finding} in {int(bad.sum())} of {bad.size} "
+            "rows "
             f"(first: row {first}). {remedy}"
         )
 
@@ -264,36 +323,49 @@ def bind(
     *,
     compiled: bool = True,
 ) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
-    """A model on its data and its energies at ``params``; a bare distribution becomes the model of a site 'x'.
+    """A model on its data and its energies at ``params``; a bare distribution becomes
+    the model of a site 'x'.
 
     ``compiled=False`` evaluates a bare distribution as it stands, which may be traced.
 
     Raises:
         ValueError: Parameters that are missing or unknown, or no energy site.
     """
-    if isinstance(model, dist.Distribution) and not isinstance(model, EnergyDistribution):
+    if isinstance(model, dist.Distribution) and not isinstance(
+        model, EnergyDistribution
+    ):
         raise TypeError(
-            f"model is a {type(model).__name__}; expected a NumPyro model, or the EnergyDistribution itself, without "
-            "wrappers: .expand, .mask and .to_event belong inside a model, transforms inside the energy's base."
+            f"model is a {type(model).__name__}; expected a NumPyro model, or the "
+            "EnergyDistribution itself, without "
+            "wrappers: .expand, .mask and .to_event belong inside a model, transforms "
+            "inside the energy's base."
         )
     if isinstance(model, EnergyDistribution):
         if params or args or kwargs:
             raise ValueError(
-                "A bare EnergyDistribution holds its parameters; expected no params and no arguments, found "
+                "A bare EnergyDistribution holds its parameters; expected no params "
+                "and no arguments, found "
                 f"{sorted(params)}, {len(args)} arguments and {sorted(kwargs)}."
             )
         check_start_covers(model, "x")
         require_no_rows("x", model, traced=compiled)
         frozen = _with_present_content(model)
         bound = BoundModel(_energy_alone, {}, rng_key, Arguments((frozen,)))
-        company = _energies_at_points(bound, {}, rng_key)[1]["x"] if compiled else in_company(model)
+        company = (
+            _energies_at_points(bound, {}, rng_key)[1]["x"]
+            if compiled
+            else in_company(model)
+        )
         doubt_of("x", model, company)
         return bound, {"x": frozen}
 
     bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
     found = check_params(bound, params)
     if not found:
-        raise ValueError("The model has no energy site: declare one with numpyro.sample('x', EnergyDistribution(...)).")
+        raise ValueError(
+            "The model has no energy site: declare one with numpyro.sample('x', "
+            "EnergyDistribution(...))."
+        )
     for name, distribution in found.items():
         check_start_covers(distribution, name)
     return bound, found
@@ -310,7 +382,8 @@ def _with_present_content(distribution: EnergyDistribution) -> EnergyDistributio
 
 
 def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribution]:
-    """Refuse parameters that the model does not have, lacks, or that do not decide the energies alone.
+    """Refuse parameters that the model does not have, lacks, or that do not decide the
+    energies alone.
 
     Returns:
         The energies, by site.
@@ -318,7 +391,8 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
     Raises:
         ValueError: The message names them.
     """
-    # Loops index what is substituted in them, which NumPy's arrays refuse under a trace.
+    # Loops index what is substituted in them, which NumPy's arrays refuse under a
+    # trace.
     params = jax.tree.map(jnp.asarray, params)
     recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
     trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
@@ -328,11 +402,18 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
     for name, distribution in recorder.found.items():
         require_no_rows(name, distribution)
 
-    unknown = {name for name in params if name not in trace or trace[name].get("is_observed") or name in recorder.found}
-    missing = {name for name, site in trace.items() if site["type"] == "param"} - set(params)
+    unknown = {
+        name
+        for name in params
+        if name not in trace or trace[name].get("is_observed") or name in recorder.found
+    }
+    missing = {name for name, site in trace.items() if site["type"] == "param"} - set(
+        params
+    )
     if unknown or missing:
         raise ValueError(
-            f"params lacks {sorted(missing)} and holds {sorted(unknown)}, which the model does not have; expected "
+            f"params lacks {sorted(missing)} and holds {sorted(unknown)}, which the "
+            "model does not have; expected "
             "every parameter of the model by its site's name, such as fit.params."
         )
     _check_repeatable(bound.rng_key, bound, params, recorder.found)
@@ -340,7 +421,9 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
     return recorder.found
 
 
-def conditions(bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]) -> dict[str, tuple[str, ...]]:
+def conditions(
+    bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]
+) -> dict[str, tuple[str, ...]]:
     """The energy sites whose values every site's energy depends on.
 
     Args:
@@ -357,7 +440,9 @@ def conditions(bound: BoundModel, params: Params, found: dict[str, EnergyDistrib
     for moved in found:
         other, _ = _energies_at_points(bound, params, key, moved)
         for name in set(found) - {moved}:
-            if not np.array_equal(np.asarray(first[name]), np.asarray(other[name]), equal_nan=True):
+            if not np.array_equal(
+                np.asarray(first[name]), np.asarray(other[name]), equal_nan=True
+            ):
                 depends[name] += (moved,)
     return depends
 
@@ -368,9 +453,12 @@ def _check_given(depends: dict[str, tuple[str, ...]], unobserved: list[str]) -> 
         for other in others:
             if other in unobserved:
                 raise ValueError(
-                    f"The energy at site '{name}' depends on the value of energy site '{other}', which has none here. "
-                    f"Its log Z and its draws are those at one value of '{other}': call with data at '{other}' (or "
-                    f"first draw '{other}' from a model of it alone, and give a draw as its data)."
+                    f"The energy at site '{name}' depends on the value of energy site "
+                    f"'{other}', which has none here. "
+                    f"Its log Z and its draws are those at one value of '{other}': "
+                    f"call with data at '{other}' (or "
+                    f"first draw '{other}' from a model of it alone, and give a draw "
+                    "as its data)."
                 )
 
 
@@ -379,7 +467,10 @@ def _moved(rng_key: Array, params: Params) -> Params:
     """Parameters up to a tenth larger, so that what is positive stays so; zeros up to a tenth."""
     leaves, treedef = jax.tree.flatten(params)
     keys = random.split(rng_key, len(leaves))
-    steps = [0.1 * random.uniform(key, jnp.shape(leaf)) for key, leaf in zip(keys, leaves, strict=True)]
+    steps = [
+        0.1 * random.uniform(key, jnp.shape(leaf))
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
     moved = [
         leaf + (jnp.where(leaf == 0, 1.0, leaf) * step).astype(jnp.result_type(leaf))
         for leaf, step in zip(leaves, steps, strict=True)
@@ -387,8 +478,14 @@ def _moved(rng_key: Array, params: Params) -> Params:
     return jax.tree.unflatten(treedef, moved)
 
 
-def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]) -> None:
-    """An energy must be one function of its parameters: not of a random key, nor of the rows of a mini-batch.
+def _check_repeatable(
+    rng_key: Array,
+    bound: BoundModel,
+    params: Params,
+    found: dict[str, EnergyDistribution],
+) -> None:
+    """An energy must be one function of its parameters: not of a random key, nor of the
+    rows of a mini-batch.
 
     ``found`` are the energies at ``params``.
     """
@@ -396,21 +493,30 @@ def _check_repeatable(rng_key: Array, bound: BoundModel, params: Params, found: 
     # A last layer of zeros would hide what the layers before it do.
     original, params = params, _moved(key_params, params)
     first, companies = _energies_at_points(bound, params, key_start)
-    second, _ = _energies_at_points(replace(bound, rng_key=key_other), params, key_start)
+    second, _ = _energies_at_points(
+        replace(bound, rng_key=key_other), params, key_start
+    )
     may_move = any(_has_parameters(energy.support) for energy in found.values())
     agree = _supports_agree(bound, original, params, key_start) if may_move else {}
     for name, inside in agree.items():
         if not bool(inside):
             raise ValueError(
-                f"The support of the base at site '{name}' changes with the parameters: walkers cannot follow it, and "
-                "∇log Z lacks what the moving boundary adds. Fix the base's support, or rescale x to a fixed one."
+                f"The support of the base at site '{name}' changes with the "
+                "parameters: walkers cannot follow it, and "
+                "∇log Z lacks what the moving boundary adds. Fix the base's support, "
+                "or rescale x to a fixed one."
             )
     for name, values in first.items():
-        if not np.array_equal(np.asarray(values), np.asarray(second[name]), equal_nan=True):
+        if not np.array_equal(
+            np.asarray(values), np.asarray(second[name]), equal_nan=True
+        ):
             raise ValueError(
-                f"The energy at site '{name}' changes with the random key. Either it is stochastic (dropout: switch it "
-                "off, deterministic=True), or it depends on a latent site that has no value here, or on the rows of a "
-                "subsampled plate (then give the base their batch shape, without subsampling): walkers need one energy "
+                f"The energy at site '{name}' changes with the random key. Either it "
+                "is stochastic (dropout: switch it "
+                "off, deterministic=True), or it depends on a latent site that has no "
+                "value here, or on the rows of a "
+                "subsampled plate (then give the base their batch shape, without "
+                "subsampling): walkers need one energy "
                 "per parameter value."
             )
     # Last: what changes by chance changes in other company too.
@@ -441,13 +547,20 @@ def _energies_at_points(
 
 
 @jax.jit
-def fingerprints(bound: BoundModel, params: Params, more: dict[str, Array]) -> dict[str, Fingerprint]:
+def fingerprints(
+    bound: BoundModel, params: Params, more: dict[str, Array]
+) -> dict[str, Fingerprint]:
     """What tells the model's energies from others, by site; at ``more`` points where a site has them."""
-    return {name: fingerprint(energy, more.get(name)) for name, energy in bound.energies(params).items()}
+    return {
+        name: fingerprint(energy, more.get(name))
+        for name, energy in bound.energies(params).items()
+    }
 
 
 @jax.jit
-def _supports_agree(bound: BoundModel, params: Params, moved: Params, rng_key: Array) -> dict[str, Array]:
+def _supports_agree(
+    bound: BoundModel, params: Params, moved: Params, rng_key: Array
+) -> dict[str, Array]:
     """Whether points of either support lie in the other, by site."""
     there = bound.energies(moved)
     return {
@@ -465,7 +578,9 @@ def unmasked(wrapped: Any) -> np.ndarray:
         return np.ones(wrapped.batch_shape, bool)
     inside = unmasked(wrapped.base_dist)
     declared = inside.shape[len(wrapped.base_dist.batch_shape) :]
-    if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(wrapped._mask, jax.core.Tracer):
+    if isinstance(wrapped, dist.MaskedDistribution) and not isinstance(
+        wrapped._mask, jax.core.Tracer
+    ):
         mask = np.asarray(wrapped._mask)
         inside = inside & mask.reshape(mask.shape + (1,) * len(declared))
     return np.broadcast_to(inside, wrapped.batch_shape + declared)

@@ -6,14 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro.distributions.transforms import AffineTransform, IdentityTransform, IndependentTransform, Transform
+from numpyro.distributions.transforms import (
+    AffineTransform,
+    IdentityTransform,
+    IndependentTransform,
+    Transform,
+)
 
 from ebm_ppl.cubature import Density, Rows
-from ebm_ppl.distribution import EnergyDistribution, is_improper, same_support, unchecked_log_prob
+from ebm_ppl.distribution import (
+    EnergyDistribution,
+    is_improper,
+    same_support,
+    unchecked_log_prob,
+)
 from ebm_ppl.errors import at_site
 from ebm_ppl.geometry import CholeskyAffine, log_abs_det, standardizing_transform
 
-# Where the box stops: nothing is known of an integrand beyond it, so its weight there must have vanished.
+# Where the box stops: nothing is known of an integrand beyond it, so its weight there
+# must have vanished.
 REACH = 1e4
 
 
@@ -24,16 +35,20 @@ class Integrand:
         self.distribution = distribution
         self.transform = _coordinates(distribution)
         self.batch_shape = distribution.batch_shape
-        shape = self.transform.inverse_shape(distribution.batch_shape + distribution.event_shape)
+        shape = self.transform.inverse_shape(
+            distribution.batch_shape + distribution.event_shape
+        )
         self.event_shape = shape[len(distribution.batch_shape) :]
         self.dims = math.prod(self.event_shape)
         if self.dims not in (1, 2):
             raise ValueError(
-                f"The energy{at_site(name)} has {self.dims} unconstrained dimensions; quadrature serves one or two. "
+                f"The energy{at_site(name)} has {self.dims} unconstrained dimensions; "
+                "quadrature serves one or two. "
                 "Use method='bracket'."
             )
         self.dtype = jnp.result_type(float)
-        # A bijector's tails fall like exp(−|u|); past −log(eps) its values are those of the support's ends.
+        # A bijector's tails fall like exp(−|u|); past −log(eps) its values are those of
+        # the support's ends.
         is_affine = _is_affine(self.transform)
         reach = REACH if is_affine else -math.log(float(jnp.finfo(self.dtype).eps))
         self.steepening = 0.0 if is_affine else 1.0
@@ -51,7 +66,8 @@ class Integrand:
             try:
                 return self._with_slopes(position)
             except Exception:
-                # An energy that fails by itself fails again below; what failed otherwise is its derivative.
+                # An energy that fails by itself fails again below; what failed
+                # otherwise is its derivative.
                 self.has_slopes = False
         _, log_density, magnitude = self._at(position)
         return Density(log_density, magnitude)
@@ -60,8 +76,12 @@ class Integrand:
         """Forward derivatives, which cost little where every operation is dispatched on its own."""
         slopes = []
         for axis in range(self.dims):
-            along = jnp.broadcast_to(jnp.asarray(np.eye(self.dims)[axis], position.dtype), position.shape)
-            (value, log_density, magnitude), (_, slope, _) = jax.jvp(self._at, (position,), (along,))
+            along = jnp.broadcast_to(
+                jnp.asarray(np.eye(self.dims)[axis], position.dtype), position.shape
+            )
+            (value, log_density, magnitude), (_, slope, _) = jax.jvp(
+                self._at, (position,), (along,)
+            )
             slopes.append(slope)
 
         # Values are rounded too, and the energy with them.
@@ -71,7 +91,9 @@ class Integrand:
 
     def _at(self, position: Array) -> tuple[Array, Array, Array]:
         """x, the log density, and the size of what it was summed from."""
-        unconstrained = jnp.sinh(position).reshape(-1, *self.batch_shape, *self.event_shape)
+        unconstrained = jnp.sinh(position).reshape(
+            -1, *self.batch_shape, *self.event_shape
+        )
         value = self.transform(unconstrained)
         potential, magnitude = self._potential(value)
         log_det = log_abs_det(self.transform, unconstrained, value)
@@ -91,9 +113,13 @@ class Integrand:
         """Data rows of shape ``(num_rows, *batch_shape, *event_shape)`` in the box's coordinates."""
         values = jnp.asarray(values, self.dtype)
         event_dims = tuple(range(1 + len(self.batch_shape), values.ndim))
-        position = self.transform.inv(values).reshape(len(values), self.batch, self.dims)
+        position = self.transform.inv(values).reshape(
+            len(values), self.batch, self.dims
+        )
         position = jnp.arcsinh(position)
-        is_valid = jnp.isfinite(values).all(event_dims) & self.distribution.support(values)
+        is_valid = jnp.isfinite(values).all(event_dims) & self.distribution.support(
+            values
+        )
         is_valid = is_valid.reshape(position.shape[:2]) & jnp.isfinite(position).all(-1)
         position = jnp.where(is_valid[..., None], position, 0.0)
         return Rows(position, is_valid, self.density(position, False))
@@ -102,7 +128,11 @@ class Integrand:
 def _coordinates(distribution: EnergyDistribution) -> Transform:
     base = distribution.base
     start = distribution.start
-    if is_improper(base) and start is not None and same_support(start.support, base.support):
+    if (
+        is_improper(base)
+        and start is not None
+        and same_support(start.support, base.support)
+    ):
         base = start
     return standardizing_transform(base)
 

@@ -1,8 +1,9 @@
 """Langevin moves and the weight of the kernel that really runs.
 
-A kernel moves walkers in coordinates u under a potential U(u) and returns the log-weight increment that keeps
-``E[exp(A) f(u)]`` proportional to the integral of ``f exp(−U)``.  Shapes: potential ``(*walkers,
-*batch)``; position and gradient carry the event dimensions to the right of that; step size ``batch`` or ``()``.
+A kernel moves walkers in coordinates u under a potential U(u) and returns the
+log-weight increment that keeps ``E[exp(A) f(u)]`` proportional to the integral of ``f
+exp(−U)``.  Shapes: potential ``(*walkers, *batch)``; position and gradient carry the
+event dimensions to the right of that; step size ``batch`` or ``()``.
 """
 
 from collections.abc import Callable
@@ -60,10 +61,14 @@ def _with_event_dims(value: Array, num_event_dims: int) -> Array:
     return value.reshape(value.shape + (1,) * num_event_dims)
 
 
-def log_transition_difference(current: KernelState, proposal: KernelState, step_size: Array) -> Array:
-    """``α(x, y) − α(y, x)``: the log ratio ``exp(−U(y)) q(y→x) / exp(−U(x)) q(x→y)`` of a Langevin step.
+def log_transition_difference(
+    current: KernelState, proposal: KernelState, step_size: Array
+) -> Array:
+    """``α(x, y) − α(y, x)``: the log ratio ``exp(−U(y)) q(y→x) / exp(−U(x)) q(x→y)`` of
+    a Langevin step.
 
-    ``α(x, y) = U(x) + ½ (y − x)·∇U(x) + ¼ h ‖∇U(x)‖²`` (Carbone et al. 2023, Algorithm 1).
+    ``α(x, y) = U(x) + ½ (y − x)·∇U(x) + ¼ h ‖∇U(x)‖²`` (Carbone et al. 2023, Algorithm
+    1).
 
     Args:
         current: x with its potential and gradient.
@@ -72,13 +77,20 @@ def log_transition_difference(current: KernelState, proposal: KernelState, step_
     """
     step = proposal.position - current.position
     h = _with_event_dims(step_size, step.ndim - current.potential.ndim)
-    inner = 0.5 * step * (current.grad + proposal.grad) + 0.25 * h * (current.grad**2 - proposal.grad**2)
+    inner = 0.5 * step * (current.grad + proposal.grad) + 0.25 * h * (
+        current.grad**2 - proposal.grad**2
+    )
     return current.potential - proposal.potential + _sum_event(inner, current.potential)
 
 
-def _langevin_proposal(rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array) -> KernelState:
-    # Drawn flat: the generator computes an index per dimension of the shape it is asked for.
-    noise = random.normal(rng_key, (state.position.size,), state.position.dtype).reshape(state.position.shape)
+def _langevin_proposal(
+    rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array
+) -> KernelState:
+    # Drawn flat: the generator computes an index per dimension of the shape it is asked
+    # for.
+    noise = random.normal(
+        rng_key, (state.position.size,), state.position.dtype
+    ).reshape(state.position.shape)
     h = _with_event_dims(step_size, state.position.ndim - state.potential.ndim)
     position = state.position - h * state.grad + jnp.sqrt(2.0 * h) * noise
     return evaluate(position)
@@ -86,10 +98,11 @@ def _langevin_proposal(rng_key: Array, state: KernelState, evaluate: Evaluate, s
 
 @dataclass(frozen=True)
 class ULA:
-    """Unadjusted Langevin: ``y = x − h ∇U(x) + √(2h) ξ``, weighted by ``A += α(x, y) − α(y, x)``.
+    """Unadjusted Langevin: ``y = x − h ∇U(x) + √(2h) ξ``, weighted by ``A += α(x, y) −
+    α(y, x)``.
 
-    The kernel of Carbone et al. (2023), Algorithm 1.  Its bias is corrected by the weights, so expectations
-    belong to the *weighted* walkers.
+    The kernel of Carbone et al. (2023), Algorithm 1.  Its bias is corrected by the
+    weights, so expectations belong to the *weighted* walkers.
 
     Args:
         step_size: h, in squared units of the base-standard coordinates.  Kept fixed.
@@ -109,17 +122,19 @@ class ULA:
 
 @dataclass(frozen=True)
 class MALA:
-    """Metropolis-adjusted Langevin: the same proposal, accepted with ``min(1, exp(α(x, y) − α(y, x)))``.
+    """Metropolis-adjusted Langevin: the same proposal, accepted with ``min(1, exp(α(x,
+    y) − α(y, x)))``.
 
-    It leaves exp(−U) invariant, so weights do not change in a move.  A proposal whose potential is not finite
-    is rejected.
+    It leaves exp(−U) invariant, so weights do not change in a move.  A proposal whose
+    potential is not finite is rejected.
 
     Args:
-        step_size: Initial h, in squared units of the base-standard coordinates.  None takes the optimal
-            scaling of a standard normal of the same dimension, ``h = 1.36 d^(−1/3)`` (Roberts and
-            Rosenthal 1998).
-        target_acceptance: The step size is adapted towards this acceptance rate, on training islands only;
-            None keeps it fixed.  0.574 is asymptotically optimal (Roberts and Rosenthal 1998).
+        step_size: Initial h, in squared units of the base-standard coordinates.  None
+            takes the optimal scaling of a standard normal of the same dimension, ``h =
+            1.36 d^(−1/3)`` (Roberts and Rosenthal 1998).
+        target_acceptance: The step size is adapted towards this acceptance rate, on
+            training islands only; None keeps it fixed.  0.574 is asymptotically optimal
+            (Roberts and Rosenthal 1998).
     """
 
     step_size: float | None = None
@@ -133,21 +148,35 @@ class MALA:
         proposal = _langevin_proposal(key_proposal, state, evaluate, step_size)
         log_ratio = log_transition_difference(state, proposal, step_size)
         log_ratio = jnp.where(jnp.isfinite(proposal.potential), log_ratio, -jnp.inf)
-        log_uniform = jnp.log1p(-random.uniform(key_accept, log_ratio.shape, log_ratio.dtype))
+        log_uniform = jnp.log1p(
+            -random.uniform(key_accept, log_ratio.shape, log_ratio.dtype)
+        )
         accept = log_uniform < log_ratio  # False for NaN
         moved = jax.tree.map(
-            lambda x, y: jnp.where(_with_event_dims(accept, y.ndim - accept.ndim), y, x), state, proposal
+            lambda x, y: jnp.where(
+                _with_event_dims(accept, y.ndim - accept.ndim), y, x
+            ),
+            state,
+            proposal,
         )
-        acceptance = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))
+        acceptance = jnp.where(
+            jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0))
+        )
         return moved, KernelInfo(jnp.zeros_like(log_ratio), acceptance)
 
 
 def initial_step_size(kernel: Kernel, dimension: int) -> float:
     """The kernel's own step size, or the optimal scaling for a standard normal of ``dimension``."""
-    return 1.36 * dimension ** (-1.0 / 3.0) if kernel.step_size is None else kernel.step_size
+    return (
+        1.36 * dimension ** (-1.0 / 3.0)
+        if kernel.step_size is None
+        else kernel.step_size
+    )
 
 
-def adapt_step_size(kernel: Kernel, step_size: Array, acceptance: Array, gain: ArrayLike = 0.05) -> Array:
+def adapt_step_size(
+    kernel: Kernel, step_size: Array, acceptance: Array, gain: ArrayLike = 0.05
+) -> Array:
     """One Robbins–Monro step on ``log h`` towards the kernel's target acceptance; constant gain."""
     if kernel.target_acceptance is None:
         return step_size
@@ -166,14 +195,20 @@ def move(
     if num_steps == 1:
         return kernel.step(rng_key, state, evaluate, step_size)
 
-    def body(carry: tuple[KernelState, KernelInfo], key: Array) -> tuple[tuple[KernelState, KernelInfo], None]:
+    def body(
+        carry: tuple[KernelState, KernelInfo], key: Array
+    ) -> tuple[tuple[KernelState, KernelInfo], None]:
         current, total = carry
         current, info = kernel.step(key, current, evaluate, step_size)
         return (
             current,
-            KernelInfo(total.log_weight + info.log_weight, total.acceptance + info.acceptance),
+            KernelInfo(
+                total.log_weight + info.log_weight, total.acceptance + info.acceptance
+            ),
         ), None
 
     zeros = jnp.zeros_like(state.potential)
-    (state, total), _ = lax.scan(body, (state, KernelInfo(zeros, zeros)), random.split(rng_key, num_steps))
+    (state, total), _ = lax.scan(
+        body, (state, KernelInfo(zeros, zeros)), random.split(rng_key, num_steps)
+    )
     return state, KernelInfo(total.log_weight, total.acceptance / num_steps)

@@ -1,7 +1,8 @@
 """A NumPyro model with energy sites as pure functions of unconstrained parameters.
 
-The only module that runs models.  The normaliser enters in one place: every energy site is replaced by a copy of
-itself with a known ``log_normalizer``, so plates, subsampling, scales, masks and priors keep NumPyro's meaning.
+The only module that runs models.  The normaliser enters in one place: every energy site
+is replaced by a copy of itself with a known ``log_normalizer``, so plates, subsampling,
+scales, masks and priors keep NumPyro's meaning.
 """
 
 import math
@@ -33,7 +34,8 @@ Normalize = Callable[[str, EnergyDistribution], EnergyDistribution]
 
 
 def _is_sample(msg: dict) -> bool:
-    """Whether a message is of a sample site, whose data are then numbers; sites that hide an energy are refused.
+    """Whether a message is of a sample site, whose data are then numbers; sites that
+    hide an energy are refused.
 
     Messages of ``subsample``, ``prng_key`` and control flow have no name.
     """
@@ -42,7 +44,10 @@ def _is_sample(msg: dict) -> bool:
     elif msg["type"] == "control_flow":
         # The body of a loop comes first; branches come after what decides between them.
         bodies = (1, 2) if msg["fn"].__name__ == "cond_wrapper" else (0,)
-        msg["args"] = tuple(_NoEnergies(arg) if k in bodies else arg for k, arg in enumerate(msg["args"]))
+        msg["args"] = tuple(
+            _NoEnergies(arg) if k in bodies else arg
+            for k, arg in enumerate(msg["args"])
+        )
     if msg["type"] != "sample":
         return False
 
@@ -58,7 +63,8 @@ class _NoEnergies(Messenger):
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "param":
             raise ValueError(
-                f"Parameter '{msg['name']}' is declared inside numpyro's scan or cond, where it would keep its initial "
+                f"Parameter '{msg['name']}' is declared inside numpyro's scan or cond, "
+                "where it would keep its initial "
                 "value for ever. Declare it outside."
             )
         if msg["type"] != "sample":
@@ -67,8 +73,10 @@ class _NoEnergies(Messenger):
         energy = unwrap(msg["fn"])
         if energy is not None and energy.log_normalizer is None:
             raise ValueError(
-                f"Energy site '{msg['name']}' is inside numpyro's scan or cond, where its normaliser can't be given. "
-                "Sample it outside: the whole series as one event with one energy (jax.lax.scan or cond inside the "
+                f"Energy site '{msg['name']}' is inside numpyro's scan or cond, where "
+                "its normaliser can't be given. "
+                "Sample it outside: the whole series as one event with one energy "
+                "(jax.lax.scan or cond inside the "
                 "energy), or, for independent steps, in a plate."
             )
 
@@ -76,29 +84,40 @@ class _NoEnergies(Messenger):
 def _refuse_nested(name: str, fn: Any) -> None:
     """Refuse a distribution that is made of an energy whose normaliser is unknown."""
     energy = unwrap(fn)
-    parts = {"the site's distribution": fn} if energy is None else {"base": energy.base, "start": energy.start}
+    parts = (
+        {"the site's distribution": fn}
+        if energy is None
+        else {"base": energy.base, "start": energy.start}
+    )
     for part, found in parts.items():
         path = find_energy(found)
         if path is None:
             continue
         if energy is not None:
             remedy = (
-                "Add the energies up instead, on the inner one's own base: EnergyDistribution({'inner': ..., 'outer': "
+                "Add the energies up instead, on the inner one's own base: "
+                "EnergyDistribution({'inner': ..., 'outer': "
                 "...}, base)."
             )
         elif isinstance(_unexpanded(fn), dist.TransformedDistribution):
             remedy = (
-                "Transform the base and undo it in the energy, which is the same density with the same log Z: "
-                "EnergyDistribution(lambda y: energy(transform.inv(y)), dist.TransformedDistribution(base, transform))."
+                "Transform the base and undo it in the energy, which is the same "
+                "density with the same log Z: "
+                "EnergyDistribution(lambda y: energy(transform.inv(y)), "
+                "dist.TransformedDistribution(base, transform))."
             )
         else:
             remedy = (
-                "Mixtures and other compounds need every component's normaliser. Write one energy of the whole on one "
-                "base, such as -logsumexp(log_weights - energies), or give the component a known log_normalizer=."
+                "Mixtures and other compounds need every component's normaliser. Write "
+                "one energy of the whole on one "
+                "base, such as -logsumexp(log_weights - energies), or give the "
+                "component a known log_normalizer=."
             )
         raise ValueError(
-            f"Site '{name}' holds an energy with an unknown normaliser inside another distribution ({part}: "
-            f"{' of '.join(reversed(path))}): nothing could find or normalise it there. {remedy}"
+            f"Site '{name}' holds an energy with an unknown normaliser inside another "
+            f"distribution ({part}: "
+            f"{' of '.join(reversed(path))}): nothing could find or normalise it "
+            f"there. {remedy}"
         )
 
 
@@ -120,22 +139,27 @@ def find_energy(found: Any) -> list[str] | None:
 
 
 def _unexpanded(fn: Any) -> Any:
-    while isinstance(fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent):
+    while isinstance(
+        fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent
+    ):
         fn = fn.base_dist
     return fn
 
 
 class EnergySites(Messenger):
-    """Record every energy distribution; give unobserved ones a value, so that nothing samples them.
+    """Record every energy distribution; give unobserved ones a value, so that nothing
+    samples them.
 
     Args:
         fn: A model.
-        moved: A site whose value, observed or not, is replaced by random points of its support: what changes then
-            depends on it.
+        moved: A site whose value, observed or not, is replaced by random points of its
+            support: what changes then depends on it.
         rng_key: For these points.
     """
 
-    def __init__(self, fn: Model, moved: str | None = None, rng_key: Array | None = None) -> None:
+    def __init__(
+        self, fn: Model, moved: str | None = None, rng_key: Array | None = None
+    ) -> None:
         super().__init__(fn)
         self.found: dict[str, EnergyDistribution] = {}
         self.unobserved: list[str] = []
@@ -157,7 +181,9 @@ class EnergySites(Messenger):
             msg["value"] = jnp.zeros(msg["fn"].shape())
         if msg["name"] == self.moved:
             assert self.rng_key is not None
-            num = math.prod(msg["fn"].shape()) // max(1, math.prod(energy.batch_shape + energy.event_shape))
+            num = math.prod(msg["fn"].shape()) // max(
+                1, math.prod(energy.batch_shape + energy.event_shape)
+            )
             points = points_in_support(energy.base, self.rng_key, num)
             msg["value"] = points.reshape(msg["fn"].shape())
 
@@ -167,7 +193,8 @@ class EnergySites(Messenger):
             return
         if self.is_plate.setdefault(msg["name"], is_plate) != is_plate:
             raise ValueError(
-                f"A plate and another site are both called '{msg['name']}': each would be given the other's value. "
+                f"A plate and another site are both called '{msg['name']}': each would "
+                "be given the other's value. "
                 "Rename the plate."
             )
 
@@ -186,7 +213,8 @@ class KnownNormalizers(Messenger):
         energy = unwrap(msg["fn"])
         if energy is not None and energy.log_normalizer is None:
             known = self.normalize(msg["name"], energy)
-            # On the whole space a support check only finds NaN and infinity, and those reach the loss anyway.
+            # On the whole space a support check only finds NaN and infinity, and those
+            # reach the loss anyway.
             if _is_unbounded(energy.support):
                 known._validate_args = False
             msg["fn"] = rewrap(msg["fn"], known)
@@ -216,11 +244,21 @@ class FullPlates(Messenger):
             msg["value"] = jnp.arange(size)
             self.switched.add(msg["name"])
 
-        elif msg["type"] == "sample" and msg["is_observed"] and isinstance(msg["fn"], dist.ExpandedDistribution):
+        elif (
+            msg["type"] == "sample"
+            and msg["is_observed"]
+            and isinstance(msg["fn"], dist.ExpandedDistribution)
+        ):
             fn, shape = msg["fn"], jnp.shape(msg["value"])
             rows = shape[: len(shape) - fn.event_dim]
-            is_switched = any(frame.name in self.switched for frame in msg["cond_indep_stack"])
-            if is_switched and len(rows) == len(fn.batch_shape) and rows != fn.batch_shape:
+            is_switched = any(
+                frame.name in self.switched for frame in msg["cond_indep_stack"]
+            )
+            if (
+                is_switched
+                and len(rows) == len(fn.batch_shape)
+                and rows != fn.batch_shape
+            ):
                 msg["fn"] = fn.base_dist.expand(rows)
 
 
@@ -246,28 +284,40 @@ class BoundModel:
         """Values at the model's ``param`` and unobserved sample sites."""
         return transform_fn(self.transforms, params)
 
-    def energies(self, params: Params, moved: str | None = None) -> dict[str, EnergyDistribution]:
+    def energies(
+        self, params: Params, moved: str | None = None
+    ) -> dict[str, EnergyDistribution]:
         """The energy distributions at these parameters, by site name; with another value at site ``moved``."""
-        recorder = EnergySites(handlers.seed(self.model, self.rng_key), moved, self.rng_key)
-        handlers.substitute(recorder, data=self.constrain(params))(*self.arguments.args, **self.arguments.kwargs)
+        recorder = EnergySites(
+            handlers.seed(self.model, self.rng_key), moved, self.rng_key
+        )
+        handlers.substitute(recorder, data=self.constrain(params))(
+            *self.arguments.args, **self.arguments.kwargs
+        )
         return recorder.found
 
     def negative_log_joint(self, params: Params, normalize: Normalize) -> Array:
-        """NumPyro's negative log joint, sums, scales and masks included, with the normalisers given.
+        """NumPyro's negative log joint, sums, scales and masks included, with the
+        normalisers given.
 
-        Sample sites among the parameters enter by their prior density at the constrained value, without a
+        Sample sites among the parameters enter by their prior density at the
+        constrained value, without a
         Jacobian: the convention of ``AutoDelta``.
         """
         model = KnownNormalizers(handlers.seed(self.model, self.rng_key), normalize)
-        log_joint, _ = log_density(model, self.arguments.args, self.arguments.kwargs, self.constrain(params))
+        log_joint, _ = log_density(
+            model, self.arguments.args, self.arguments.kwargs, self.constrain(params)
+        )
         return -log_joint
 
 
 @dataclass(frozen=True)
 class Observation:
-    """Data at one observed site: its value, its leading dimensions, and its distribution.
+    """Data at one observed site: its value, its leading dimensions, and its
+    distribution.
 
-    A dimension is a plate's name, or, without a plate, its place among the distribution's own.
+    A dimension is a plate's name, or, without a plate, its place among the
+    distribution's own.
     """
 
     value: Array
@@ -276,7 +326,12 @@ class Observation:
 
 
 def observations(
-    rng_key: Array, model: Model, params: Params, arguments: Arguments, *, full_plates: bool = True
+    rng_key: Array,
+    model: Model,
+    params: Params,
+    arguments: Arguments,
+    *,
+    full_plates: bool = True,
 ) -> dict[str, Observation]:
     """Data at the observed sample sites, auxiliary sites left out, by default with every plate at its full size."""
     with FullPlates() if full_plates else nullcontext():
@@ -293,8 +348,15 @@ def observations(
         num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
         energy = unwrap(site["fn"])
         # Dimensions that are the energy's own are counted as on the walkers.
-        own = 0 if energy is None else len((*energy.batch_shape, *energy.event_shape)) - len(site["fn"].event_shape)
+        own = (
+            0
+            if energy is None
+            else len((*energy.batch_shape, *energy.event_shape))
+            - len(site["fn"].event_shape)
+        )
         shared = num_batch_dims - own
-        dims = tuple(plates.get(k - num_batch_dims, k - shared) for k in range(num_batch_dims))
+        dims = tuple(
+            plates.get(k - num_batch_dims, k - shared) for k in range(num_batch_dims)
+        )
         found[name] = Observation(site["value"], dims, site["fn"])
     return found

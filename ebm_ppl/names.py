@@ -1,7 +1,9 @@
-"""Names in an export: no two things of a model share one, whatever the model calls them.
+"""Names in an export: no two things of a model share one, whatever the model calls
+them.
 
-One rule.  A slash, which separates groups, becomes a dot; a name that is then taken, by another one or
-by ``chain``, ``draw`` and ``step``, gets an underscore.  Names that need no change keep theirs.
+One rule.  A slash, which separates groups, becomes a dot; a name that is then taken, by
+another one or by ``chain``, ``draw`` and ``step``, gets an underscore.  Names that need
+no change keep theirs.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -18,14 +20,19 @@ def plain(name: str) -> str:
 def distinct(names: Iterable[str], taken: Iterable[str] = RESERVED) -> dict[str, str]:
     """Every name as it is written, by the model's."""
     used, written = set(taken), {}
-    for name in sorted(set(names), key=lambda name: (plain(name) != name or name in used, name)):
+    for name in sorted(
+        set(names), key=lambda name: (plain(name) != name or name in used, name)
+    ):
         written[name] = _free(plain(name), used)
         used.add(written[name])
     return written
 
 
-def labels(sites: Sequence[str], stems: Mapping[str, Iterable[str]], taken: Iterable[str]) -> dict[str, str]:
-    """What every site's own names end in, so that no name of one is a name of another; nothing for one site.
+def labels(
+    sites: Sequence[str], stems: Mapping[str, Iterable[str]], taken: Iterable[str]
+) -> dict[str, str]:
+    """What every site's own names end in, so that no name of one is a name of another;
+    nothing for one site.
 
     Args:
         sites: The sites.
@@ -51,7 +58,8 @@ def _free(name: str, used: set[str]) -> str:
 
 
 class Dimensions:
-    """Names of dimensions: plates', those that a user gave, and ``<variable>_dim_<k>`` for the others.
+    """Names of dimensions: plates', those that a user gave, and ``<variable>_dim_<k>``
+    for the others.
 
     Args:
         variables: Variables as they are written, by the model's names.
@@ -59,7 +67,12 @@ class Dimensions:
         dims: A user's names by variable, either as the model or as the export calls it.
     """
 
-    def __init__(self, variables: Mapping[str, str], plates: Iterable[str], dims: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self,
+        variables: Mapping[str, str],
+        plates: Iterable[str],
+        dims: Mapping[str, Any] | None,
+    ) -> None:
         self.variables = dict(variables)
         self.given: dict[str, tuple[str | None, ...]] = {}
         reserved = {*RESERVED, *variables.values()}
@@ -72,12 +85,20 @@ class Dimensions:
                 if name in reserved or "/" in (name or ""):
                     raise ValueError(
                         f"dims[{key!r}] names a dimension '{name}', which "
-                        + ("has a slash." if "/" in name else "is the name of something else in the export.")
+                        + (
+                            "has a slash."
+                            if "/" in name
+                            else "is the name of something else in the export."
+                        )
                         + " Choose another name."
                     )
             self.given[variable] = names
 
-        self._used = reserved | set(self.plates.values()) | {n for names in self.given.values() for n in names if n}
+        self._used = (
+            reserved
+            | set(self.plates.values())
+            | {n for names in self.given.values() for n in names if n}
+        )
         self._written: dict[Hashable, str] = {}
 
     def _variable(self, key: str) -> str:
@@ -87,7 +108,8 @@ class Dimensions:
             if written == key:
                 return name
         raise ValueError(
-            f"dims names '{key}', which is no variable here; expected one of {sorted(self.variables)}. Parameters that "
+            f"dims names '{key}', which is no variable here; expected one of "
+            f"{sorted(self.variables)}. Parameters that "
             "are trees are named leaf by leaf."
         )
 
@@ -95,25 +117,37 @@ class Dimensions:
         """A plate's dimension."""
         return self.plates[name]
 
-    def of(self, variable: str, count: int, kind: str, leading: Sequence[str] = ()) -> tuple[str, ...]:
+    def of(
+        self, variable: str, count: int, kind: str, leading: Sequence[str] = ()
+    ) -> tuple[str, ...]:
         """The last ``count`` dimensions of a variable, after those of its plates.
 
         Args:
             variable: Its name in the model.
             count: How many there are.
             kind: What they are, for messages.
-            leading: Plates' dimensions, which a user may have named before the others, as ArviZ does.
+            leading: Plates' dimensions, which a user may have named before the others,
+                as ArviZ does.
         """
         names = self.given.get(variable, (None,) * count)
-        if len(names) == len(leading) + count and names[: len(leading)] == tuple(leading):
+        if len(names) == len(leading) + count and names[: len(leading)] == tuple(
+            leading
+        ):
             names = names[len(leading) :]
         if len(names) != count:
-            raise ValueError(f"dims['{variable}'] = {list(names)}; {kind} '{variable}' has {count} dimensions.")
+            raise ValueError(
+                f"dims['{variable}'] = {list(names)}; {kind} '{variable}' has {count} "
+                "dimensions."
+            )
 
-        found = tuple(self.default(variable, "dim", k) if name is None else name for k, name in enumerate(names))
+        found = tuple(
+            self.default(variable, "dim", k) if name is None else name
+            for k, name in enumerate(names)
+        )
         if len({*found, *leading}) != len(found) + len(leading):
             raise ValueError(
-                f"dims['{variable}'] = {list(names)} gives two dimensions of '{variable}' one name"
+                f"dims['{variable}'] = {list(names)} gives two dimensions of "
+                f"'{variable}' one name"
                 + (f" (its plates are {list(leading)})." if leading else ".")
             )
         return found
@@ -129,12 +163,15 @@ class Dimensions:
             self._used.add(self._written[key])
         return self._written[key]
 
-    def coordinates(self, coords: Mapping[str, Sequence] | None, sizes: Mapping[str, set[int]]) -> dict[str, Sequence]:
+    def coordinates(
+        self, coords: Mapping[str, Sequence] | None, sizes: Mapping[str, set[int]]
+    ) -> dict[str, Sequence]:
         """A user's coordinates by dimension as it is written.
 
         Args:
             coords: Values by dimension, named as the model or as the export names it.
-            sizes: Of the dimensions in the export; groups may differ (rows that are masked, given draws).
+            sizes: Of the dimensions in the export; groups may differ (rows that are
+                masked, given draws).
 
         Raises:
             ValueError: A dimension that is nowhere, or values of another number.
@@ -143,11 +180,17 @@ class Dimensions:
         known |= {name: name for names in self.given.values() for name in names if name}
         unknown = sorted(set(coords or {}) - set(known))
         if unknown:
-            raise ValueError(f"coords names {unknown}, which are no dimensions here; expected some of {sorted(sizes)}.")
+            raise ValueError(
+                f"coords names {unknown}, which are no dimensions here; expected some "
+                f"of {sorted(sizes)}."
+            )
 
         written = {known[name]: values for name, values in (coords or {}).items()}
         for name, values in written.items():
             if name in sizes and len(values) not in sizes[name]:
                 expected = " or ".join(map(str, sorted(sizes[name])))
-                raise ValueError(f"coords['{name}'] has {len(values)} values; dimension '{name}' has {expected}.")
+                raise ValueError(
+                    f"coords['{name}'] has {len(values)} values; dimension '{name}' "
+                    f"has {expected}."
+                )
         return written

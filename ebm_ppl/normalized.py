@@ -18,7 +18,14 @@ from ebm_ppl.errors import UnknownNormalizerError
 from ebm_ppl.exact import integral, rows_at, total
 from ebm_ppl.fingerprint import require_same_energy
 from ebm_ppl.guard import traced_sites, varying_energy_error
-from ebm_ppl.model import Arguments, BoundModel, FullPlates, KnownNormalizers, Model, Params
+from ebm_ppl.model import (
+    Arguments,
+    BoundModel,
+    FullPlates,
+    KnownNormalizers,
+    Model,
+    Params,
+)
 from ebm_ppl.pointwise import require_no_rows, require_pointwise
 
 
@@ -31,16 +38,20 @@ def normalized(
 ) -> Model:
     """Return ``model`` with known normalisers at its energy sites.
 
-    NUTS, SVI, ``log_likelihood``, ``Predictive``, ``az.from_numpyro``, ``az.loo`` and ``az.compare`` are right on it.
+    NUTS, SVI, ``log_likelihood``, ``Predictive``, ``az.from_numpyro``, ``az.loo`` and
+    ``az.compare`` are right on it.
 
-    - Without ``log_normalizer``: log Z is found inside the model by quadrature (one or two dimensions) or enumeration
-      (finite supports), as a differentiable function of the parameters, which stay free.
-    - With one from :func:`log_normalizer` at a point: the parameters are fixed at that point, log Z is the
-      constant that belongs to it, and other latent sites stay free.
-    - With one over parameter draws: give ``log_normalizer.samples`` as the posterior samples, to
-      ``log_likelihood`` or ``Predictive``; each draw then has its own log Z.
+    - Without ``log_normalizer``: log Z is found inside the model by quadrature (one or
+      two dimensions) or enumeration (finite supports), as a differentiable function of
+      the parameters, which stay free.
+    - With one from :func:`log_normalizer` at a point: the parameters are fixed at that
+      point, log Z is the constant that belongs to it, and other latent sites stay free.
+    - With one over parameter draws: give ``log_normalizer.samples`` as the posterior
+      samples, to ``log_likelihood`` or ``Predictive``; each draw then has its own log
+      Z.
 
-    Plates keep their subsampling under SVI and ``Predictive``; ``log_likelihood`` gets every row of the data.
+    Plates keep their subsampling under SVI and ``Predictive``; ``log_likelihood`` gets
+    every row of the data.
 
     Args:
         model: A NumPyro model with energy sites.
@@ -50,8 +61,8 @@ def normalized(
 
     Raises:
         UncertifiedNormalizerError: ``log_normalizer`` has flags.
-        ValueError: (When the model runs) a site that neither quadrature nor enumeration serves, or that
-            ``log_normalizer`` lacks.
+        ValueError: (When the model runs) a site that neither quadrature nor enumeration
+            serves, or that ``log_normalizer`` lacks.
     """
     model = _EveryRow(model)
     if log_normalizer is None:
@@ -79,15 +90,28 @@ class _ExactNormalizers(KnownNormalizers):
             self.rows = None if observed is None else rows_at(energy, observed)
         super().process_message(msg)
 
-    def _normalize(self, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+    def _normalize(
+        self, name: str, distribution: EnergyDistribution
+    ) -> EnergyDistribution:
         require_no_rows(name, distribution)
         # Numbers are looked at once; traced energies tell no earlier than they run.
-        doubt = np.zeros(()) if name in self.checked else require_pointwise(name, distribution)
+        doubt = (
+            np.zeros(())
+            if name in self.checked
+            else require_pointwise(name, distribution)
+        )
         discrete = distribution.support.is_discrete
-        found = total(distribution, name) if discrete else integral(distribution, name, self.num_points, self.rows)
+        found = (
+            total(distribution, name)
+            if discrete
+            else integral(distribution, name, self.num_points, self.rows)
+        )
         if found.flags:
             method = "Enumeration" if discrete else "Quadrature"
-            raise UnknownNormalizerError(f"{method} at energy site '{name}' cannot be trusted: {' '.join(found.flags)}")
+            raise UnknownNormalizerError(
+                f"{method} at energy site '{name}' cannot be trusted: "
+                f"{' '.join(found.flags)}"
+            )
 
         if isinstance(doubt, jax.core.Tracer):
             return distribution.with_log_normalizer(found.estimate + doubt)
@@ -110,8 +134,11 @@ class _Fixed(KnownNormalizers):
 
     def process_message(self, msg: dict) -> None:
         if msg["type"] == "control_flow":
-            # Sites in the body of a loop or a branch see no handler but those that are handed in.
-            msg["kwargs"]["substitute_stack"].append(("substitute", jax.tree.map(jnp.asarray, self.params)))
+            # Sites in the body of a loop or a branch see no handler but those that are
+            # handed in.
+            msg["kwargs"]["substitute_stack"].append(
+                ("substitute", jax.tree.map(jnp.asarray, self.params))
+            )
         if msg["type"] in ("param", "sample") and msg["name"] in self.params:
             msg["value"] = self.params[msg["name"]]
             if msg["type"] == "sample":
@@ -119,9 +146,12 @@ class _Fixed(KnownNormalizers):
         super().process_message(msg)
 
     def postprocess_message(self, msg: dict) -> None:
-        fixed = self.params.get(msg.get("name", ""))  # subsamples, keys and control flow have no name
+        fixed = self.params.get(
+            msg.get("name", "")
+        )  # subsamples, keys and control flow have no name
         if fixed is not None and msg["value"] is not fixed:
-            # A handler outside brought another value, which log Z does not belong to: equal, or nothing.
+            # A handler outside brought another value, which log Z does not belong to:
+            # equal, or nothing.
             msg["value"] = self._own_value(msg, fixed)
 
     def _own_value(self, msg: dict, fixed: Any) -> Any:
@@ -130,41 +160,59 @@ class _Fixed(KnownNormalizers):
         leaves = list(zip(jax.tree.leaves(fixed), jax.tree.leaves(given), strict=True))
         if any(isinstance(leaf, jax.core.Tracer) for pair in leaves for leaf in pair):
             if msg["type"] != "param":
-                return jax.tree.map(lambda own, other: jnp.where(own == other, own, jnp.nan), fixed, given)
-            # SVI traces every parameter: the energy stays one of numbers, and log Z is NaN where another was given.
-            self.doubts += [jnp.where(jnp.all(own == other), 0.0, jnp.nan) for own, other in leaves]
+                return jax.tree.map(
+                    lambda own, other: jnp.where(own == other, own, jnp.nan),
+                    fixed,
+                    given,
+                )
+            # SVI traces every parameter: the energy stays one of numbers, and log Z is
+            # NaN where another was given.
+            self.doubts += [
+                jnp.where(jnp.all(own == other), 0.0, jnp.nan) for own, other in leaves
+            ]
             return fixed
 
         if not all(np.array_equal(own, other) for own, other in leaves):
             raise ValueError(
-                f"Site '{msg['name']}' was given another value than that which log_normalizer belongs to. Estimate it "
-                "there: ebm_ppl.log_normalizer(rng_key, model, params, ...); for draws give log_normalizer.samples, "
+                f"Site '{msg['name']}' was given another value than that which "
+                "log_normalizer belongs to. Estimate it "
+                "there: ebm_ppl.log_normalizer(rng_key, model, params, ...); for draws "
+                "give log_normalizer.samples, "
                 "from batch_ndims=1 or 2."
             )
         return fixed
 
-    def _constant(self, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+    def _constant(
+        self, name: str, distribution: EnergyDistribution
+    ) -> EnergyDistribution:
         if name not in self.certificate.estimate:
             raise ValueError(
-                f"log_normalizer has sites {sorted(self.certificate.estimate)}, but the model has energy site "
-                f"'{name}'; estimate it with ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
+                f"log_normalizer has sites {sorted(self.certificate.estimate)}, but "
+                "the model has energy site "
+                f"'{name}'; estimate it with ebm_ppl.log_normalizer(rng_key, model, "
+                "params, ...) on this model."
             )
         estimate = self.certificate.estimate[name]
         if estimate.shape != distribution.batch_shape:
             raise ValueError(
-                f"log_normalizer has log Z of shape {estimate.shape} at energy site '{name}', whose batch shape is now "
+                f"log_normalizer has log Z of shape {estimate.shape} at energy site "
+                f"'{name}', whose batch shape is now "
                 f"{distribution.batch_shape}; estimate it for the same arguments."
             )
 
         doubts = list(self.doubts)
         if name in self.certificate.fingerprints:
-            doubt = require_same_energy(name, distribution, self.certificate.fingerprints[name])
+            doubt = require_same_energy(
+                name, distribution, self.certificate.fingerprints[name]
+            )
             if isinstance(doubt, jax.core.Tracer):
                 # A sampler would take NaN for a place without mass.
                 if sites := traced_sites():
                     raise varying_energy_error(name, sites)
                 doubts.append(doubt)
-        return distribution.with_log_normalizer(sum(doubts, estimate) if doubts else estimate)
+        return distribution.with_log_normalizer(
+            sum(doubts, estimate) if doubts else estimate
+        )
 
 
 def _at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
@@ -174,13 +222,18 @@ def _at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
     def known(*args: Any, **kwargs: Any) -> Any:
         _require_same_at_first_draw(model, log_normalizer, Arguments(args, kwargs))
         # Asked for outside the model, whose scopes would change the names.
-        given = {name: numpyro.param(log_normalizer_site(name), None) for name in log_normalizer.estimate}
+        given = {
+            name: numpyro.param(log_normalizer_site(name), None)
+            for name in log_normalizer.estimate
+        }
         return KnownNormalizers(model, partial(_from_samples, given))(*args, **kwargs)
 
     return known
 
 
-def _require_same_at_first_draw(model: Model, log_normalizer: LogNormalizer, arguments: Arguments) -> None:
+def _require_same_at_first_draw(
+    model: Model, log_normalizer: LogNormalizer, arguments: Arguments
+) -> None:
     """The draws may be traced, the arguments are not: what they make of the first draw is a number."""
     if not log_normalizer.fingerprints:
         return
@@ -194,19 +247,25 @@ def _require_same_at_first_draw(model: Model, log_normalizer: LogNormalizer, arg
             require_same_energy(name, energies[name], expected)
 
 
-def _from_samples(given: Params, name: str, distribution: EnergyDistribution) -> EnergyDistribution:
+def _from_samples(
+    given: Params, name: str, distribution: EnergyDistribution
+) -> EnergyDistribution:
     if given.get(name) is None:
         raise UnknownNormalizerError(
-            f"Energy site '{name}' has one log Z per parameter draw, and this run was given none: pass "
-            "log_normalizer.samples as the posterior samples of log_likelihood or Predictive."
+            f"Energy site '{name}' has one log Z per parameter draw, and this run was "
+            "given none: pass "
+            "log_normalizer.samples as the posterior samples of log_likelihood or "
+            "Predictive."
         )
     return distribution.with_log_normalizer(given[name])
 
 
 class _EveryRow(FullPlates):
-    """Switch subsampling off inside ``numpyro.infer.log_likelihood``, which has one number for every row of the data.
+    """Switch subsampling off inside ``numpyro.infer.log_likelihood``, which has one
+    number for every row of the data.
 
-    NumPyro does not say who runs a model: only its function's own frame tells this use from a step of SVI.
+    NumPyro does not say who runs a model: only its function's own frame tells this use
+    from a step of SVI.
     """
 
     def process_message(self, msg: dict) -> None:

@@ -13,7 +13,13 @@ from tqdm.auto import tqdm
 
 from ebm_ppl.annealing import AnnealingOptions
 from ebm_ppl.bridge import Reference, bridge_to_draws
-from ebm_ppl.certificate import LogNormalizer, SiteCertificate, certify, exact_certificate, flags_of_exact
+from ebm_ppl.certificate import (
+    LogNormalizer,
+    SiteCertificate,
+    certify,
+    exact_certificate,
+    flags_of_exact,
+)
 from ebm_ppl.discrete import needs_continuous
 from ebm_ppl.distribution import EnergyDistribution, starting_distribution
 from ebm_ppl.evidence import Plan, data_rows, gather, given_samples
@@ -57,50 +63,62 @@ def log_normalizer(
 
     ``method``:
 
-    - ``"bracket"``: annealed sequential Monte Carlo from the starting distribution to the energy, whose Ẑ is
-      unbiased, and back from draws of the model, whose 1/Ẑ is.  Walkers are fresh and follow a protocol that a pilot
-      chose (temperatures by conditional ESS, step sizes by acceptance).  The reverse pass bounds log Z from above as
-      far as its starting draws are the model's: it takes ``samples``, or the forward pass's endpoints, resampled and
-      moved on.  Where the model holds data at the site, rows that forward annealing does not reach are looked for.
+    - ``"bracket"``: annealed sequential Monte Carlo from the starting distribution to
+      the energy, whose Ẑ is unbiased, and back from draws of the model, whose 1/Ẑ is.
+      Walkers are fresh and follow a protocol that a pilot chose (temperatures by
+      conditional ESS, step sizes by acceptance).  The reverse pass bounds log Z from
+      above as far as its starting draws are the model's: it takes ``samples``, or the
+      forward pass's endpoints, resampled and moved on.  Where the model holds data at
+      the site, rows that forward annealing does not reach are looked for.
     - ``"forward"``, ``"reverse"``: one of the two.
-    - ``"quadrature"``: for one or two unconstrained dimensions; differentiable, so it may stand inside a model.
+    - ``"quadrature"``: for one or two unconstrained dimensions; differentiable, so it
+      may stand inside a model.
     - ``"enumeration"``: for finite discrete supports; differentiable too.
 
-    Whatever speaks against a result is in its ``flags``.  A far mode that neither walkers nor data have seen cannot
-    be noticed.
+    Whatever speaks against a result is in its ``flags``.  A far mode that neither
+    walkers nor data have seen cannot be noticed.
 
     Args:
         rng_key: A JAX PRNG key; None will do for exact methods.
-        model: A NumPyro model with energy sites, or an :class:`EnergyDistribution`, whose site is then named 'x'.
-        params: Constrained parameters by site name, all that the model has, such as ``fit.params``.
-        args: The model's positional arguments; data at the energy sites may be left out.
+        model: A NumPyro model with energy sites, or an :class:`EnergyDistribution`,
+            whose site is then named 'x'.
+        params: Constrained parameters by site name, all that the model has, such as
+            ``fit.params``.
+        args: The model's positional arguments; data at the energy sites may be left
+            out.
         method: See above.
-        num_chains: Independent islands, at least 2; the standard error and its t quantiles rest on them.
+        num_chains: Independent islands, at least 2; the standard error and its t
+            quantiles rest on them.
         num_walkers: Walkers per island.
         num_temperatures: Rungs of each pass; None takes 32 times what the pilot needed.
-        budget: Energy evaluations to spend on the walkers of all sites, instead of ``num_temperatures``; the pilot and
-            the data rows come on top.
+        budget: Energy evaluations to spend on the walkers of all sites, instead of
+            ``num_temperatures``; the pilot and the data rows come on top.
         num_kernel_steps: Moves per rung.
         kernel: :class:`MALA` or :class:`ULA`; None takes MALA with adapted steps.
-        samples: Draws of the model by site name, ``(num_chains, num_walkers, *batch_shape, *event_shape)``, to start
-            the reverse pass from.
-        num_points: Of the quadrature, per dimension; None takes 2,049 in one dimension, 513 in two.
+        samples: Draws of the model by site name, ``(num_chains, num_walkers,
+            *batch_shape, *event_shape)``, to start the reverse pass from.
+        num_points: Of the quadrature, per dimension; None takes 2,049 in one dimension,
+            513 in two.
         tolerance: Widest bracket, in nats, that is certified.
-        batch_ndims: Leading axes of ``params`` that are draws, as in ``numpyro.infer.log_likelihood``: 1 or 2 (chain,
-            draw).  log Z is then found at the draw in the middle and bridged from there to every draw.
+        batch_ndims: Leading axes of ``params`` that are draws, as in
+            ``numpyro.infer.log_likelihood``: 1 or 2 (chain, draw).  log Z is then found
+            at the draw in the middle and bridged from there to every draw.
         progress_bar: Show the temperatures done, once a second.
         kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: Options that cannot work, parameters that are missing or unknown, no energy site, or an energy
-            that annealing cannot reach.
+        ValueError: Options that cannot work, parameters that are missing or unknown, no
+            energy site, or an energy that annealing cannot reach.
 
-    Source: Neal (2001); Del Moral, Doucet and Jasra (2006); the reverse bound: Grosse, Ghahramani and Adams (2015).
+    Source: Neal (2001); Del Moral, Doucet and Jasra (2006); the reverse bound: Grosse,
+    Ghahramani and Adams (2015).
     """
     if method not in METHODS:
         raise ValueError(f"method = {method!r}; expected one of {', '.join(METHODS)}.")
     if num_chains < 2:
-        raise ValueError(f"num_chains = {num_chains}; expected at least 2 for a standard error.")
+        raise ValueError(
+            f"num_chains = {num_chains}; expected at least 2 for a standard error."
+        )
     for option, value in (
         ("num_walkers", num_walkers),
         ("num_kernel_steps", num_kernel_steps),
@@ -109,10 +127,16 @@ def log_normalizer(
         if value is not None and value < 1:
             raise ValueError(f"{option} = {value}; expected at least 1.")
     if budget is not None and num_temperatures is not None:
-        raise ValueError("Both budget and num_temperatures are given; expected one of them.")
+        raise ValueError(
+            "Both budget and num_temperatures are given; expected one of them."
+        )
     if batch_ndims and method == "reverse":
-        raise ValueError("method = 'reverse' with batch_ndims: bridges start from forward walkers; use 'bracket'.")
-    # Loops index what is substituted in them, which NumPy's arrays refuse under a trace.
+        raise ValueError(
+            "method = 'reverse' with batch_ndims: bridges start from forward walkers; "
+            "use 'bracket'."
+        )
+    # Loops index what is substituted in them, which NumPy's arrays refuse under a
+    # trace.
     params = {} if params is None else jax.tree.map(jnp.asarray, dict(params))
     draws, lead = _flatten_draws(params, batch_ndims)
     one = params if draws is None else _draw_in_the_middle(draws)
@@ -120,9 +144,16 @@ def log_normalizer(
     key_bind = random.key(0) if rng_key is None else rng_key
     bound, found = bind(key_bind, model, one, args, kwargs, compiled=not is_exact)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
-    belongs_to: dict[str, Any] = {"params": params, "conditions": conditions(bound, one, found)}
+    belongs_to: dict[str, Any] = {
+        "params": params,
+        "conditions": conditions(bound, one, found),
+    }
     if is_exact:
-        seen = {} if isinstance(model, EnergyDistribution) else data_rows(bound, one, MAX_EXACT_ROWS)
+        seen = (
+            {}
+            if isinstance(model, EnergyDistribution)
+            else data_rows(bound, one, MAX_EXACT_ROWS)
+        )
         exact = {}
         for name, distribution in found.items():
             at_site = seen.get(name)
@@ -130,23 +161,33 @@ def log_normalizer(
                 *(
                     _exactly(method, name, distribution, num_points, at_site)
                     if draws is None
-                    else _exactly_at_draws(method, name, bound, draws, num_points, at_site)
+                    else _exactly_at_draws(
+                        method, name, bound, draws, num_points, at_site
+                    )
                 )
             )
         if isinstance(model, EnergyDistribution):
             marks = {"x": fingerprint(model)}
         else:
-            marks = fingerprints(bound, first, {name: _few(points) for name, points in seen.items()})
+            marks = fingerprints(
+                bound, first, {name: _few(points) for name, points in seen.items()}
+            )
         return _collect(exact, lead, method, fingerprints=marks, **belongs_to)
     if rng_key is None:
-        raise ValueError(f"method = {method!r} is stochastic; expected a PRNG key such as jax.random.key(0).")
+        raise ValueError(
+            f"method = {method!r} is stochastic; expected a PRNG key such as "
+            "jax.random.key(0)."
+        )
     num_settling_moves = NUM_SETTLING_MOVES
     if budget is not None:
         per_move = num_chains * num_walkers * len(found)
-        num_temperatures, num_settling_moves = _spread(budget // per_move, method, num_kernel_steps)
+        num_temperatures, num_settling_moves = _spread(
+            budget // per_move, method, num_kernel_steps
+        )
         if num_temperatures < 2:
             raise ValueError(
-                f"budget = {budget} pays for {num_temperatures} temperatures of {num_chains} x {num_walkers} walkers; "
+                f"budget = {budget} pays for {num_temperatures} temperatures of "
+                f"{num_chains} x {num_walkers} walkers; "
                 "expected at least 2. Spend more, or take fewer walkers."
             )
     plan = Plan(
@@ -164,17 +205,38 @@ def log_normalizer(
     visited = {}
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
-            raise ValueError(needs_continuous(distribution.base, name, "annealing, which moves by Langevin steps,"))
+            raise ValueError(
+                needs_continuous(
+                    distribution.base, name, "annealing, which moves by Langevin steps,"
+                )
+            )
         transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, one, transform)
         key_site, key_resample, key_settle, key_bridge = random.split(keys[index], 4)
-        given = None if samples is None else given_samples(site, samples, num_chains, num_walkers)
-        with tqdm(desc=f"log Z[{name}]", unit="temperature", delay=1.0, disable=not progress_bar) as bar:
-            found_here = gather(key_site, site, plan, given, rows.get(name), partial(_report, bar, method))
+        given = (
+            None
+            if samples is None
+            else given_samples(site, samples, num_chains, num_walkers)
+        )
+        with tqdm(
+            desc=f"log Z[{name}]",
+            unit="temperature",
+            delay=1.0,
+            disable=not progress_bar,
+        ) as bar:
+            found_here = gather(
+                key_site,
+                site,
+                plan,
+                given,
+                rows.get(name),
+                partial(_report, bar, method),
+            )
         sites[name] = certify(found_here.evidence, tolerance)
         num_evaluations += found_here.num_evaluations
 
-        # Where walkers and data are, whoever takes this log Z must have the same energy.
+        # Where walkers and data are, whoever takes this log Z must have the same
+        # energy.
         walkers = transform(found_here.forward.ensemble.position)
         visited[name] = _few(walkers.reshape(-1, *walkers.shape[2:]))
         if name in rows:
@@ -183,12 +245,27 @@ def log_normalizer(
         if draws is not None:
             forward = found_here.forward
             step_size = forward.ladder.step_sizes[-1]
-            position = settle(site, key_settle, resampled(key_resample, forward), step_size, NUM_SETTLING_MOVES)
+            position = settle(
+                site,
+                key_settle,
+                resampled(key_resample, forward),
+                step_size,
+                NUM_SETTLING_MOVES,
+            )
             reference = Reference(site, sites[name], position, step_size)
-            sites[name], spent = bridge_to_draws(key_bridge, reference, draws, plan, tolerance, rows.get(name))
+            sites[name], spent = bridge_to_draws(
+                key_bridge, reference, draws, plan, tolerance, rows.get(name)
+            )
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
     marks = fingerprints(bound, first, visited)
-    return _collect(sites, lead, method, num_evaluations=num_evaluations, fingerprints=marks, **belongs_to)
+    return _collect(
+        sites,
+        lead,
+        method,
+        num_evaluations=num_evaluations,
+        fingerprints=marks,
+        **belongs_to,
+    )
 
 
 def _few(points: Array) -> Array:
@@ -207,17 +284,22 @@ def _spread(num_moves: int, method: str, num_kernel_steps: int) -> tuple[int, in
     return num_temperatures, min(num_temperatures, NUM_SETTLING_MOVES)
 
 
-def _flatten_draws(params: Params, batch_ndims: int) -> tuple[Params | None, tuple[int, ...]]:
+def _flatten_draws(
+    params: Params, batch_ndims: int
+) -> tuple[Params | None, tuple[int, ...]]:
     """Draws with one leading axis, and the axes that they had."""
     if batch_ndims == 0:
         return None, ()
     leads = {jnp.shape(leaf)[:batch_ndims] for leaf in jax.tree.leaves(params)}
     if len(leads) != 1 or len(lead := leads.pop()) != batch_ndims:
         raise ValueError(
-            f"params should be draws with {batch_ndims} leading axes (batch_ndims), the same for every parameter; "
+            f"params should be draws with {batch_ndims} leading axes (batch_ndims), "
+            "the same for every parameter; "
             f"found shapes {jax.tree.map(jnp.shape, params)}."
         )
-    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (-1, *jnp.shape(leaf)[batch_ndims:])), params), lead
+    return jax.tree.map(
+        lambda leaf: jnp.reshape(leaf, (-1, *jnp.shape(leaf)[batch_ndims:])), params
+    ), lead
 
 
 def _draw_in_the_middle(draws: Params) -> Params:
@@ -226,13 +308,21 @@ def _draw_in_the_middle(draws: Params) -> Params:
     def distance(leaf: Array) -> Array:
         flat = leaf.reshape(leaf.shape[0], -1)
         spread = jnp.std(flat, axis=0)
-        return jnp.sum(((flat - jnp.mean(flat, axis=0)) / jnp.where(spread > 0, spread, 1.0)) ** 2, axis=1)
+        return jnp.sum(
+            ((flat - jnp.mean(flat, axis=0)) / jnp.where(spread > 0, spread, 1.0)) ** 2,
+            axis=1,
+        )
 
     nearest = jnp.argmin(sum(distance(leaf) for leaf in jax.tree.leaves(draws)))
     return jax.tree.map(lambda leaf: leaf[nearest], draws)
 
 
-def _collect(sites: dict[str, SiteCertificate], lead: tuple[int, ...], method: str, **options: Any) -> LogNormalizer:
+def _collect(
+    sites: dict[str, SiteCertificate],
+    lead: tuple[int, ...],
+    method: str,
+    **options: Any,
+) -> LogNormalizer:
     """Give the draws' axis back the shape that the draws had."""
     if lead:
         for name, site in sites.items():
@@ -243,7 +333,10 @@ def _collect(sites: dict[str, SiteCertificate], lead: tuple[int, ...], method: s
             }
             islands = site.log_normalizers
             sites[name] = site._replace(
-                **arrays, log_normalizers=islands.reshape(islands.shape[0], *lead, *islands.shape[2:])
+                **arrays,
+                log_normalizers=islands.reshape(
+                    islands.shape[0], *lead, *islands.shape[2:]
+                ),
             )
     return LogNormalizer.from_sites(sites, method, batch_ndims=len(lead), **options)
 
@@ -254,23 +347,42 @@ def _report(bar: tqdm, method: str, done: int, num_temperatures: int) -> None:
 
 
 def _exactly(
-    method: str, name: str, distribution: EnergyDistribution, num_points: int | None, rows: Array | None
+    method: str,
+    name: str,
+    distribution: EnergyDistribution,
+    num_points: int | None,
+    rows: Array | None,
 ) -> Exact:
-    exact = integral(distribution, name, num_points, rows) if method == "quadrature" else total(distribution, name)
+    exact = (
+        integral(distribution, name, num_points, rows)
+        if method == "quadrature"
+        else total(distribution, name)
+    )
     if isinstance(exact.estimate, jax.core.Tracer):
-        exact = exact._replace(estimate=exact.estimate + require_pointwise(name, distribution))
+        exact = exact._replace(
+            estimate=exact.estimate + require_pointwise(name, distribution)
+        )
     return exact
 
 
 def _exactly_at_draws(
-    method: str, name: str, bound: BoundModel, draws: Params, num_points: int | None, rows: Array | None
+    method: str,
+    name: str,
+    bound: BoundModel,
+    draws: Params,
+    num_points: int | None,
+    rows: Array | None,
 ) -> Exact:
     """One exact log Z per draw; NaN, and a flag, where it cannot be told."""
 
     @jax.jit
-    def at_draws(bound: BoundModel, draws: Params, rows: Array | None) -> tuple[Array, Array]:
+    def at_draws(
+        bound: BoundModel, draws: Params, rows: Array | None
+    ) -> tuple[Array, Array]:
         def at(params: Params) -> tuple[Array, Array]:
-            found = _exactly(method, name, bound.energies(params)[name], num_points, rows)
+            found = _exactly(
+                method, name, bound.energies(params)[name], num_points, rows
+            )
             return found.estimate, found.error
 
         return lax.map(at, draws)

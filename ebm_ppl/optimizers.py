@@ -12,7 +12,9 @@ from jax import Array
 from ebm_ppl.model import Params
 
 # How optax says that an update wants more than gradients, parameters, value and grad.
-_WANTS_MORE = re.compile(r"missing \d+ required (?:keyword-only|positional) argument|must be provided")
+_WANTS_MORE = re.compile(
+    r"missing \d+ required (?:keyword-only|positional) argument|must be provided"
+)
 
 
 def check_optimizer(option: str, optim: Any) -> None:
@@ -23,11 +25,13 @@ def check_optimizer(option: str, optim: Any) -> None:
         optim: What was given for it.
 
     Raises:
-        TypeError: It is no gradient transformation, or it re-evaluates the loss (line searches).
+        TypeError: It is no gradient transformation, or it re-evaluates the loss (line
+            searches).
     """
     if not isinstance(optim, optax.GradientTransformation):
         raise TypeError(
-            f"{option} is a {type(optim).__name__}; expected an optax gradient transformation such as optax.adam(1e-3)."
+            f"{option} is a {type(optim).__name__}; expected an optax gradient "
+            "transformation such as optax.adam(1e-3)."
         )
     try:
         _rehearse(option, optim, {"x": jnp.zeros(2)})
@@ -37,19 +41,28 @@ def check_optimizer(option: str, optim: Any) -> None:
         return  # made for the names or shapes of its own parameters, which `init` rehearses
 
 
-def check_on_params(option: str, optim: optax.GradientTransformation, params: Params) -> None:
-    """Rehearse one update on the parameters to be learned, before anything that takes time.
+def check_on_params(
+    option: str, optim: optax.GradientTransformation, params: Params
+) -> None:
+    """Rehearse one update on the parameters to be learned, before anything that takes
+    time.
 
     Raises:
-        TypeError: As :func:`check_optimizer`; whatever else the optimiser raises is left as it is.
+        TypeError: As :func:`check_optimizer`; whatever else the optimiser raises is
+            left as it is.
     """
     _rehearse(option, optim, params)
 
 
 def updates_of(
-    optim: optax.GradientTransformation, grads: Params, optim_state: Any, params: Params, loss: Array
+    optim: optax.GradientTransformation,
+    grads: Params,
+    optim_state: Any,
+    params: Params,
+    loss: Array,
 ) -> tuple[Params, Any]:
-    """``optim.update``, told the loss where it takes one (``value=``, and ``grad=``), as NumPyro's SVI does.
+    """``optim.update``, told the loss where it takes one (``value=``, and ``grad=``),
+    as NumPyro's SVI does.
 
     Args:
         optim: The optimiser.
@@ -61,7 +74,11 @@ def updates_of(
     Returns:
         Updates and the next state.
     """
-    told = {name: given for name, given in (("value", loss), ("grad", grads)) if _takes(optim, name)}
+    told = {
+        name: given
+        for name, given in (("value", loss), ("grad", grads))
+        if _takes(optim, name)
+    }
     return optim.update(grads, optim_state, params, **told)
 
 
@@ -79,9 +96,12 @@ def _rehearse(option: str, optim: optax.GradientTransformation, params: Params) 
         if not _WANTS_MORE.search(str(error)):
             raise
         raise _WantsMoreError(
-            f"{option} cannot be used here: its update is told the gradient and value=loss, and wants more "
-            f"({error}). Line searches evaluate the loss again at other parameters, where walkers, or a "
-            "generator's draws, do not say what it is. Use a rate that is given (optax.adam, "
+            f"{option} cannot be used here: its update is told the gradient and "
+            "value=loss, and wants more "
+            f"({error}). Line searches evaluate the loss again at other parameters, "
+            "where walkers, or a "
+            "generator's draws, do not say what it is. Use a rate that is given "
+            "(optax.adam, "
             "optax.lbfgs(learning_rate, linesearch=None)) or that follows the loss "
             "(optax.contrib.reduce_on_plateau, optax.polyak_sgd)."
         ) from None
@@ -91,4 +111,7 @@ def _takes(optim: optax.GradientTransformation, name: str) -> bool:
     if not isinstance(optim, optax.GradientTransformationExtraArgs):
         return False
     arguments = inspect.signature(optim.update).parameters.values()
-    return any(argument.name == name or argument.kind is argument.VAR_KEYWORD for argument in arguments)
+    return any(
+        argument.name == name or argument.kind is argument.VAR_KEYWORD
+        for argument in arguments
+    )

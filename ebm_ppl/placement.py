@@ -42,8 +42,8 @@ from ebm_ppl.weights import ess_fraction
 NUM_PILOT_WALKERS = 256
 MAX_PILOT_RUNGS = 1000
 SECONDS_PER_PIECE = 0.5
-# One step size is refused in places much narrower than itself, so that nothing seems to move into them.
-# Half of the moves take full steps: resampled copies must part as well.
+# One step size is refused in places much narrower than itself, so that nothing seems to
+# move into them. Half of the moves take full steps: resampled copies must part as well.
 SETTLING_SCALES = (1.0, 1 / 4, 1.0, 1 / 16, 1.0, 1 / 64)
 
 Progress = Callable[[int, int], object]
@@ -54,7 +54,8 @@ class Annealed(NamedTuple):
     """Where a ladder led.
 
     Attributes:
-        relative: The walkers at the ladder's end, as if the energy were lower by ``reference``.
+        relative: The walkers at the ladder's end, as if the energy were lower by
+            ``reference``.
         ladder: The ladder that they followed.
         moves: What the moves amounted to.
         reference: What the site's ``reference`` was, ``batch``.
@@ -76,7 +77,8 @@ class Annealed(NamedTuple):
 @jax.jit
 def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
     return ensemble._replace(
-        potential=ensemble.potential + reference, log_normalizer=ensemble.log_normalizer - reference
+        potential=ensemble.potential + reference,
+        log_normalizer=ensemble.log_normalizer - reference,
     )
 
 
@@ -87,10 +89,12 @@ def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
 )
 @dataclass(frozen=True)
 class SiteAtParams:
-    """One energy site of a model at fixed (unconstrained) parameters, in coordinates ``transform``.
+    """One energy site of a model at fixed (unconstrained) parameters, in coordinates
+    ``transform``.
 
-    ``reference``, of the batch shape, is subtracted from the energy along the path: sums of log weights then hold
-    numbers as small as the energy's variation, whatever constant it contains.
+    ``reference``, of the batch shape, is subtracted from the energy along the path:
+    sums of log weights then hold numbers as small as the energy's variation, whatever
+    constant it contains.
     """
 
     name: str
@@ -112,14 +116,20 @@ class SiteAtParams:
     def path(self) -> Path:
         """From the starting distribution to the energy."""
         distribution, reference = self.distribution, self.reference
-        path = annealing_path(distribution, starting_distribution(distribution, self.name), self.transform)
+        path = annealing_path(
+            distribution, starting_distribution(distribution, self.name), self.transform
+        )
         if reference is None:
             return path
-        return path._replace(difference=lambda position: path.difference(position) - reference)
+        return path._replace(
+            difference=lambda position: path.difference(position) - reference
+        )
 
     def draw(self, rng_key: Array, shape: tuple[int, int]) -> Array:
         """Exact draws from the starting distribution, as positions."""
-        return self.transform.inv(starting_distribution(self.distribution, self.name).sample(rng_key, shape))
+        return self.transform.inv(
+            starting_distribution(self.distribution, self.name).sample(rng_key, shape)
+        )
 
 
 def anneal_site(
@@ -133,10 +143,11 @@ def anneal_site(
     num_temperatures: int | None,
     progress: Progress | None = None,
 ) -> Annealed:
-    """Fresh walkers at the site's parameters, from exact draws of its starting distribution.
+    """Fresh walkers at the site's parameters, from exact draws of its starting
+    distribution.
 
-    A pilot decides the temperatures and step sizes; where the starting distribution already is the energy
-    (conditional ESS over 0.9999) there is nothing to anneal.
+    A pilot decides the temperatures and step sizes; where the starting distribution
+    already is the energy (conditional ESS over 0.9999) there is nothing to anneal.
 
     Args:
         rng_key: A JAX PRNG key.
@@ -145,23 +156,32 @@ def anneal_site(
         options: How many moves a temperature gets, and when islands resample.
         num_chains: Islands.
         num_walkers: Walkers per island.
-        num_temperatures: Rungs; None takes 32 times the number the pilot needed, at least 128.
-        progress: Called with the number of temperatures just done and of all, about twice a second.
+        num_temperatures: Rungs; None takes 32 times the number the pilot needed, at
+            least 128.
+        progress: Called with the number of temperatures just done and of all, about
+            twice a second.
     """
     key_pilot, key_start, key_run = random.split(rng_key, 3)
     at_start, level = _at_start(site, key_pilot)
     site = replace(site, reference=level)
     if bool(at_start):
-        step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
+        step_size = jnp.full(
+            site.distribution.batch_shape, initial_step_size(kernel, site.dimension)
+        )
         ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
         trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
         return Annealed(ensemble, trivial, unmoved(step_size), level, NUM_PILOT_WALKERS)
     pilot, level = _pilot(site, kernel, options, key_pilot)
-    # Where the energy's walkers are, and not where the base's are: there D may be larger by far.
+    # Where the energy's walkers are, and not where the base's are: there D may be
+    # larger by far.
     site = replace(site, reference=site.reference + level)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
-        raise ValueError(_why_annealing_stopped(site, key_pilot, pilot.ladder.betas[rungs - 1], rungs))
+        raise ValueError(
+            _why_annealing_stopped(
+                site, key_pilot, pilot.ladder.betas[rungs - 1], rungs
+            )
+        )
     if num_temperatures is None:
         # Powers of two, so that a few compiled lengths serve every call.
         num_temperatures = max(128, 2 ** math.ceil(math.log2(32 * rungs)))
@@ -169,7 +189,9 @@ def anneal_site(
     start = draw(site, key_start, (num_chains, num_walkers))
     annealed = follow(key_run, site, kernel, options, ladder, start, progress)
     per_rung = options.num_kernel_steps + NUM_SETTLING_MOVES
-    return annealed._replace(num_pilot_evaluations=NUM_PILOT_WALKERS * (1 + rungs * per_rung))
+    return annealed._replace(
+        num_pilot_evaluations=NUM_PILOT_WALKERS * (1 + rungs * per_rung)
+    )
 
 
 def follow(
@@ -181,7 +203,8 @@ def follow(
     position: Array,
     progress: Progress | None = None,
 ) -> Annealed:
-    """Walkers at ``position``, draws under U at ``ladder.start``, carried along the ladder in compiled pieces.
+    """Walkers at ``position``, draws under U at ``ladder.start``, carried along the
+    ladder in compiled pieces.
 
     ``position`` is donated.
     """
@@ -190,15 +213,25 @@ def follow(
     while done < total:
         length = min(length, total - done)
         began = time.perf_counter()
-        climb = _climb(site, kernel, options, rng_key, climb, ladder, done, done + length)
+        climb = _climb(
+            site, kernel, options, rng_key, climb, ladder, done, done + length
+        )
         done += length
         if progress is not None:
             jax.block_until_ready(climb)
             progress(length, total)
             # The first piece compiles and says nothing about speed.
-            length = 16 if done == 1 else max(1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began)))
+            length = (
+                16
+                if done == 1
+                else max(
+                    1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began))
+                )
+            )
     moves = climb.moves._replace(acceptance=climb.moves.acceptance / total)
-    reference = jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
+    reference = (
+        jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
+    )
     return Annealed(climb.ensemble, ladder, moves, reference)
 
 
@@ -229,19 +262,26 @@ def settle(
     return lax.fori_loop(0, num_moves, body, evaluate(position)).position
 
 
-def _why_annealing_stopped(site: SiteAtParams, rng_key: Array, beta: Array, rungs: int) -> str:
+def _why_annealing_stopped(
+    site: SiteAtParams, rng_key: Array, beta: Array, rungs: int
+) -> str:
     difference = site.path().difference(site.draw(rng_key, (1, NUM_PILOT_WALKERS)))
     num_nan = int(jnp.sum(jnp.isnan(difference)))
     if num_nan:
         return (
-            f"The energy of site '{site.name}' is NaN at {num_nan} of {difference.size} draws of its base (or start), "
-            "at the given parameters. Make it finite, or +inf, over the whole support: guard logarithms and roots, or "
+            f"The energy of site '{site.name}' is NaN at {num_nan} of "
+            f"{difference.size} draws of its base (or start), "
+            "at the given parameters. Make it finite, or +inf, over the whole support: "
+            "guard logarithms and roots, or "
             "choose a base with the energy's own support."
         )
     return (
-        f"Annealing walkers of energy site '{site.name}' from its base to the given parameters stopped at inverse "
-        f"temperature {float(beta):.3g} after {rungs} temperatures. The energy is far from the base, or not bounded "
-        "below: rescale it, start from smaller parameters (a last layer of zeros starts at the base itself), or name a "
+        f"Annealing walkers of energy site '{site.name}' from its base to the given "
+        "parameters stopped at inverse "
+        f"temperature {float(beta):.3g} after {rungs} temperatures. The energy is far "
+        "from the base, or not bounded "
+        "below: rescale it, start from smaller parameters (a last layer of zeros "
+        "starts at the base itself), or name a "
         "closer start=."
     )
 
@@ -255,25 +295,46 @@ def _at_start(site: SiteAtParams, rng_key: Array) -> tuple[Array, Array]:
 
 def _level(difference: Array) -> Array:
     """Median over walkers of what is finite, ``batch``; 0 where nothing is."""
-    level = jnp.nanmedian(jnp.where(jnp.isfinite(difference), difference, jnp.nan), axis=(0, 1))
+    level = jnp.nanmedian(
+        jnp.where(jnp.isfinite(difference), difference, jnp.nan), axis=(0, 1)
+    )
     return jnp.where(jnp.isnan(level), 0.0, level)
 
 
 @partial(jax.jit, static_argnames=("kernel", "options"))
-def _pilot(site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_key: Array) -> tuple[Pilot, Array]:
+def _pilot(
+    site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_key: Array
+) -> tuple[Pilot, Array]:
     """The protocol, and the level of D where it leads."""
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (1, NUM_PILOT_WALKERS))
-    step_size = jnp.full(site.distribution.batch_shape, initial_step_size(kernel, site.dimension))
-    pilot = run_pilot(kernel, key_run, site.path(), position, step_size, options, max_rungs=MAX_PILOT_RUNGS)
+    step_size = jnp.full(
+        site.distribution.batch_shape, initial_step_size(kernel, site.dimension)
+    )
+    pilot = run_pilot(
+        kernel,
+        key_run,
+        site.path(),
+        position,
+        step_size,
+        options,
+        max_rungs=MAX_PILOT_RUNGS,
+    )
     return pilot, _level(pilot.difference)
 
 
 @partial(jax.jit, static_argnames=("shape",))
-def _exact_start(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Ensemble:
+def _exact_start(
+    site: SiteAtParams, rng_key: Array, shape: tuple[int, int]
+) -> Ensemble:
     path, position = site.path(), site.draw(rng_key, shape)
     difference = path.difference(position)
-    return Ensemble(position, path.start(position) + difference, -difference, jnp.zeros_like(difference[:, 0]))
+    return Ensemble(
+        position,
+        path.start(position) + difference,
+        -difference,
+        jnp.zeros_like(difference[:, 0]),
+    )
 
 
 _refine = jax.jit(refine_ladder, static_argnames=("num_temperatures",))

@@ -1,7 +1,9 @@
-"""Points at which an energy falls like ``a log r``: with a near the dimension d mass hides there, over it it diverges.
+"""Points at which an energy falls like ``a log r``: with a near the dimension d mass
+hides there, over it it diverges.
 
-The mass within r of such a point goes as ``r^(d − a)``.  Walkers never come nearer to it than their steps are long,
-and nothing drifts at the distances that they know.  Descending the energy from the lowest walkers finds the point.
+The mass within r of such a point goes as ``r^(d − a)``.  Walkers never come nearer to
+it than their steps are long, and nothing drifts at the distances that they know.
+Descending the energy from the lowest walkers finds the point.
 """
 
 import itertools
@@ -18,14 +20,15 @@ from ebm_ppl.kernels import KernelState
 from ebm_ppl.placement import SiteAtParams
 
 NUM_STARTS, NUM_STEPS, NUM_DIRECTIONS = 8, 200, 8
-# Distances at which the energy is looked at, in units of the walkers' spread, each a hundredth of the one before: a
-# narrow well is flat at some of them, a pole at none.
+# Distances at which the energy is looked at, in units of the walkers' spread, each a
+# hundredth of the one before: a narrow well is flat at some of them, a pole at none.
 RADII = (1e-1, 1e-3, 1e-5)
 
 
 @jax.jit
 def steepest_fall(site: SiteAtParams, position: Array) -> Array:
-    """How many nats U falls per e-fold of distance to the lowest points nearby, ``batch``: a at a pole, else near 0.
+    """How many nats U falls per e-fold of distance to the lowest points nearby,
+    ``batch``: a at a pole, else near 0.
 
     Args:
         site: The site.
@@ -36,16 +39,28 @@ def steepest_fall(site: SiteAtParams, position: Array) -> Array:
     event_axes = tuple(range(potential.ndim, flat.ndim))
     lowest = jnp.argsort(potential, axis=0)[:NUM_STARTS]
     start = jnp.take_along_axis(flat, _with_event(lowest, event_axes), axis=0)
-    spread = jnp.sqrt(jnp.mean(jnp.var(flat, axis=0), axis=tuple(axis - 1 for axis in event_axes)))
+    spread = jnp.sqrt(
+        jnp.mean(jnp.var(flat, axis=0), axis=tuple(axis - 1 for axis in event_axes))
+    )
 
-    centre = _descend(site, start, jnp.broadcast_to(RADII[0] * spread, lowest.shape), event_axes)
+    centre = _descend(
+        site, start, jnp.broadcast_to(RADII[0] * spread, lowest.shape), event_axes
+    )
 
     # NumPy's numbers: the same whatever JAX's types and generators are.
-    numbers = np.random.default_rng(0).normal(size=(NUM_DIRECTIONS, *(flat.shape[axis] for axis in event_axes)))
+    numbers = np.random.default_rng(0).normal(
+        size=(NUM_DIRECTIONS, *(flat.shape[axis] for axis in event_axes))
+    )
     lengths = np.sqrt((numbers**2).sum(tuple(range(1, numbers.ndim)), keepdims=True))
     directions = jnp.asarray(numbers / lengths, flat.dtype)
-    around = [_at_distance(site, centre, radius * spread, directions, event_axes) for radius in RADII]
-    falls = [(far - near) / math.log(RADII[0] / RADII[1]) for far, near in itertools.pairwise(around)]
+    around = [
+        _at_distance(site, centre, radius * spread, directions, event_axes)
+        for radius in RADII
+    ]
+    falls = [
+        (far - near) / math.log(RADII[0] / RADII[1])
+        for far, near in itertools.pairwise(around)
+    ]
     return jnp.max(jnp.minimum(*falls), axis=0)
 
 
@@ -53,7 +68,9 @@ def _with_event(values: Array, event_axes: tuple[int, ...]) -> Array:
     return values.reshape(values.shape + (1,) * len(event_axes))
 
 
-def _descend(site: SiteAtParams, start: Array, step: Array, event_axes: tuple[int, ...]) -> Array:
+def _descend(
+    site: SiteAtParams, start: Array, step: Array, event_axes: tuple[int, ...]
+) -> Array:
     """Steps down the slope whose length follows their success."""
     evaluate = partial(evaluate_at, site.distribution, site.transform)
 
@@ -61,23 +78,39 @@ def _descend(site: SiteAtParams, start: Array, step: Array, event_axes: tuple[in
         state, step = carry
         norm = jnp.sqrt(jnp.sum(state.grad**2, axis=event_axes))
         length = jnp.where(norm > 0, step / norm, 0.0)
-        proposal = evaluate(state.position - _with_event(length, event_axes) * state.grad)
+        proposal = evaluate(
+            state.position - _with_event(length, event_axes) * state.grad
+        )
         is_lower = proposal.potential < state.potential
 
         def choose(new: Array, old: Array) -> Array:
-            return jnp.where(is_lower.reshape(is_lower.shape + (1,) * (new.ndim - is_lower.ndim)), new, old)
+            return jnp.where(
+                is_lower.reshape(is_lower.shape + (1,) * (new.ndim - is_lower.ndim)),
+                new,
+                old,
+            )
 
-        return jax.tree.map(choose, proposal, state), step * jnp.where(is_lower, 1.5, 0.5)
+        return jax.tree.map(choose, proposal, state), step * jnp.where(
+            is_lower, 1.5, 0.5
+        )
 
     return lax.fori_loop(0, NUM_STEPS, body, (evaluate(start), step))[0].position
 
 
 def _at_distance(
-    site: SiteAtParams, centre: Array, radius: Array, directions: Array, event_axes: tuple[int, ...]
+    site: SiteAtParams,
+    centre: Array,
+    radius: Array,
+    directions: Array,
+    event_axes: tuple[int, ...],
 ) -> Array:
     """Mean potential at points around, ``(num_starts, *batch)``."""
     num_batch_dims = centre.ndim - 1 - len(event_axes)
-    offsets = directions.reshape(len(directions), 1, *(1,) * num_batch_dims, *directions.shape[1:])
+    offsets = directions.reshape(
+        len(directions), 1, *(1,) * num_batch_dims, *directions.shape[1:]
+    )
     points = centre + _with_event(radius, event_axes) * offsets
-    potential = potential_at(site.distribution, site.transform, points.reshape(-1, *points.shape[2:]))
+    potential = potential_at(
+        site.distribution, site.transform, points.reshape(-1, *points.shape[2:])
+    )
     return jnp.mean(potential.reshape(points.shape[: 2 + num_batch_dims]), axis=0)

@@ -1,9 +1,11 @@
 """Data rows where annealing from the base does not lead: a mode that log Z lacks.
 
-A trajectory that ends at x and is followed back to the base weighs, on average, ``q(x) / (base(x) exp(−E(x)))``, where
-q is the density of forward annealing's unweighted endpoints; times Ẑ this is about 1 wherever annealing leads.  Rows
-move on under the energy first: a plain outlier comes back to the others, a row in a mode of its own stays there.  One
-trajectory is noisy, so rows that weigh little are tried again, many times each.
+A trajectory that ends at x and is followed back to the base weighs, on average, ``q(x)
+/ (base(x) exp(−E(x)))``, where q is the density of forward annealing's unweighted
+endpoints; times Ẑ this is about 1 wherever annealing leads.  Rows move on under the
+energy first: a plain outlier comes back to the others, a row in a mode of its own stays
+there.  One trajectory is noisy, so rows that weigh little are tried again, many times
+each.
 """
 
 import jax
@@ -20,8 +22,9 @@ NUM_ROWS = 256
 NUM_ROW_MOVES = 256
 NUM_SUSPECTS = 8
 NUM_REPEATS = NUM_ROWS // NUM_SUSPECTS
-# A single trajectory that weighs less than exp(−5) casts doubt on its row: one in 150 of an honest row's, by Markov's
-# inequality, if weights were as likely to be so small as so large.
+# A single trajectory that weighs less than exp(−5) casts doubt on its row: one in 150
+# of an honest row's, by Markov's inequality, if weights were as likely to be so small
+# as so large.
 SUSPECT_NATS = 5.0
 # A thousand walkers then come there less than once.
 UNREACHED_NATS = 7.0
@@ -36,16 +39,19 @@ def share_unreached(
     kernel: Kernel,
     options: AnnealingOptions,
 ) -> tuple[Array, int]:
-    """Share of the rows looked at where annealing does not lead; 0 where repeats do not confirm a single one.
+    """Share of the rows looked at where annealing does not lead; 0 where repeats do not
+    confirm a single one.
 
-    A row is confirmed where the mean weight of its repeats is under exp(−7) and *each* of them under the median of
-    trajectories that start from the model's own walkers: by chance 2^−32 for a row that is like these, however noisy.
+    A row is confirmed where the mean weight of its repeats is under exp(−7) and *each*
+    of them under the median of trajectories that start from the model's own walkers: by
+    chance 2^−32 for a row that is like these, however noisy.
 
     Args:
         rng_key: A JAX PRNG key.
         site: The site, with the forward pass's reference.
         forward: The forward pass.
-        walkers: Equally weighted walkers at the energy, ``(num_chains, num_walkers, *batch, *event)``.
+        walkers: Equally weighted walkers at the energy, ``(num_chains, num_walkers,
+            *batch, *event)``.
         rows: All usable data rows, ``(num_rows, *batch, *event)``.
         kernel: How trajectories move.
         options: How often; they do not resample.
@@ -57,14 +63,20 @@ def share_unreached(
     positions = site.transform.inv(rows)
     num_looked_at = min(rows.shape[0], NUM_ROWS)
     flat = walkers.reshape(-1, *walkers.shape[2:])
-    flat = flat[random.choice(key_pick, flat.shape[0], (NUM_ROWS,), replace=flat.shape[0] < NUM_ROWS)]
+    flat = flat[
+        random.choice(
+            key_pick, flat.shape[0], (NUM_ROWS,), replace=flat.shape[0] < NUM_ROWS
+        )
+    ]
     chosen = choose_rows(site, positions, flat)
 
     def weigh(key: Array, position: Array) -> Array:
         return _weights_back(key, site, forward, position, kernel, options)
 
     ratios = weigh(key_first, chosen)
-    per_pass = NUM_ROWS * (forward.ladder.betas.shape[0] * options.num_kernel_steps + NUM_ROW_MOVES)
+    per_pass = NUM_ROWS * (
+        forward.ladder.betas.shape[0] * options.num_kernel_steps + NUM_ROW_MOVES
+    )
     spent = per_pass + (rows.shape[0] if rows.shape[0] > NUM_ROWS else 0)
     if not bool(jnp.any(ratios < -SUSPECT_NATS)):
         return jnp.zeros(ratios.shape[1:]), spent
@@ -75,17 +87,20 @@ def share_unreached(
 
 
 def choose_rows(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
-    """:data:`NUM_ROWS` of the rows, ``(NUM_ROWS, *batch, *event)``; all of them, in turn, where there are no more.
+    """:data:`NUM_ROWS` of the rows, ``(NUM_ROWS, *batch, *event)``; all of them, in
+    turn, where there are no more.
 
-    Of more, a quarter each are those where the energy is lowest, those where the starting density is, those farthest
-    from all walkers, and an even spread.
+    Of more, a quarter each are those where the energy is lowest, those where the
+    starting density is, those farthest from all walkers, and an even spread.
     """
     num_rows = positions.shape[0]
     if num_rows <= NUM_ROWS:
         return positions[jnp.arange(NUM_ROWS) % num_rows]
     # A few compiled lengths serve all data.
     padded = NUM_ROWS * 2 ** max(0, (-(-num_rows // NUM_ROWS) - 1).bit_length())
-    scores = _scores(site, positions[jnp.arange(padded) % num_rows], walkers)[:, :num_rows]
+    scores = _scores(site, positions[jnp.arange(padded) % num_rows], walkers)[
+        :, :num_rows
+    ]
     quarter = NUM_ROWS // 4
     extreme = lax.top_k(jnp.moveaxis(scores, 1, -1), quarter)[1]
     even = jnp.linspace(0, num_rows - 1, NUM_ROWS - 3 * quarter).astype(int)
@@ -102,10 +117,18 @@ def _scores(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
     def of_chunk(chunk: Array) -> Array:
         start = path.start(chunk[None])[0]
         batch_ndims = start.ndim - 1
-        rows, there = (u.reshape(*u.shape[: 1 + batch_ndims], -1) for u in (chunk, walkers))
+        rows, there = (
+            u.reshape(*u.shape[: 1 + batch_ndims], -1) for u in (chunk, walkers)
+        )
         products = jnp.einsum("n...d,m...d->nm...", rows, there)
         squares = jnp.sum(rows**2, -1)[:, None] + jnp.sum(there**2, -1)[None]
-        scores = jnp.stack([-(start + path.difference(chunk[None])[0]), start, jnp.min(squares - 2 * products, axis=1)])
+        scores = jnp.stack(
+            [
+                -(start + path.difference(chunk[None])[0]),
+                start,
+                jnp.min(squares - 2 * products, axis=1),
+            ]
+        )
         return jnp.where(jnp.isnan(scores), jnp.inf, scores)
 
     chunks = positions.reshape(-1, NUM_ROWS, *positions.shape[1:])
@@ -117,14 +140,18 @@ def _scores(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
 def _take(positions: Array, indices: Array) -> Array:
     """Whole events by one index per row and batch element."""
     num_event_dims = positions.ndim - indices.ndim
-    return jnp.take_along_axis(positions, indices.reshape(indices.shape + (1,) * num_event_dims), axis=0)
+    return jnp.take_along_axis(
+        positions, indices.reshape(indices.shape + (1,) * num_event_dims), axis=0
+    )
 
 
 @jax.jit
 def _suspects(ratios: Array, positions: Array) -> Array:
     """The rows that weigh least, each :data:`NUM_REPEATS` times."""
     lowest = lax.top_k(-jnp.moveaxis(ratios, 0, -1), NUM_SUSPECTS)[1]
-    return jnp.repeat(_take(positions, jnp.moveaxis(lowest, -1, 0)), NUM_REPEATS, axis=0)
+    return jnp.repeat(
+        _take(positions, jnp.moveaxis(lowest, -1, 0)), NUM_REPEATS, axis=0
+    )
 
 
 @jax.jit
@@ -133,18 +160,28 @@ def _confirmed(ratios: Array, repeats: Array, usual: Array) -> Array:
     rarely = logsumexp(repeats, axis=1) - jnp.log(NUM_REPEATS) < -UNREACHED_NATS
     otherwise = jnp.max(repeats, axis=1) < jnp.median(usual, axis=0)
     confirmed = jnp.any(rarely & otherwise, axis=0)
-    # The suspects themselves are among the rows that weigh little, or the first look was a stroke of luck.
-    share = jnp.maximum(jnp.mean(ratios < -UNREACHED_NATS, axis=0), 1.0 / ratios.shape[0])
+    # The suspects themselves are among the rows that weigh little, or the first look
+    # was a stroke of luck.
+    share = jnp.maximum(
+        jnp.mean(ratios < -UNREACHED_NATS, axis=0), 1.0 / ratios.shape[0]
+    )
     return jnp.where(confirmed, share, 0.0)
 
 
 def _weights_back(
-    rng_key: Array, site: SiteAtParams, forward: Annealed, position: Array, kernel: Kernel, options: AnnealingOptions
+    rng_key: Array,
+    site: SiteAtParams,
+    forward: Annealed,
+    position: Array,
+    kernel: Kernel,
+    options: AnnealingOptions,
 ) -> Array:
     """Log weight times Ẑ of one trajectory back from every position, ``(num_rows, *batch)``."""
     key_settle, key_back = random.split(rng_key)
     step_size = forward.ladder.step_sizes[-1]
-    settled = settle(site, key_settle, position[None], step_size, NUM_ROW_MOVES, SETTLING_SCALES)
+    settled = settle(
+        site, key_settle, position[None], step_size, NUM_ROW_MOVES, SETTLING_SCALES
+    )
     alone = options._replace(ess_threshold=0.0)
     back = follow(key_back, site, kernel, alone, forward.ladder.reverse(), settled)
     ratios = back.relative.log_weight[0] + _log_normalizer(forward)

@@ -35,67 +35,83 @@ def latent_model(
     num_lent: int = 64,
     **kwargs: Any,
 ) -> Callable[[], Array]:
-    r"""A NumPyro program for chains in the latent space of a generator that VERA trained.
+    r"""A NumPyro program for chains in the latent space of a generator that VERA
+    trained.
 
-    It is the generator at its fitted parameters and one factor, ``exp(−U(x)) / q̂(x)``, so that its x follows the
-    model's density while chains move in latents and noise, where modes of x may be one:
+    It is the generator at its fitted parameters and one factor, ``exp(−U(x)) / q̂(x)``,
+    so that its x follows the model's density while chains move in latents and noise,
+    where modes of x may be one:
 
     .. math::
         p(z)\, q(x \mid z)\, e^{-U(x)} / q(x) = e^{-U(x)}\, q(z \mid x).
 
-    q̂ is ``score``'s importance sample with its random numbers held fixed, so x follows the model up to the error of log
-    q̂.  Its noise falls with ``score.num_samples`` and ``num_lent``, and shows under another ``rng_key``; a mode of z
-    given x that all samples miss does not.  Compare the mean energy with that of :func:`sample`.
+    q̂ is ``score``'s importance sample with its random numbers held fixed, so x follows
+    the model up to the error of log q̂.  Its noise falls with ``score.num_samples`` and
+    ``num_lent``, and shows under another ``rng_key``; a mode of z given x that all
+    samples miss does not.  Compare the mean energy with that of :func:`sample`.
 
-    Run it like any other program; ``init_to_sample`` starts chains at draws of the generator::
+    Run it like any other program; ``init_to_sample`` starts chains at draws of the
+    generator::
 
         refined = ebm_ppl.latent_model(key, fit, model, x)
         mcmc = MCMC(NUTS(refined, init_strategy=init_to_sample), num_warmup=500, num_samples=1000, num_chains=4)
 
-    Latents and noise are its sample sites (a normal x given z becomes its standard noise), x a deterministic site.  A
-    generator without latents, a flow, has noise alone and an exact q (Hoffman et al. 2019).
-    ``HMC(refined, num_steps=1, trajectory_length=None)`` is MALA.
-    ``to_arviz(..., draws={name: mcmc.get_samples(group_by_chain=True)[name]})`` exports x,
-    ``arviz.from_numpyro(mcmc, log_likelihood=False)`` everything (the factor is no likelihood of data).  q̂ is as smooth
-    as the derivative of the generator: nets with swish or tanh, not ReLU, let chains take longer steps.
+    Latents and noise are its sample sites (a normal x given z becomes its standard
+    noise), x a deterministic site.  A generator without latents, a flow, has noise
+    alone and an exact q (Hoffman et al. 2019). ``HMC(refined, num_steps=1,
+    trajectory_length=None)`` is MALA. ``to_arviz(..., draws={name:
+    mcmc.get_samples(group_by_chain=True)[name]})`` exports x,
+    ``arviz.from_numpyro(mcmc, log_likelihood=False)`` everything (the factor is no
+    likelihood of data).  q̂ is as smooth as the derivative of the generator: nets with
+    swish or tanh, not ReLU, let chains take longer steps.
 
     Args:
         rng_key: A JAX PRNG key, for the random numbers of q̂.
         fit: Of a :class:`VERA` backend.
         model: The model that was fitted.
         args: Its positional arguments.
-        correct: False leaves ``1 / q̂`` out: x then follows q(x) exp(−U(x)), the square of the model's density where
-            the generator is right, so that its draws look better than the model's.
-        score: Estimator of q̂; None takes :class:`ImportanceScore` as it comes.  A generator without latents needs none.
-        num_lent: Draws of the prior among the samples of q̂, for posteriors of z of several modes.
+        correct: False leaves ``1 / q̂`` out: x then follows q(x) exp(−U(x)), the square
+            of the model's density where the generator is right, so that its draws look
+            better than the model's.
+        score: Estimator of q̂; None takes :class:`ImportanceScore` as it comes.  A
+            generator without latents needs none.
+        num_lent: Draws of the prior among the samples of q̂, for posteriors of z of
+            several modes.
         kwargs: The model's keyword arguments.
 
     Returns:
         A program without arguments that returns x.
 
     Raises:
-        TypeError: A fit by another backend, or a score that is no :class:`ImportanceScore`.
+        TypeError: A fit by another backend, or a score that is no
+            :class:`ImportanceScore`.
         ValueError: A model without the generator's site.
 
-    Source: Grathwohl et al. (2021) for chains in latent space, without 1 / q̂; Che et al. (2020) for energies that are
-    already relative to the generator, which need none.
+    Source: Grathwohl et al. (2021) for chains in latent space, without 1 / q̂; Che et
+    al. (2020) for energies that are already relative to the generator, which need none.
     """
     state = fit.state
     if not isinstance(state, VERAState):
         raise TypeError(
-            f"latent_model moves in a generator's latents, but this fit's state is a {type(state).__name__}. Fit with "
-            "VERA, or draw x itself: ebm_ppl.sample(key, model, fit.params, ..., method='nuts')."
+            "latent_model moves in a generator's latents, but this fit's state is a "
+            f"{type(state).__name__}. Fit with "
+            "VERA, or draw x itself: ebm_ppl.sample(key, model, fit.params, ..., "
+            "method='nuts')."
         )
     key_bind, key_lent, key_fit, key_noise = random.split(rng_key, 4)
     _, found = bind(key_bind, model, fit.params, args, kwargs)
     generator, params = state.generator, state.generator_params
     name = generator.name
     if name not in found:
-        raise ValueError(f"The generator draws '{name}', but the model's energy sites are {sorted(found)}.")
+        raise ValueError(
+            f"The generator draws '{name}', but the model's energy sites are "
+            f"{sorted(found)}."
+        )
     score = ImportanceScore() if score is None else score
     if not isinstance(score, ImportanceScore):
         raise TypeError(
-            f"score is a {type(score).__name__}; expected an ImportanceScore, whose log q̂ can be followed by chains."
+            f"score is a {type(score).__name__}; expected an ImportanceScore, whose "
+            "log q̂ can be followed by chains."
         )
     log_q = estimator(score, generator)
     energy, (lent, _) = found[name], state.draws(key_lent, num_lent)
@@ -104,7 +120,9 @@ def latent_model(
     def program() -> Array:
         with handlers.trace() as trace, handlers.reparam(config=_standard_noise(name)):
             _fixed(generator, params)()
-        latents, _ = ravel_pytree({site: trace[site]["value"] for site in generator.latents})
+        latents, _ = ravel_pytree(
+            {site: trace[site]["value"] for site in generator.latents}
+        )
         x = trace[name]["value"]
         # The generator runs again inside q̂, unseen by any inference.
         with handlers.block():
@@ -112,7 +130,9 @@ def latent_model(
             log_weight = -jnp.where(energy.support(x), potential, jnp.inf)
             if score_state is not None:
                 pair = generator.pair(params)
-                log_weight -= log_q.log_density(key_noise, score_state, pair, latents, x, lent)
+                log_weight -= log_q.log_density(
+                    key_noise, score_state, pair, latents, x, lent
+                )
         numpyro.factor(f"{name}_log_weight", log_weight)
         return x
 
@@ -121,7 +141,9 @@ def latent_model(
 
 def _fixed(generator: Generator, params: Params) -> Callable[[], Any]:
     """The generator's program at its parameters, which no inference is to see."""
-    return handlers.block(generator.at(params), hide_fn=lambda site: site["type"] == "param")
+    return handlers.block(
+        generator.at(params), hide_fn=lambda site: site["type"] == "param"
+    )
 
 
 def _standard_noise(name: str) -> Callable[[dict], Any]:
@@ -129,7 +151,9 @@ def _standard_noise(name: str) -> Callable[[dict], Any]:
 
     def configure(site: dict) -> Any:
         # TransformReparam draws what it transforms at a site named so.
-        if site["name"] != name + "_base" * site["name"].removeprefix(name).count("_base"):
+        if site["name"] != name + "_base" * site["name"].removeprefix(name).count(
+            "_base"
+        ):
             return None
         found = site["fn"]
         while isinstance(found, dist.Independent | dist.ExpandedDistribution):
@@ -142,6 +166,13 @@ def _standard_noise(name: str) -> Callable[[dict], Any]:
 
 
 @partial(jax.jit, static_argnums=0)
-def _fitted(score: ImportanceScore | ExactScore, rng_key: Array, generator: Generator, params: Params) -> Any:
+def _fitted(
+    score: ImportanceScore | ExactScore,
+    rng_key: Array,
+    generator: Generator,
+    params: Params,
+) -> Any:
     """The proposals of a score, fitted to a generator that no longer changes."""
-    return fit_score(score, rng_key, generator, params, NUM_FITTING_DRAWS, lambda *_: None)[0]
+    return fit_score(
+        score, rng_key, generator, params, NUM_FITTING_DRAWS, lambda *_: None
+    )[0]

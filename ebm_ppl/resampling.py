@@ -1,7 +1,8 @@
-"""Resampling schemes: ``(rng_key, log_weights) -> ancestor indices``, sorted, duplicates adjacent.
+"""Resampling schemes: ``(rng_key, log_weights) -> ancestor indices``, sorted,
+duplicates adjacent.
 
-Any function of that signature can be given as ``resampling=``.  The indices' expected counts must be
-proportional to the weights: then the estimate of Z stays unbiased.
+Any function of that signature can be given as ``resampling=``.  The indices' expected
+counts must be proportional to the weights: then the estimate of Z stays unbiased.
 """
 
 from typing import Protocol
@@ -19,23 +20,28 @@ class Resampling(Protocol):
 
 @jax.jit
 def _invert_cdf(log_weights: Array, sorted_uniforms: Array) -> Array:
-    # A parallel float32 cumsum is not monotone to the last bit, so a walker of zero weight could own a sliver
-    # of [0, 1): give it its predecessor's value exactly, and never step past the last walker of positive weight.
+    # A parallel float32 cumsum is not monotone to the last bit, so a walker of zero
+    # weight could own a sliver of [0, 1): give it its predecessor's value exactly, and
+    # never step past the last walker of positive weight.
     weights = jnp.exp(log_weights - jnp.max(log_weights))
     alive = weights > 0
     cumulative = jnp.where(alive, jnp.cumsum(weights), -jnp.inf)
     cumulative = jnp.maximum.accumulate(cumulative)
     last_alive = log_weights.shape[0] - 1 - jnp.argmax(alive[::-1])
-    indices = jnp.searchsorted(cumulative, sorted_uniforms * cumulative[-1], side="right")
+    indices = jnp.searchsorted(
+        cumulative, sorted_uniforms * cumulative[-1], side="right"
+    )
     return jnp.minimum(indices, last_alive)
 
 
 def systematic(rng_key: Array, log_weights: Array) -> Array:
-    """Systematic resampling (Carpenter, Clifford and Fearnhead 1999): one uniform, N evenly spaced points.
+    """Systematic resampling (Carpenter, Clifford and Fearnhead 1999): one uniform, N
+    evenly spaced points.
 
     Args:
         rng_key: A JAX PRNG key.
-        log_weights: Unnormalised, shape ``(num_walkers,)``; −inf is never selected, in float32 either.
+        log_weights: Unnormalised, shape ``(num_walkers,)``; −inf is never selected, in
+            float32 either.
 
     Returns:
         Ancestor indices, shape ``(num_walkers,)``, sorted.

@@ -1,8 +1,11 @@
-"""What a callable computes with now: the part of a compiled program's key that its identity does not tell.
+"""What a callable computes with now: the part of a compiled program's key that its
+identity does not tell.
 
-JAX caches compiled programs by the identity of the callables in their keys.  A model that closes over an object that
-changes (a flax.nnx module after a training step, an attribute, a global, a NumPy array) would meet the program of what
-it was.  A :class:`Snapshot` compares by identity *and* by content, so changed content is compiled anew.
+JAX caches compiled programs by the identity of the callables in their keys.  A model
+that closes over an object that changes (a flax.nnx module after a training step, an
+attribute, a global, a NumPy array) would meet the program of what it was.  A
+:class:`Snapshot` compares by identity *and* by content, so changed content is compiled
+anew.
 """
 
 import contextvars
@@ -21,14 +24,18 @@ import numpy as np
 
 _ATOMS = (bool, int, complex, str, bytes, type(None), type(Ellipsis), np.dtype)
 _LIBRARIES = tuple(
-    {str(pathlib.Path(sysconfig.get_paths()[name])) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    {
+        str(pathlib.Path(sysconfig.get_paths()[name]))
+        for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    }
     | {str(pathlib.Path(__file__).parent)}
 )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Snapshot:
-    """A callable that equals another one where both are the same callable with the same content.
+    """A callable that equals another one where both are the same callable with the same
+    content.
 
     Attributes:
         fn: What it calls.
@@ -47,13 +54,18 @@ class Snapshot:
         return result
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Snapshot) and self.fn is other.fn and self.content == other.content
+        return (
+            isinstance(other, Snapshot)
+            and self.fn is other.fn
+            and self.content == other.content
+        )
 
     def __hash__(self) -> int:
         return hash((id(self.fn), self.content))
 
 
-# The last snapshot of callables, by their identity, and the content that its last run left behind.
+# The last snapshot of callables, by their identity, and the content that its last run
+# left behind.
 _LAST: dict[int, tuple[Snapshot, "Content"]] = {}
 _MAX_KEPT = 128
 
@@ -96,10 +108,11 @@ class Content:
 
 
 def content_of(value: Any) -> Content:
-    """Everything that an object refers to: attributes, closures, defaults, and globals of functions outside libraries.
+    """Everything that an object refers to: attributes, closures, defaults, and globals
+    of functions outside libraries.
 
-    JAX's arrays cannot change and count by identity; NumPy's count by their numbers.  Objects that tell nothing of
-    themselves count by identity.
+    JAX's arrays cannot change and count by identity; NumPy's count by their numbers.
+    Objects that tell nothing of themselves count by identity.
     """
     tokens = tuple(_Reader().read(value))
     return Content(tokens, hash(tokens))
@@ -134,7 +147,9 @@ class _Reader:
         if isinstance(value, float):
             yield float, repr(value)  # NaN equals itself here
             return
-        if isinstance(value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType):
+        if isinstance(
+            value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType
+        ):
             yield _Same(value)
             if isinstance(value, type) and not _is_library_class(value):
                 yield from self._once(value, self._class)
@@ -151,16 +166,25 @@ class _Reader:
 
     def _compound(self, value: Any) -> Iterable[Any]:
         if isinstance(value, np.ma.MaskedArray):
-            yield from self._children(np.ma.MaskedArray, (np.ma.getdata(value), np.ma.getmaskarray(value)))
+            yield from self._children(
+                np.ma.MaskedArray, (np.ma.getdata(value), np.ma.getmaskarray(value))
+            )
         elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
             numbers = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            yield np.ndarray, value.shape, value.dtype.str, hashlib.sha256(numbers.data).digest()
+            yield (
+                np.ndarray,
+                value.shape,
+                value.dtype.str,
+                hashlib.sha256(numbers.data).digest(),
+            )
         elif isinstance(value, types.FunctionType):
             yield from self._function(value)
         elif isinstance(value, types.MethodType):
             yield from self._children("method", (value.__func__, value.__self__))
         elif isinstance(value, functools.partial):
-            yield from self._children("partial", (value.func, value.args, value.keywords))
+            yield from self._children(
+                "partial", (value.func, value.args, value.keywords)
+            )
         elif isinstance(value, bytearray | memoryview):
             yield type(value), bytes(value)
         elif isinstance(value, contextvars.ContextVar):
@@ -170,7 +194,9 @@ class _Reader:
         elif isinstance(value, dict):
             yield from self._children(type(value), (*value.keys(), *value.values()))
         elif isinstance(value, list | tuple | np.ndarray):
-            yield from self._children(type(value), np.ravel(value) if isinstance(value, np.ndarray) else value)
+            yield from self._children(
+                type(value), np.ravel(value) if isinstance(value, np.ndarray) else value
+            )
         elif isinstance(value, set | frozenset):
             yield from self._children(type(value), sorted(value, key=repr))
         else:
@@ -185,14 +211,20 @@ class _Reader:
     def _function(self, fn: types.FunctionType) -> Iterable[Any]:
         yield fn.__code__
         cells = [_contents(cell) for cell in fn.__closure__ or ()]
-        yield from self._children("defaults", (fn.__defaults__, fn.__kwdefaults__, *cells))
+        yield from self._children(
+            "defaults", (fn.__defaults__, fn.__kwdefaults__, *cells)
+        )
         if hasattr(fn, "__wrapped__"):
             yield from self.read(fn.__wrapped__)
         if not fn.__code__.co_filename.startswith(_LIBRARIES):
             yield from self._children("globals", _globals_of(fn))
 
     def _class(self, kind: type) -> Iterable[Any]:
-        members = {name: value for name, value in vars(kind).items() if not name.startswith("__")}
+        members = {
+            name: value
+            for name, value in vars(kind).items()
+            if not name.startswith("__")
+        }
         yield from self._children(kind.__qualname__, (*members, *members.values()))
 
     def _object(self, value: Any) -> Iterable[Any]:
@@ -224,7 +256,10 @@ def _given_away(value: Any, *, has_state: bool) -> dict[str, Any]:
     if isinstance(reduced, str):
         return {}
     # Its constructor's arguments, then its items as iterators.
-    return {"arguments": reduced[1], "items": [list(part) for part in reduced[3:5] if part is not None]}
+    return {
+        "arguments": reduced[1],
+        "items": [list(part) for part in reduced[3:5] if part is not None],
+    }
 
 
 def _contents(cell: Any) -> Any:
@@ -248,7 +283,9 @@ def _globals_of(fn: types.FunctionType) -> list[Any]:
     return found
 
 
-def _attributes_of(module: types.ModuleType, names: list[str], seen: set[int]) -> list[Any]:
+def _attributes_of(
+    module: types.ModuleType, names: list[str], seen: set[int]
+) -> list[Any]:
     """Those attributes of a module outside libraries that a function may mean, modules inside it included."""
     found: list[Any] = []
     if _is_library_module(module):
@@ -277,4 +314,6 @@ def _is_library_module(module: types.ModuleType) -> bool:
 
 def _is_library_class(kind: type) -> bool:
     module = sys.modules.get(kind.__module__)
-    return kind.__module__ != "__main__" and (module is None or _is_library_module(module))
+    return kind.__module__ != "__main__" and (
+        module is None or _is_library_module(module)
+    )

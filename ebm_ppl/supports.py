@@ -4,7 +4,12 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array, random
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import IdentityTransform, IndependentTransform, Transform, biject_to
+from numpyro.distributions.transforms import (
+    IdentityTransform,
+    IndependentTransform,
+    Transform,
+    biject_to,
+)
 
 
 def is_improper(base: dist.Distribution) -> bool:
@@ -41,16 +46,23 @@ def bijector_of(base: dist.Distribution) -> Transform:
         return biject_to(base.support)
     except NotImplementedError as error:
         inner = base
-        while isinstance(inner, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution):
+        while isinstance(
+            inner,
+            dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution,
+        ):
             inner = inner.base_dist
         raise NotImplementedError(
-            f"A {type(inner).__name__} has support {base.support}, which NumPyro cannot map the whole space onto, so "
-            "walkers and quadrature have no coordinates there. Take a base over the real line, a half-line, an "
+            f"A {type(inner).__name__} has support {base.support}, which NumPyro "
+            "cannot map the whole space onto, so "
+            "walkers and quadrature have no coordinates there. Take a base over the "
+            "real line, a half-line, an "
             "interval or a simplex, and write the energy of x there."
         ) from error
 
 
-def points_in_support(base: dist.Distribution, rng_key: Array, num_points: int) -> Array:
+def points_in_support(
+    base: dist.Distribution, rng_key: Array, num_points: int
+) -> Array:
     """Scattered points of a base's support, ``(num_points, *batch, *event)``, whether or not it can be sampled."""
     if base.support.is_discrete:
         return base.sample(rng_key, (num_points,))
@@ -59,7 +71,8 @@ def points_in_support(base: dist.Distribution, rng_key: Array, num_points: int) 
     shape = transform.inverse_shape(base.batch_shape + base.event_shape)
     key_scale, key_points = random.split(rng_key)
 
-    # Over the scales that a bijector's image can tell from its ends, and further where nothing ends.
+    # Over the scales that a bijector's image can tell from its ends, and further where
+    # nothing ends.
     inner = transform
     while isinstance(inner, IndependentTransform):
         inner = inner.base_transform

@@ -26,20 +26,27 @@ SECONDS_PER_CHUNK = 0.5
 class Backend(Protocol):
     """What the loop needs of a backend: a pure update and the parameters of a state."""
 
-    def update(self, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]: ...  # noqa: D102
+    def update(
+        self, state: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The state after one step, and what the history records of it."""
+        ...
 
-    def get_params(self, state: Any) -> Params: ...  # noqa: D102
+    def get_params(self, state: Any) -> Params:
+        """Parameters as users see them, on their own supports."""
+        ...
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished run; parameters, state and the last entry of the history belong to one step.
+    """A finished run; parameters, state and the last entry of the history belong to one
+    step.
 
     Attributes:
         params: Constrained values by site name.
         state: The backend's state; give it as ``init_state`` to continue.
-        history: One NumPy array per diagnostic with a leading step axis; a dict by site name where it is per
-            energy site.
+        history: One NumPy array per diagnostic with a leading step axis; a dict by site
+            name where it is per energy site.
     """
 
     params: Params
@@ -54,26 +61,45 @@ def as_strong_array(leaf: Any) -> Array:
     return lax.convert_element_type(leaf, jnp.result_type(leaf))
 
 
-def run(backend: Backend, init_state: Any, num_steps: int, arguments: Arguments, *, progress_bar: bool) -> Fit:
-    """Run ``num_steps`` updates from ``init_state``, which is copied once; later buffers are donated.
+def run(
+    backend: Backend,
+    init_state: Any,
+    num_steps: int,
+    arguments: Arguments,
+    *,
+    progress_bar: bool,
+) -> Fit:
+    """Run ``num_steps`` updates from ``init_state``, which is copied once; later
+    buffers are donated.
 
-    Ctrl-C ends the run at the next chunk's end and returns what was reached; a second one interrupts at once.
+    Ctrl-C ends the run at the next chunk's end and returns what was reached; a second
+    one interrupts at once.
 
     Raises:
-        NonFiniteError: A step was not finite.  Its ``fit`` holds the state before that step.
+        NonFiniteError: A step was not finite.  Its ``fit`` holds the state before that
+            step.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}; expected at least 1.")
     state, programs = jax.tree.map(jnp.array, init_state), _programs_of(backend)
     done, length, pieces = 0, 1, []
-    with tqdm(total=num_steps, disable=not progress_bar) as bar, _deferred_interrupt() as interrupted:
+    with (
+        tqdm(total=num_steps, disable=not progress_bar) as bar,
+        _deferred_interrupt() as interrupted,
+    ):
         while done < num_steps and not interrupted:
             length = min(length, num_steps - done)
             began = time.perf_counter()
-            state, history, ran, finite = _chunk(backend, state, arguments, length, programs)
+            state, history, ran, finite = _chunk(
+                backend, state, arguments, length, programs
+            )
             ran = int(ran)  # the chunk's one sync
             elapsed = time.perf_counter() - began
-            pieces.append(jax.tree.map(lambda h, ran=ran: np.asarray(h)[:ran], jax.device_get(history)))
+            pieces.append(
+                jax.tree.map(
+                    lambda h, ran=ran: np.asarray(h)[:ran], jax.device_get(history)
+                )
+            )
             done += ran
             bar.update(ran)
             bad = [name for name, ok in jax.device_get(finite).items() if not ok]
@@ -94,12 +120,18 @@ def _programs_of(backend: Backend) -> tuple[Snapshot, ...]:
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
 def _chunk(
-    backend: Backend, state: Any, arguments: Arguments, num_steps: Array, programs: tuple[Snapshot, ...] = ()
+    backend: Backend,
+    state: Any,
+    arguments: Arguments,
+    num_steps: Array,
+    programs: tuple[Snapshot, ...] = (),
 ) -> tuple[Any, dict[str, Any], Array, dict[str, Array]]:
-    """Up to ``num_steps`` updates in one compiled loop of dynamic length; stops at the first that is not finite.
+    """Up to ``num_steps`` updates in one compiled loop of dynamic length; stops at the
+    first that is not finite.
 
-    Every length shares one executable, so the last short chunk does not compile again.  ``programs`` are the
-    backend's callables with their present content: where a model's closure has changed, the executable is another.
+    Every length shares one executable, so the last short chunk does not compile again.
+    ``programs`` are the backend's callables with their present content: where a model's
+    closure has changed, the executable is another.
     """
 
     def update(state: Any) -> tuple[Any, dict[str, Any], dict[str, Array]]:
@@ -109,7 +141,9 @@ def _chunk(
         return state, info, finite
 
     _, info, finite = jax.eval_shape(update, state)
-    history = jax.tree.map(lambda leaf: jnp.zeros((MAX_CHUNK, *leaf.shape), leaf.dtype), info)
+    history = jax.tree.map(
+        lambda leaf: jnp.zeros((MAX_CHUNK, *leaf.shape), leaf.dtype), info
+    )
 
     def going_on(carry: tuple) -> Array:
         step, _, _, finite = carry
@@ -130,22 +164,30 @@ def _chunk(
 
 
 def _fit(backend: Backend, state: Any, pieces: list[dict[str, Any]]) -> Fit:
-    history = jax.tree.map(lambda *parts: np.concatenate(parts), *pieces) if pieces else {}
+    history = (
+        jax.tree.map(lambda *parts: np.concatenate(parts), *pieces) if pieces else {}
+    )
     return Fit(params=backend.get_params(state), state=state, history=history)
 
 
 def _non_finite_message(bad: list[str], step: int) -> str:
     where = ", ".join(
-        {"loss": "the loss over the data", "gradient": "the gradient", "generator": "the generator"}.get(
-            name, f"the walkers of energy site '{name}'"
-        )
+        {
+            "loss": "the loss over the data",
+            "gradient": "the gradient",
+            "generator": "the generator",
+        }.get(name, f"the walkers of energy site '{name}'")
         for name in bad
     )
     return (
-        f"Step {step} gave a NaN or an infinity in {where}; the state before it is kept in this error's .fit. "
-        "Lower the learning rate or clip gradients (optax.chain(optax.clip_by_global_norm(...), ...)), lower the "
-        "kernel's step size if it is ULA, and check that the energy is finite over the whole support and on the data "
-        "(and that a generator's scale is positive, constraint=constraints.interval(0.01, 1.0), and its draws in the "
+        f"Step {step} gave a NaN or an infinity in {where}; the state before it is "
+        "kept in this error's .fit. "
+        "Lower the learning rate or clip gradients "
+        "(optax.chain(optax.clip_by_global_norm(...), ...)), lower the "
+        "kernel's step size if it is ULA, and check that the energy is finite over the "
+        "whole support and on the data "
+        "(and that a generator's scale is positive, "
+        "constraint=constraints.interval(0.01, 1.0), and its draws in the "
         "base's support: ebm_ppl.standardized_normal)."
     )
 
@@ -153,7 +195,10 @@ def _non_finite_message(bad: list[str], step: int) -> str:
 def _progress(history: dict[str, Any]) -> str:
     parts = [f"loss {history['loss'][-1]:.4g}"]
     if "ess" in history:
-        parts.append("ESS " + ", ".join(f"{np.min(ess[-1]):.2f}" for ess in history["ess"].values()))
+        parts.append(
+            "ESS "
+            + ", ".join(f"{np.min(ess[-1]):.2f}" for ess in history["ess"].values())
+        )
     if "log_normalizer" in history:
         for name, value in history["log_normalizer"].items():
             error = history["log_normalizer_stderr"][name][-1]

@@ -15,7 +15,11 @@ from ebm_ppl.distribution import EnergyDistribution, potential_at
 from ebm_ppl.kernels import KernelState
 from ebm_ppl.model import BoundModel, Params
 from ebm_ppl.placement import SiteAtParams
-from ebm_ppl.weights import conditional_ess_fraction, jackknife_log_mean_exp, pooled_ess_fraction
+from ebm_ppl.weights import (
+    conditional_ess_fraction,
+    jackknife_log_mean_exp,
+    pooled_ess_fraction,
+)
 
 
 @partial(
@@ -25,14 +29,17 @@ from ebm_ppl.weights import conditional_ess_fraction, jackknife_log_mean_exp, po
 )
 @dataclass(frozen=True)
 class Walkers:
-    """The walkers of one energy site.  Held-out islands are the last ``num_holdout_chains``.
+    """The walkers of one energy site.  Held-out islands are the last
+    ``num_holdout_chains``.
 
     Attributes:
-        ensemble: Positions (base-standard coordinates), potentials, log weights and past log normalisers.
+        ensemble: Positions (base-standard coordinates), potentials, log weights and
+            past log normalisers.
         step_size: Langevin step h, of the site's batch shape.
         transform: The map T from positions to values, frozen at the initial parameters.
-        gradient: ∇θ log Z from the training islands, a tree like the parameters; None where the site has a
-            batch shape, whose normalisers enter the loss one by one.
+        gradient: ∇θ log Z from the training islands, a tree like the parameters; None
+            where the site has a batch shape, whose normalisers enter the loss one by
+            one.
     """
 
     ensemble: Ensemble
@@ -58,7 +65,9 @@ class Walkers:
 
     def log_normalizer(self) -> tuple[Array, Array]:
         """Held-out log Z and its jackknife standard error, each of the site's batch shape."""
-        return jackknife_log_mean_exp(self.ensemble.log_normalizers[self.num_training_chains :])
+        return jackknife_log_mean_exp(
+            self.ensemble.log_normalizers[self.num_training_chains :]
+        )
 
     def held_out(self) -> Pass:
         """What the held-out islands say about log Z."""
@@ -69,24 +78,38 @@ class Walkers:
     def training_log_normalizer(self) -> Array:
         """Log Z as the training islands claim it: biased by every update they made."""
         islands = self.ensemble.log_normalizers[: self.num_training_chains]
-        return islands[0] if self.num_training_chains == 1 else jackknife_log_mean_exp(islands)[0]
+        return (
+            islands[0]
+            if self.num_training_chains == 1
+            else jackknife_log_mean_exp(islands)[0]
+        )
 
     def ess(self) -> tuple[Array, Array]:
         """ESS fraction of the training and of the held-out islands, each of the site's batch shape."""
         split = self.num_training_chains
-        return pooled_ess_fraction(self.log_weight[:split]), pooled_ess_fraction(self.log_weight[split:])
+        return pooled_ess_fraction(self.log_weight[:split]), pooled_ess_fraction(
+            self.log_weight[split:]
+        )
 
     def is_usable(self) -> Array:
         """Whether every island has a finite log Ẑ and the gradient is finite: a NaN weight spoils both."""
         usable = jnp.all(jnp.isfinite(self.ensemble.log_normalizers))
-        return usable if self.gradient is None else usable & jnp.isfinite(optax.tree.norm(self.gradient))
+        return (
+            usable
+            if self.gradient is None
+            else usable & jnp.isfinite(optax.tree.norm(self.gradient))
+        )
 
 
-def training_mean_potential(walkers: Walkers, distribution: EnergyDistribution) -> Array:
+def training_mean_potential(
+    walkers: Walkers, distribution: EnergyDistribution
+) -> Array:
     """``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands at fixed walkers and weights; −∇ of it is ∇log Z."""
     split = walkers.num_training_chains
     weight = jax.nn.softmax(walkers.log_weight[:split], axis=1) / split
-    potential = distribution.potential(walkers.transform(walkers.ensemble.position[:split]))
+    potential = distribution.potential(
+        walkers.transform(walkers.ensemble.position[:split])
+    )
     # A walker outside the energy's domain has weight 0 and potential inf.
     return jnp.sum(weight * jnp.where(weight > 0, potential, 0.0), axis=(0, 1))
 
@@ -106,18 +129,22 @@ def merge_islands(value: Array) -> Array:
     return value.reshape(-1, *value.shape[2:])
 
 
-def switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tuple[Walkers, KernelState, Array]:
-    """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for the move and ∇θ log Z.
+def switch(
+    bound: BoundModel, name: str, params: Params, walkers: Walkers
+) -> tuple[Walkers, KernelState, Array]:
+    """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for
+    the move and ∇θ log Z.
 
-    Returns the reweighted walkers, their kernel state under θ' (islands merged) and the training islands'
-    conditional ESS.
+    Returns the reweighted walkers, their kernel state under θ' (islands merged) and the
+    training islands' conditional ESS.
     """
     ensemble, split = walkers.ensemble, walkers.num_training_chains
 
     def potential_of(params: Params, position: Array) -> Array:
         return potential_at(bound.energies(params)[name], walkers.transform, position)
 
-    # One leading dimension for every island's walkers: XLA reduces and stores three dimensions less well.
+    # One leading dimension for every island's walkers: XLA reduces and stores three
+    # dimensions less well.
     position = merge_islands(ensemble.position)
     potential, pull = jax.vjp(potential_of, params, position)
     (_, grad) = pull(jnp.ones_like(potential))
@@ -130,6 +157,10 @@ def switch(bound: BoundModel, name: str, params: Params, walkers: Walkers) -> tu
     gradient = walkers.gradient
     if gradient is not None:
         weight = jax.nn.softmax(log_weight[:split], axis=1) / split
-        (gradient, _) = pull(-merge_islands(jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])])))
+        (gradient, _) = pull(
+            -merge_islands(
+                jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])])
+            )
+        )
     ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
     return replace(walkers, ensemble=ensemble, gradient=gradient), evaluated, ess

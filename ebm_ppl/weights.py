@@ -1,7 +1,8 @@
 """Log weights: means, effective sample sizes and the jackknife of a log-mean-exp.
 
-Everything stays in log space and holds in float32.  ``axis`` is the walker axis throughout.  Each is jitted: called
-outside a jitted function it would else compile one program per operation.
+Everything stays in log space and holds in float32.  ``axis`` is the walker axis
+throughout.  Each is jitted: called outside a jitted function it would else compile one
+program per operation.
 """
 
 import math
@@ -25,7 +26,8 @@ def ess_fraction(log_weights: Array, axis: int = -1) -> Array:
 
     Kong (1992).  NaN where every weight is zero.
     """
-    # Normalised first: the difference of two logsumexps loses digits where log weights are large.
+    # Normalised first: the difference of two logsumexps loses digits where log weights
+    # are large.
     weights = jax.nn.softmax(log_weights, axis=axis)
     return 1.0 / (log_weights.shape[axis] * jnp.sum(weights**2, axis=axis))
 
@@ -34,42 +36,52 @@ def ess_fraction(log_weights: Array, axis: int = -1) -> Array:
 def pooled_ess_fraction(log_weights: Array) -> Array:
     """ESS fraction of the estimator that averages self-normalised islands equally.
 
-    ``log_weights`` has shape ``(num_chains, num_walkers, ...)``; the estimator's weights are
-    ``softmax`` inside an island over the number of islands, so its ESS is the harmonic mean of the islands'.
+    ``log_weights`` has shape ``(num_chains, num_walkers, ...)``; the estimator's
+    weights are ``softmax`` inside an island over the number of islands, so its ESS is
+    the harmonic mean of the islands'.
     """
     return 1.0 / jnp.mean(1.0 / ess_fraction(log_weights, axis=1), axis=0)
 
 
 @jax.jit
 def conditional_ess_fraction(log_weights: Array, log_increments: Array) -> Array:
-    """Conditional ESS of an increment, ``(Σ w e^Δ)² / Σ w e^{2Δ}`` with ``Σ w = 1``, in (0, 1].
+    """Conditional ESS of an increment, ``(Σ w e^Δ)² / Σ w e^{2Δ}`` with ``Σ w = 1``, in
+    (0, 1].
 
-    Zhou, Johansen and Aston (2016), eq. 3.16.  Both arguments have shape
-    ``(num_chains, num_walkers, ...)``; islands count equally, whatever their normaliser.
+    Zhou, Johansen and Aston (2016), eq. 3.16.  Both arguments have shape ``(num_chains,
+    num_walkers, ...)``; islands count equally, whatever their normaliser.
     """
     weights = jax.nn.softmax(log_weights, axis=1) / log_weights.shape[0]
     log_increments = jnp.where(weights > 0, log_increments, -jnp.inf)
     ratios = jnp.exp(log_increments - jnp.max(log_increments, axis=(0, 1)))
-    return jnp.sum(weights * ratios, axis=(0, 1)) ** 2 / jnp.sum(weights * ratios**2, axis=(0, 1))
+    return jnp.sum(weights * ratios, axis=(0, 1)) ** 2 / jnp.sum(
+        weights * ratios**2, axis=(0, 1)
+    )
 
 
 @jax.jit
-def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) -> tuple[Array, Array]:
-    """Bias-corrected log of a (weighted) mean of ``exp(log_values)`` over axis 0, and its standard error.
+def jackknife_log_mean_exp(
+    log_values: Array, log_weights: Array | None = None
+) -> tuple[Array, Array]:
+    """Bias-corrected log of a (weighted) mean of ``exp(log_values)`` over axis 0, and
+    its standard error.
 
-    Each ``exp(log_values[c])`` is an independent unbiased estimate of Z; the log of their mean is biased by
-    ``−½ Var``, which the jackknife (Quenouille 1956, Tukey 1958) removes to first order.  The average of
-    ``log_values`` itself would keep a bias of ``−½ Var`` of a *single* island however many there are.
+    Each ``exp(log_values[c])`` is an independent unbiased estimate of Z; the log of
+    their mean is biased by ``−½ Var``, which the jackknife (Quenouille 1956, Tukey
+    1958) removes to first order.  The average of ``log_values`` itself would keep a
+    bias of ``−½ Var`` of a *single* island however many there are.
 
     Args:
         log_values: Shape ``(num_islands, ...)``, at least two islands.
-        log_weights: Log weights of the islands, of the same shape; None weighs them equally.
+        log_weights: Log weights of the islands, of the same shape; None weighs them
+            equally.
 
     Returns:
         ``(estimate, stderr)``, each of shape ``(...)``.
     """
     num = log_values.shape[0]
-    # The jackknife subtracts numbers close to each other: without their common size nothing is lost in float32.
+    # The jackknife subtracts numbers close to each other: without their common size
+    # nothing is lost in float32.
     size = jnp.max(log_values, axis=0)
     size = jnp.where(jnp.isfinite(size), size, 0.0)
     log_values = log_values - size
@@ -78,7 +90,9 @@ def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) 
     def log_mean(excluded: Array) -> Array:
         weights = jnp.zeros_like(log_values) if log_weights is None else log_weights
         weights = jnp.where(excluded, -jnp.inf, weights)
-        return logsumexp(weights + log_values, axis=-log_values.ndim) - logsumexp(weights, axis=-log_values.ndim)
+        return logsumexp(weights + log_values, axis=-log_values.ndim) - logsumexp(
+            weights, axis=-log_values.ndim
+        )
 
     leave_one_out = log_mean(left_out)
     centre = leave_one_out.mean(axis=0)
@@ -89,17 +103,19 @@ def jackknife_log_mean_exp(log_values: Array, log_weights: Array | None = None) 
 
 @jax.jit
 def pareto_khat(log_weights: Array) -> Array:
-    """Shape k̂ of the generalised Pareto distribution fitted to the largest weights along axis 0.
+    """Shape k̂ of the generalised Pareto distribution fitted to the largest weights
+    along axis 0.
 
-    The tail holds ``3√n`` weights (a fifth of them under 226); the fit is that of Zhang and Stephens (2009) with the
-    prior of Vehtari, Simpson, Gelman, Yao and Gabry (2024), who show that above 0.7 an average of these weights cannot
-    be trusted.
+    The tail holds ``3√n`` weights (a fifth of them under 226); the fit is that of Zhang
+    and Stephens (2009) with the prior of Vehtari, Simpson, Gelman, Yao and Gabry
+    (2024), who show that above 0.7 an average of these weights cannot be trusted.
 
     Args:
         log_weights: Shape ``(n, ...)``.
 
     Returns:
-        Shape ``(...)``; −inf where the tail's weights are equal to 1 part in 10⁴, NaN with fewer than 25 weights.
+        Shape ``(...)``; −inf where the tail's weights are equal to 1 part in 10⁴, NaN
+        with fewer than 25 weights.
     """
     num = log_weights.shape[0]
     if num < 25:
@@ -117,11 +133,16 @@ def _generalized_pareto_shape(sorted_values: Array) -> Array:
     num = sorted_values.shape[0]
     num_grid = 30 + math.isqrt(num)
     largest, quartile = sorted_values[-1], sorted_values[int(num / 4 + 0.5) - 1]
-    # The grid is b = 1/largest − c/(3 quartile); 1 − b x is taken without subtracting nearly equal numbers.
-    offsets = (jnp.sqrt(num_grid / (jnp.arange(1, num_grid + 1) - 0.5)) - 1.0) / (3.0 * quartile)
+    # The grid is b = 1/largest − c/(3 quartile); 1 − b x is taken without subtracting
+    # nearly equal numbers.
+    offsets = (jnp.sqrt(num_grid / (jnp.arange(1, num_grid + 1) - 0.5)) - 1.0) / (
+        3.0 * quartile
+    )
 
     def mean_log(offset: Array) -> Array:
-        return jnp.mean(jnp.log((1.0 - sorted_values / largest) + sorted_values * offset))
+        return jnp.mean(
+            jnp.log((1.0 - sorted_values / largest) + sorted_values * offset)
+        )
 
     shapes = jax.vmap(mean_log)(offsets)
     profile = num * (jnp.log((offsets - 1.0 / largest) / shapes) - shapes - 1.0)

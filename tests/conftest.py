@@ -4,18 +4,25 @@ import os
 import pathlib
 
 os.environ["MPLBACKEND"] = "Agg"
-# Models here are tiny and compiled once: without optimisation the suite takes a third less time.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# Models here are tiny and compiled once: without optimisation the suite takes a third
+# less time.
+QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)
-# Compiling is most of the time: workers, and Pythons with the same jaxlib, share what they compiled.
+# Compiling is most of the time: workers, and Pythons with the same jaxlib, share what
+# they compiled.
 CACHE = pathlib.Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 # Also the smallest programs: the clearing below makes every module want them again.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Threads of JAX processes side by side wait for one another: workers of pytest-xdist keep to one core each.
+# Threads of JAX processes side by side wait for one another: workers of pytest-xdist
+# keep to one core each.
 worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0")
-if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 and hasattr(os, "sched_setaffinity"):
+if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 and hasattr(
+    os, "sched_setaffinity"
+):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
@@ -23,6 +30,7 @@ import jax  # noqa: E402
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Drop a finished module's executables: each maps memory, of which Linux allows a process 65,530 pieces."""
+    """Drop a finished module's executables: each maps memory, of which Linux allows a
+    process 65,530 pieces."""
     if nextitem is None or nextitem.module is not item.module:
         jax.clear_caches()

@@ -1,4 +1,5 @@
-"""Annealing against closed forms and quadrature: log Z within its own standard error, walkers on the target."""
+"""Annealing against closed forms and quadrature: log Z within its own standard error,
+walkers on the target."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
 
 def quadrature(energy, base, low, high):
     grid = np.linspace(low, high, 200_001)
-    density = np.exp(np.asarray(base.log_prob(grid), float) - np.asarray(energy(grid), float))
+    density = np.exp(
+        np.asarray(base.log_prob(grid), float) - np.asarray(energy(grid), float)
+    )
     return float(np.log(np.trapezoid(density, grid)))
 
 
@@ -27,7 +30,9 @@ def gaussian_case():
     energy = lambda v: 0.5 * (precision * (v - 1.0) ** 2).sum(-1)  # noqa: E731
     joint = 1 + precision
     exact = float(-0.5 * jnp.log(joint).sum() - 0.5 * (precision / joint).sum())
-    return ebm.EnergyDistribution(energy, dist.Normal(0, 1).expand([3]).to_event(1)), exact
+    return ebm.EnergyDistribution(
+        energy, dist.Normal(0, 1).expand([3]).to_event(1)
+    ), exact
 
 
 def skewed_case():
@@ -49,18 +54,26 @@ def improper_case():
 
 
 def simplex_case():
-    """Dirichlet(1, 1, 1) base times x₀ x₁²: another Dirichlet, so Z is a ratio of gamma functions."""
+    """Dirichlet(1, 1, 1) base times x₀ x₁²: another Dirichlet, so Z is a ratio of gamma
+    functions."""
     energy = lambda v: -jnp.log(v[..., 0]) - 2 * jnp.log(v[..., 1])  # noqa: E731
-    return ebm.EnergyDistribution(energy, dist.Dirichlet(jnp.ones(3))), float(np.log(2.0 * 1 * 2 / 120))
+    return ebm.EnergyDistribution(energy, dist.Dirichlet(jnp.ones(3))), float(
+        np.log(2.0 * 1 * 2 / 120)
+    )
 
 
-CASES = {f.__name__: f for f in (gaussian_case, skewed_case, positive_case, improper_case, simplex_case)}
+CASES = {
+    f.__name__: f
+    for f in (gaussian_case, skewed_case, positive_case, improper_case, simplex_case)
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_log_normalizer_is_within_its_interval(case):
     distribution, exact = CASES[case]()
-    log_z = ebm.log_normalizer(random.key(0), distribution, num_temperatures=64, num_walkers=100)
+    log_z = ebm.log_normalizer(
+        random.key(0), distribution, num_temperatures=64, num_walkers=100
+    )
     estimate, stderr = float(log_z.estimate["x"]), float(log_z.stderr["x"])
     assert 0 < stderr < 0.1
     assert abs(estimate - exact) < T15_9999 * stderr
@@ -70,9 +83,15 @@ def test_log_normalizer_is_within_its_interval(case):
 
 
 def test_each_island_is_unbiased_with_resampling():
-    """mean of Ẑ_c / Z over many islands is 1: a short ladder makes the weights vary and islands resample."""
+    """mean of Ẑ_c / Z over many islands is 1: a short ladder makes the weights vary and
+    islands resample."""
     distribution, exact = skewed_case()
-    options = {"num_chains": 2_000, "num_walkers": 20, "num_temperatures": 3, "method": "forward"}
+    options = {
+        "num_chains": 2_000,
+        "num_walkers": 20,
+        "num_temperatures": 3,
+        "method": "forward",
+    }
     log_z = ebm.log_normalizer(random.key(1), distribution, **options)
     ratio = np.exp(np.asarray(log_z.log_normalizers["x"], float) - exact)
     assert ratio.std() > 0.03
@@ -83,7 +102,9 @@ def test_one_normaliser_per_batch_element():
     scales = jnp.array([0.5, 1.0, 4.0])
     base = dist.Normal(jnp.zeros(3), 1.0)
     distribution = ebm.EnergyDistribution(lambda v: 0.5 * scales * v**2, base)
-    log_z = ebm.log_normalizer(random.key(2), distribution, num_temperatures=64, num_walkers=200)
+    log_z = ebm.log_normalizer(
+        random.key(2), distribution, num_temperatures=64, num_walkers=200
+    )
     error = np.abs(log_z.estimate["x"] + 0.5 * np.log1p(scales)) / log_z.stderr["x"]
     assert error.shape == (3,)
     assert np.all(error < T15_9999)
@@ -94,15 +115,23 @@ def test_a_constant_in_the_energy_shifts_log_z_exactly():
     # In float32 a rounding may turn an acceptance over, and the walkers part.
     with jax.enable_x64(True):
         distribution, _ = skewed_case()
-        shifted = ebm.EnergyDistribution(lambda v: distribution.energy(v) + 3.0, distribution.base)
-        plain = float(ebm.log_normalizer(random.key(3), distribution, **options).estimate["x"])
-        moved = float(ebm.log_normalizer(random.key(3), shifted, **options).estimate["x"])
+        shifted = ebm.EnergyDistribution(
+            lambda v: distribution.energy(v) + 3.0, distribution.base
+        )
+        plain = float(
+            ebm.log_normalizer(random.key(3), distribution, **options).estimate["x"]
+        )
+        moved = float(
+            ebm.log_normalizer(random.key(3), shifted, **options).estimate["x"]
+        )
     assert moved == pytest.approx(plain - 3.0, abs=1e-9)
 
 
 def test_start_is_used_exactly_where_it_is_the_energy():
     flat = dist.ImproperUniform(constraints.real, (), ())
-    distribution = ebm.EnergyDistribution(lambda v: 0.5 * v**2, flat, start=dist.Normal(0, 1))
+    distribution = ebm.EnergyDistribution(
+        lambda v: 0.5 * v**2, flat, start=dist.Normal(0, 1)
+    )
     log_z = ebm.log_normalizer(random.key(4), distribution)
     assert log_z.estimate["x"] == pytest.approx(0.5 * np.log(2 * np.pi), abs=1e-5)
     assert log_z.stderr["x"] < 1e-5
@@ -111,42 +140,64 @@ def test_start_is_used_exactly_where_it_is_the_energy():
 def test_an_energy_that_annealing_cannot_reach_is_refused(monkeypatch):
     monkeypatch.setattr("ebm_ppl.placement.MAX_PILOT_RUNGS", 3)
     far = ebm.EnergyDistribution(lambda v: 100 * (v - 5.0) ** 2, dist.Normal(0, 1))
-    with pytest.raises(ValueError, match=r"site 'x'.* stopped at inverse temperature .* closer start="):
+    with pytest.raises(
+        ValueError, match=r"site 'x'.* stopped at inverse temperature .* closer start="
+    ):
         ebm.log_normalizer(random.key(5), far)
 
 
 def test_parameters_come_constrained():
     def model():
         rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
-        numpyro.sample("v", ebm.EnergyDistribution(lambda v: 0.5 * rate * v**2, dist.Normal(0, 1)))
+        numpyro.sample(
+            "v", ebm.EnergyDistribution(lambda v: 0.5 * rate * v**2, dist.Normal(0, 1))
+        )
 
-    log_z = ebm.log_normalizer(random.key(6), model, {"rate": jnp.array(3.0)}, num_temperatures=64)
+    log_z = ebm.log_normalizer(
+        random.key(6), model, {"rate": jnp.array(3.0)}, num_temperatures=64
+    )
     assert abs(log_z.estimate["v"] + 0.5 * np.log(4.0)) < T15_9999 * log_z.stderr["v"]
 
 
 def test_resampling_happens_island_by_island():
-    """Only the island under the threshold changes, and log Ẑ_c of every island is kept."""
-    log_weight = jnp.stack([jnp.zeros(8), jnp.array([0.0] + [-10.0] * 7), jnp.array([0.0] * 4 + [-jnp.inf] * 4)])
+    """Only the island under the threshold changes, and log Ẑ_c of every island is
+    kept."""
+    log_weight = jnp.stack(
+        [
+            jnp.zeros(8),
+            jnp.array([0.0] + [-10.0] * 7),
+            jnp.array([0.0] * 4 + [-jnp.inf] * 4),
+        ]
+    )
     position = jnp.arange(24.0).reshape(3, 8)
     ensemble = Ensemble(position, -position, log_weight, jnp.array([1.0, 2.0, 3.0]))
     low = ess_fraction(log_weight, axis=1) < 0.3
     after = resample_islands(random.key(0), ensemble, low, ebm.systematic)
     np.testing.assert_array_equal(low, [False, True, False])
-    np.testing.assert_array_equal(after.position[jnp.array([0, 2])], position[jnp.array([0, 2])])
+    np.testing.assert_array_equal(
+        after.position[jnp.array([0, 2])], position[jnp.array([0, 2])]
+    )
     np.testing.assert_array_equal(after.position[1], np.full(8, 8.0))
     np.testing.assert_array_equal(after.potential, -after.position)
     np.testing.assert_array_equal(after.log_weight[1], 0.0)
-    np.testing.assert_allclose(after.log_normalizers, ensemble.log_normalizers, rtol=1e-6)
     np.testing.assert_allclose(
-        ensemble.log_normalizers, ensemble.log_normalizer + log_mean_exp(log_weight, axis=1), rtol=1e-6
+        after.log_normalizers, ensemble.log_normalizers, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        ensemble.log_normalizers,
+        ensemble.log_normalizer + log_mean_exp(log_weight, axis=1),
+        rtol=1e-6,
     )
 
 
 def test_draws_of_a_normalised_energy_follow_it():
-    """`sample` of a skewed energy with known log Z: first three moments within 5 standard errors."""
+    """`sample` of a skewed energy with known log Z: first three moments within 5
+    standard errors."""
     distribution, exact = skewed_case()
     known = distribution.with_log_normalizer(exact)
-    draws = np.asarray(jax.jit(lambda key: known.sample(key, (20_000,)))(random.key(7)), float)
+    draws = np.asarray(
+        jax.jit(lambda key: known.sample(key, (20_000,)))(random.key(7)), float
+    )
     grid = np.linspace(-8, 8, 20_001)
     density = np.exp(np.asarray(known.log_prob(grid), float))
     density /= density.sum()

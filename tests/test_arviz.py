@@ -1,4 +1,5 @@
-"""Exports to ArviZ: groups, names and values; summaries, plots and files on both of its lines."""
+"""Exports to ArviZ: groups, names and values; summaries, plots and files on both of its
+lines."""
 
 import json
 import subprocess
@@ -21,7 +22,9 @@ import ebm_ppl as ebm
 
 pytestmark = pytest.mark.xdist_group("arviz")
 
-T3_999 = 10.2  # Student t, 3 degrees of freedom, 99.9% on either side: four held-out islands
+T3_999 = (
+    10.2  # Student t, 3 degrees of freedom, 99.9% on either side: four held-out islands
+)
 T15_9999 = 5.24  # 15 degrees of freedom, two-sided 99.99%
 
 RNG = np.random.default_rng(0)
@@ -31,12 +34,16 @@ BASE = dist.Normal(0, 1).expand([2]).to_event(1)
 
 
 def model(x, y):
-    """E = ½ r ‖x‖² − a·x on N(0, I): N(a / (1 + r), I / (1 + r)).  Beside it everything that must not be exported."""
+    """E = ½ r ‖x‖² − a·x on N(0, I): N(a / (1 + r), I / (1 + r)).  Beside it everything
+    that must not be exported."""
     a = numpyro.param("a", jnp.zeros(2))
     r = numpyro.param("r", 0.0)
     numpyro.factor("penalty", -0.01 * (a**2).sum())
     numpyro.deterministic("twice", 2 * a)
-    factors = {"bowl": lambda v: 0.5 * r * (v**2).sum(-1), "tilt": lambda v: -(v * a).sum(-1)}
+    factors = {
+        "bowl": lambda v: 0.5 * r * (v**2).sum(-1),
+        "tilt": lambda v: -(v * a).sum(-1),
+    }
     with numpyro.plate("rows", len(x)):
         numpyro.sample("x", ebm.EnergyDistribution(factors, BASE), obs=x)
     with numpyro.plate("labels", len(y)):
@@ -51,13 +58,17 @@ def exact_log_normalizer(params):
 def exact_mean_log_density(params):
     a, r = np.asarray(params["a"], float), float(params["r"])
     residual = X - a / (1 + r)
-    return (-0.5 * (1 + r) * (residual**2).sum(-1) + np.log1p(r) - np.log(2 * np.pi)).mean()
+    return (
+        -0.5 * (1 + r) * (residual**2).sum(-1) + np.log1p(r) - np.log(2 * np.pi)
+    ).mean()
 
 
 @pytest.fixture(scope="module")
 def fit():
     """Fast enough that weights differ, without resampling."""
-    backend = ebm.Jarzynski(model, optax.adam(0.05), num_chains=6, num_walkers=100, ess_threshold=0.0)
+    backend = ebm.Jarzynski(
+        model, optax.adam(0.05), num_chains=6, num_walkers=100, ess_threshold=0.0
+    )
     return backend.run(random.key(0), 40, X, Y, progress_bar=False)
 
 
@@ -94,7 +105,13 @@ def with_running(fit):
 
 def test_groups_of_a_point_fit(exported):
     assert type(exported).__name__ in ("InferenceData", "DataTree")
-    assert groups(exported) == {"posterior_predictive", "sample_stats", "islands", "observed_data", "training"}
+    assert groups(exported) == {
+        "posterior_predictive",
+        "sample_stats",
+        "islands",
+        "observed_data",
+        "training",
+    }
 
 
 def test_only_what_each_group_is_for_and_no_auxiliary_site(exported, fit):
@@ -106,7 +123,11 @@ def test_only_what_each_group_is_for_and_no_auxiliary_site(exported, fit):
 
 
 def test_dimensions(exported):
-    assert dataset(exported, "posterior_predictive")["x"].dims == ("chain", "draw", "feature")
+    assert dataset(exported, "posterior_predictive")["x"].dims == (
+        "chain",
+        "draw",
+        "feature",
+    )
     observed = dataset(exported, "observed_data")
     assert observed["x"].dims == ("rows", "feature")
     assert observed["y"].dims == ("labels",)
@@ -123,18 +144,30 @@ def test_every_dimension_has_a_coordinate(exported):
         assert set(found.sizes) <= set(found.coords)
         for dim in set(found.sizes) - {"feature"}:
             np.testing.assert_array_equal(found[dim], np.arange(found.sizes[dim]))
-    assert list(dataset(exported, "posterior_predictive")["feature"].values) == ["length", "width"]
-    assert list(dataset(exported, "observed_data")["feature"].values) == ["length", "width"]
+    assert list(dataset(exported, "posterior_predictive")["feature"].values) == [
+        "length",
+        "width",
+    ]
+    assert list(dataset(exported, "observed_data")["feature"].values) == [
+        "length",
+        "width",
+    ]
 
 
 def test_default_names_of_event_dimensions(fit):
     plain = ebm.to_arviz(fit, model, X, Y)
-    assert dataset(plain, "posterior_predictive")["x"].dims == ("chain", "draw", "x_dim_0")
+    assert dataset(plain, "posterior_predictive")["x"].dims == (
+        "chain",
+        "draw",
+        "x_dim_0",
+    )
     assert dataset(plain, "observed_data")["x"].dims == ("rows", "x_dim_0")
 
 
 def test_dims_that_do_not_fit(fit):
-    with pytest.raises(ValueError, match=r"dims\['x'\] = \['p', 'q'\]; an event of site 'x' has 1 dim"):
+    with pytest.raises(
+        ValueError, match=r"dims\['x'\] = \['p', 'q'\]; an event of site 'x' has 1 dim"
+    ):
         ebm.to_arviz(fit, model, X, Y, dims={"x": ["p", "q"]})
 
 
@@ -168,7 +201,8 @@ def test_duplicates_are_adjacent(exported):
 
 
 def test_equal_weight_draws_have_the_mean_of_the_weighted_walkers(exported, fit):
-    """Systematic resampling: every walker's copies differ from n·w by less than one, and the mean by sampling error."""
+    """Systematic resampling: every walker's copies differ from n·w by less than one,
+    and the mean by sampling error."""
     log_weight = dataset(exported, "sample_stats")["log_weight"].values
     assert log_weight.std(1).min() > 0.1
     weight = np.exp(log_weight - log_weight.max(1, keepdims=True)).astype(float)
@@ -187,7 +221,9 @@ def test_equal_weight_draws_have_the_mean_of_the_weighted_walkers(exported, fit)
 def test_sample_stats_are_those_of_the_walkers(exported, fit):
     stats = dataset(exported, "sample_stats")
     walkers = np.asarray(fit.state.walkers["x"].values)
-    np.testing.assert_array_equal(stats["log_weight"], fit.state.walkers["x"].log_weight)
+    np.testing.assert_array_equal(
+        stats["log_weight"], fit.state.walkers["x"].log_weight
+    )
     bowl = 0.5 * float(fit.params["r"]) * (walkers**2).sum(-1)
     tilt = -(walkers * np.asarray(fit.params["a"])).sum(-1)
     np.testing.assert_allclose(stats["energy_bowl"], bowl, rtol=1e-4, atol=1e-5)
@@ -198,13 +234,16 @@ def test_sample_stats_are_those_of_the_walkers(exported, fit):
 def test_training_is_the_history(exported, fit):
     training = dataset(exported, "training")
     for name, entry in fit.history.items():
-        np.testing.assert_array_equal(training[name], entry["x"] if isinstance(entry, dict) else entry)
+        np.testing.assert_array_equal(
+            training[name], entry["x"] if isinstance(entry, dict) else entry
+        )
 
 
 def test_the_same_fit_gives_the_same_draws(exported, fit):
     again = ebm.to_arviz(fit, model, X, Y)
     np.testing.assert_array_equal(
-        dataset(again, "posterior_predictive")["x"].values, dataset(exported, "posterior_predictive")["x"].values
+        dataset(again, "posterior_predictive")["x"].values,
+        dataset(exported, "posterior_predictive")["x"].values,
     )
 
 
@@ -215,15 +254,24 @@ def test_the_running_log_normalizer_is_the_held_out_one(exported, fit):
     assert exported.attrs["log_normalizer_source"] == "held-out islands"
     assert json.loads(exported.attrs["holdout_chains"]) == [2, 3, 4, 5]
     assert exported.attrs["log_normalizer"] == fit.history["log_normalizer"]["x"][-1]
-    assert exported.attrs["log_normalizer_stderr"] == fit.history["log_normalizer_stderr"]["x"][-1]
+    assert (
+        exported.attrs["log_normalizer_stderr"]
+        == fit.history["log_normalizer_stderr"]["x"][-1]
+    )
 
 
 def test_log_normalizer_and_mean_log_density_against_the_closed_form(exported, fit):
     stderr = exported.attrs["log_normalizer_stderr"]
     assert fit.history["ess_holdout"]["x"][-1] > 0.3
     assert 0 < stderr < 0.05
-    assert abs(exported.attrs["log_normalizer"] - exact_log_normalizer(fit.params)) < T3_999 * stderr
-    assert abs(exported.attrs["mean_log_density"] - exact_mean_log_density(fit.params)) < T3_999 * stderr
+    assert (
+        abs(exported.attrs["log_normalizer"] - exact_log_normalizer(fit.params))
+        < T3_999 * stderr
+    )
+    assert (
+        abs(exported.attrs["mean_log_density"] - exact_mean_log_density(fit.params))
+        < T3_999 * stderr
+    )
 
 
 def test_an_annealed_log_normalizer_replaces_the_running_one(fit):
@@ -236,14 +284,22 @@ def test_an_annealed_log_normalizer_replaces_the_running_one(fit):
     assert stderr == float(log_z.stderr["x"])
     assert log_z.ess["x"] > 0.3
     assert 0 < stderr < 0.05
-    assert abs(data.attrs["log_normalizer"] - exact_log_normalizer(fit.params)) < T15_9999 * stderr
-    assert abs(data.attrs["mean_log_density"] - exact_mean_log_density(fit.params)) < T15_9999 * stderr
+    assert (
+        abs(data.attrs["log_normalizer"] - exact_log_normalizer(fit.params))
+        < T15_9999 * stderr
+    )
+    assert (
+        abs(data.attrs["mean_log_density"] - exact_mean_log_density(fit.params))
+        < T15_9999 * stderr
+    )
 
 
 def test_mean_log_density_with_the_exact_log_normalizer_is_exact(fit):
     log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(fit.params)}, fit.params)
     data = ebm.to_arviz(fit, model, X, Y, log_normalizer=log_z)
-    assert data.attrs["mean_log_density"] == pytest.approx(exact_mean_log_density(fit.params), rel=1e-5)
+    assert data.attrs["mean_log_density"] == pytest.approx(
+        exact_mean_log_density(fit.params), rel=1e-5
+    )
 
 
 def test_no_log_normalizer_no_normalised_density(fit):
@@ -253,8 +309,13 @@ def test_no_log_normalizer_no_normalised_density(fit):
 
 
 def test_a_log_normalizer_of_other_sites(fit):
-    with pytest.raises(ValueError, match=r"sites \['z'\], but the model has energy site 'x'.*ebm_ppl.log_normalizer"):
-        ebm.to_arviz(fit, model, X, Y, log_normalizer=ebm.LogNormalizer.exact({"z": 0.0}))
+    with pytest.raises(
+        ValueError,
+        match=r"sites \['z'\], but the model has energy site 'x'.*ebm_ppl.log_normalizer",
+    ):
+        ebm.to_arviz(
+            fit, model, X, Y, log_normalizer=ebm.LogNormalizer.exact({"z": 0.0})
+        )
 
 
 def test_a_log_normalizer_of_other_parameters(fit):
@@ -270,15 +331,28 @@ def flagged_log_normalizer(fit):
 
 
 def test_a_flagged_log_normalizer_writes_no_density(fit):
-    with pytest.warns(UserWarning, match=r"mean_log_density is left out.*site 'x': for a test"):
-        data = ebm.to_arviz(fit, model, X, Y, log_normalizer=flagged_log_normalizer(fit))
+    with pytest.warns(
+        UserWarning, match=r"mean_log_density is left out.*site 'x': for a test"
+    ):
+        data = ebm.to_arviz(
+            fit, model, X, Y, log_normalizer=flagged_log_normalizer(fit)
+        )
     assert "mean_log_density" not in data.attrs
     assert json.loads(data.attrs["log_normalizer_flags"]) == ["for a test."]
 
 
 def test_a_flagged_log_normalizer_writes_a_density_where_allowed(fit):
-    data = ebm.to_arviz(fit, model, X, Y, log_normalizer=flagged_log_normalizer(fit), allow_uncertified=True)
-    assert data.attrs["mean_log_density"] == pytest.approx(exact_mean_log_density(fit.params), rel=1e-5)
+    data = ebm.to_arviz(
+        fit,
+        model,
+        X,
+        Y,
+        log_normalizer=flagged_log_normalizer(fit),
+        allow_uncertified=True,
+    )
+    assert data.attrs["mean_log_density"] == pytest.approx(
+        exact_mean_log_density(fit.params), rel=1e-5
+    )
     assert json.loads(data.attrs["log_normalizer_flags"]) == ["for a test."]
 
 
@@ -294,7 +368,9 @@ def test_islands_are_judged_one_by_one(exported, fit):
     islands = dataset(exported, "islands")
     log_weight = np.asarray(fit.state.walkers["x"].log_weight, float)
     weights = np.exp(log_weight)
-    np.testing.assert_allclose(islands["ess"], weights.sum(1) ** 2 / (weights**2).sum(1) / 100, rtol=1e-4)
+    np.testing.assert_allclose(
+        islands["ess"], weights.sum(1) ** 2 / (weights**2).sum(1) / 100, rtol=1e-4
+    )
     np.testing.assert_array_equal(islands["held_out"], [0, 0, 1, 1, 1, 1])
     assert islands["khat"].dims == ("chain",)
     assert np.isfinite(islands["khat"]).all()
@@ -310,7 +386,10 @@ def test_draws_replace_the_walkers(fit):
 
 # Posterior draws of the parameters
 
-DRAWS = {"a": RNG.normal([1.0, -0.5], 0.1, size=(2, 50, 2)), "r": RNG.uniform(0.5, 1.5, size=(2, 50))}
+DRAWS = {
+    "a": RNG.normal([1.0, -0.5], 0.1, size=(2, 50, 2)),
+    "r": RNG.uniform(0.5, 1.5, size=(2, 50)),
+}
 
 
 def exact_log_likelihood():
@@ -321,7 +400,9 @@ def exact_log_likelihood():
 
 @pytest.fixture(scope="module")
 def at_draws():
-    return ebm.log_normalizer(None, model, DRAWS, X, Y, batch_ndims=2, method="quadrature")
+    return ebm.log_normalizer(
+        None, model, DRAWS, X, Y, batch_ndims=2, method="quadrature"
+    )
 
 
 def test_posterior_draws_have_a_log_likelihood_of_their_own_normalisers(at_draws):
@@ -332,7 +413,10 @@ def test_posterior_draws_have_a_log_likelihood_of_their_own_normalisers(at_draws
     assert found["x"].dims == ("chain", "draw", "rows")
     np.testing.assert_allclose(found["x"], exact_log_likelihood(), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
-        found["y"], -0.5 * (Y - DRAWS["a"].sum(-1)[..., None]) ** 2 - 0.5 * np.log(2 * np.pi), rtol=1e-4, atol=1e-4
+        found["y"],
+        -0.5 * (Y - DRAWS["a"].sum(-1)[..., None]) ** 2 - 0.5 * np.log(2 * np.pi),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -350,7 +434,9 @@ def test_flagged_draws_write_no_log_likelihood(at_draws):
     with pytest.warns(UserWarning, match=r"log_likelihood is left out.*for a test"):
         data = ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=flagged)
     assert groups(data) == {"posterior", "observed_data"}
-    allowed = ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=flagged, allow_uncertified=True)
+    allowed = ebm.to_arviz(
+        DRAWS, model, X, Y, log_normalizer=flagged, allow_uncertified=True
+    )
     assert "log_likelihood" in groups(allowed)
     assert json.loads(allowed.attrs["log_normalizer_flags"]) == ["for a test."]
 
@@ -364,26 +450,35 @@ def test_draws_with_the_log_normalizer_of_one_point(fit):
 
 def test_draws_with_a_log_normalizer_that_names_no_parameters():
     with pytest.raises(ValueError, match="belongs to other parameters"):
-        ebm.to_arviz(DRAWS, model, X, Y, log_normalizer=ebm.LogNormalizer.exact({"x": 0.0}))
+        ebm.to_arviz(
+            DRAWS, model, X, Y, log_normalizer=ebm.LogNormalizer.exact({"x": 0.0})
+        )
 
 
 # Other models
 
 
 def two_sites(u, v):
-    """A slash in a site's name, a subsampled plate, a sample site as parameter; at a = 0 both sites are their bases."""
+    """A slash in a site's name, a subsampled plate, a sample site as parameter; at a =
+    0 both sites are their bases."""
     a = numpyro.sample("a", dist.Normal(0, 1))
     with numpyro.plate("rows", len(u), subsample_size=4):
         u, v = numpyro.subsample(u, event_dim=0), numpyro.subsample(v, event_dim=1)
-        numpyro.sample("u", ebm.EnergyDistribution(lambda x: a * x, dist.Normal(0, 1)), obs=u)
+        numpyro.sample(
+            "u", ebm.EnergyDistribution(lambda x: a * x, dist.Normal(0, 1)), obs=u
+        )
         with handlers.scope(prefix="deep"):
-            numpyro.sample("v", ebm.EnergyDistribution(lambda x: a * x.sum(-1), BASE), obs=v)
+            numpyro.sample(
+                "v", ebm.EnergyDistribution(lambda x: a * x.sum(-1), BASE), obs=v
+            )
 
 
 @pytest.fixture(scope="module")
 def two_exported():
     history = {"loss": np.zeros(3), "ess": {"u": np.ones(3), "deep/v": np.full(3, 2.0)}}
-    fit = untrained(two_sites, X[:, 0], X, init_params={"a": jnp.zeros(())}, history=history)
+    fit = untrained(
+        two_sites, X[:, 0], X, init_params={"a": jnp.zeros(())}, history=history
+    )
     return ebm.to_arviz(fit, two_sites, X[:, 0], X, **with_running(fit))
 
 
@@ -391,7 +486,11 @@ def test_several_energy_sites_have_suffixes(two_exported):
     """A slash would start a group of a DataTree, so "deep/v" becomes "deep.v"."""
     assert set(dataset(two_exported, "posterior_predictive")) == {"u", "deep.v"}
     assert set(dataset(two_exported, "observed_data")) == {"u", "deep.v"}
-    per_site = {f"{name}_{site}" for name in ("log_weight", "energy", "ancestor") for site in ("u", "deep.v")}
+    per_site = {
+        f"{name}_{site}"
+        for name in ("log_weight", "energy", "ancestor")
+        for site in ("u", "deep.v")
+    }
     assert set(dataset(two_exported, "sample_stats")) == per_site
     training = dataset(two_exported, "training")
     assert set(training) == {"loss", "ess_u", "ess_deep.v"}
@@ -404,8 +503,12 @@ def test_several_energy_sites_have_attributes_of_their_own(two_exported):
         assert {f"{name}_u", f"{name}_deep.v"} <= set(two_exported.attrs)
         assert name not in two_exported.attrs
     density = dist.Normal(0, 1).log_prob(X)
-    assert two_exported.attrs["mean_log_density_u"] == pytest.approx(float(density[:, 0].mean()), rel=1e-5)
-    assert two_exported.attrs["mean_log_density_deep.v"] == pytest.approx(float(density.sum(-1).mean()), rel=1e-5)
+    assert two_exported.attrs["mean_log_density_u"] == pytest.approx(
+        float(density[:, 0].mean()), rel=1e-5
+    )
+    assert two_exported.attrs["mean_log_density_deep.v"] == pytest.approx(
+        float(density.sum(-1).mean()), rel=1e-5
+    )
 
 
 def test_a_subsampled_plate_is_exported_whole(two_exported):
@@ -428,7 +531,9 @@ def test_a_batch_shape_becomes_dimensions():
     stats = dataset(data, "sample_stats")
     assert draws.shape == stats["ancestor"].shape == (6, 10, 3)
     walkers = np.asarray(fit.state.walkers["x"].values)
-    np.testing.assert_array_equal(draws, np.take_along_axis(walkers, stats["ancestor"].values, axis=1))
+    np.testing.assert_array_equal(
+        draws, np.take_along_axis(walkers, stats["ancestor"].values, axis=1)
+    )
     # The dimension has one name, so that xarray aligns draws with data.
     (batch,) = draws.dims[2:]
     assert stats["ancestor"].dims == ("chain", "draw", batch)
@@ -443,11 +548,21 @@ def test_a_batch_shape_declared_as_event():
         a = numpyro.param("a", 0.0)
         base = dist.Normal(jnp.arange(2.0), 1)
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v, base).to_event(1), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: a * v, base).to_event(1), obs=x
+            )
 
     data = ebm.to_arviz(untrained(joined, X), joined, X, dims={"x": ["feature"]})
-    assert dataset(data, "posterior_predictive")["x"].dims == ("chain", "draw", "feature")
-    assert dataset(data, "sample_stats")["log_weight"].dims == ("chain", "draw", "feature")
+    assert dataset(data, "posterior_predictive")["x"].dims == (
+        "chain",
+        "draw",
+        "feature",
+    )
+    assert dataset(data, "sample_stats")["log_weight"].dims == (
+        "chain",
+        "draw",
+        "feature",
+    )
     assert dataset(data, "observed_data")["x"].dims == ("rows", "feature")
 
 
@@ -455,7 +570,9 @@ def test_masked_rows_do_not_enter_the_mean_log_density():
     def masked(x, mask):
         a = numpyro.param("a", jnp.zeros(2))
         with numpyro.plate("rows", len(x)), handlers.mask(mask=mask):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: -(v * a).sum(-1), BASE), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: -(v * a).sum(-1), BASE), obs=x
+            )
 
     x, mask = X.copy(), np.ones(20, bool)
     x[3], mask[3] = np.nan, False
@@ -472,7 +589,9 @@ def test_summary(exported):
     table = az.summary(exported, group="posterior_predictive", round_to="none")
     assert list(table.index) == ["x[length]", "x[width]"]
     draws = dataset(exported, "posterior_predictive")["x"].values
-    np.testing.assert_allclose(np.asarray(table["mean"], float), draws.mean((0, 1)), rtol=1e-3)
+    np.testing.assert_allclose(
+        np.asarray(table["mean"], float), draws.mean((0, 1)), rtol=1e-3
+    )
     assert np.isfinite(np.asarray(table["r_hat"], float)).all()
     assert (np.asarray(table["ess_bulk"], float) > 10).all()
 
@@ -513,8 +632,13 @@ def test_files(exported, tmp_path):
 
 
 def test_importing_the_package_does_not_import_arviz():
-    code = "import sys, ebm_ppl; print(sorted({'arviz', 'xarray', 'matplotlib'} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    code = (
+        "import sys, ebm_ppl; print(sorted({'arviz', 'xarray', 'matplotlib'} & "
+        "set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
 
 
@@ -524,32 +648,48 @@ def test_importing_the_package_does_not_import_arviz():
 def generator():
     scale = numpyro.param("scale", 0.5, constraint=constraints.positive)
     z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-    numpyro.sample("x", ebm.standardized_normal(BASE, numpyro.param("w", 0.8) * z, scale))
+    numpyro.sample(
+        "x", ebm.standardized_normal(BASE, numpyro.param("w", 0.8) * z, scale)
+    )
 
 
 @pytest.fixture(scope="module")
 def generated():
-    backend = ebm.VERA(model, generator, optax.adam(0.05), optax.adam(0.05), entropy_weight=0.5)
+    backend = ebm.VERA(
+        model, generator, optax.adam(0.05), optax.adam(0.05), entropy_weight=0.5
+    )
     return backend.run(random.key(0), 40, X, Y, progress_bar=False)
 
 
 def test_a_generators_draws_and_their_energies(generated):
-    log_z = ebm.LogNormalizer.exact({"x": exact_log_normalizer(generated.params)}, generated.params)
+    log_z = ebm.LogNormalizer.exact(
+        {"x": exact_log_normalizer(generated.params)}, generated.params
+    )
     data = ebm.to_arviz(generated, model, X, Y, log_normalizer=log_z)
     draws, stats = dataset(data, "posterior_predictive"), dataset(data, "sample_stats")
     assert draws["x"].shape == (4, 1000, 2)
     a, r = generated.params["a"], generated.params["r"]
-    bowl, tilt = 0.5 * r * (draws["x"].values ** 2).sum(-1), -(draws["x"].values * np.asarray(a)).sum(-1)
+    bowl, tilt = (
+        0.5 * r * (draws["x"].values ** 2).sum(-1),
+        -(draws["x"].values * np.asarray(a)).sum(-1),
+    )
     np.testing.assert_allclose(stats["energy_bowl"], bowl, rtol=1e-4)
     np.testing.assert_allclose(stats["energy"], bowl + tilt, rtol=1e-3, atol=1e-4)
     expected = generated.state.constrained_generator_params()
     variance = float(expected["w"] ** 2 + expected["scale"] ** 2)
     assert abs(draws["x"].values.var() - variance) < 5 * variance * np.sqrt(2 / 8000)
     assert data.attrs["entropy_weight"] == 0.5
-    assert data.attrs["log_normalizer_bound"] == generated.history["log_normalizer_bound"]["x"][-1]
-    assert data.attrs["mean_log_density"] == pytest.approx(exact_mean_log_density(generated.params), rel=1e-4)
+    assert (
+        data.attrs["log_normalizer_bound"]
+        == generated.history["log_normalizer_bound"]["x"][-1]
+    )
+    assert data.attrs["mean_log_density"] == pytest.approx(
+        exact_mean_log_density(generated.params), rel=1e-4
+    )
     assert "islands" not in groups(data)
-    np.testing.assert_array_equal(dataset(data, "training")["entropy"], generated.history["entropy"]["x"])
+    np.testing.assert_array_equal(
+        dataset(data, "training")["entropy"], generated.history["entropy"]["x"]
+    )
 
 
 def test_no_log_z_without_one_for_a_generator(generated):

@@ -1,4 +1,5 @@
-"""log Z against an independent implementation: BlackJAX's adaptive tempered sequential Monte Carlo."""
+"""log Z against an independent implementation: BlackJAX's adaptive tempered sequential
+Monte Carlo."""
 
 import blackjax
 import jax
@@ -19,7 +20,12 @@ T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
 
 def energy(v):
     """Skewed, and its coordinates depend on each other."""
-    return 0.25 * (v**4).sum(-1) - v[..., 0] + 0.5 * v[..., 0] * v[..., 1] ** 2 + v[..., 2] ** 3 / 3
+    return (
+        0.25 * (v**4).sum(-1)
+        - v[..., 0]
+        + 0.5 * v[..., 0] * v[..., 1] ** 2
+        + v[..., 2] ** 3 / 3
+    )
 
 
 def tempered_smc(rng_key):
@@ -47,8 +53,12 @@ def tempered_smc(rng_key):
 
 
 def test_log_z_agrees_with_tempered_smc():
-    theirs = np.asarray(jax.jit(jax.vmap(tempered_smc))(random.split(random.key(0), NUM_RUNS)), float)
-    log_z = ebm.log_normalizer(random.key(1), ebm.EnergyDistribution(energy, BASE), progress_bar=False)
+    theirs = np.asarray(
+        jax.jit(jax.vmap(tempered_smc))(random.split(random.key(0), NUM_RUNS)), float
+    )
+    log_z = ebm.log_normalizer(
+        random.key(1), ebm.EnergyDistribution(energy, BASE), progress_bar=False
+    )
     assert log_z.is_certified, str(log_z)
     stderr = np.hypot(theirs.std(ddof=1) / np.sqrt(NUM_RUNS), float(log_z.stderr["x"]))
     assert stderr < 0.02

@@ -1,4 +1,5 @@
-"""What every backend promises, whatever its mathematics.  A new backend joins by an entry in ``BACKENDS``."""
+"""What every backend promises, whatever its mathematics.  A new backend joins by an
+entry in ``BACKENDS``."""
 
 import dataclasses
 import signal
@@ -37,7 +38,9 @@ JARZYNSKI_HISTORY = {
 
 
 def jarzynski(kernel, model, optim, *, num_walkers=16):
-    return ebm.Jarzynski(model, optim, kernel=kernel, num_chains=6, num_walkers=num_walkers)
+    return ebm.Jarzynski(
+        model, optim, kernel=kernel, num_chains=6, num_walkers=num_walkers
+    )
 
 
 VERA_HISTORY = {
@@ -63,11 +66,19 @@ def generator():
 def vera(model, optim, *, num_walkers=16):
     # No momentum, or the two players circle ever wider.
     generator_optim = optax.adam(0.1, b1=0.0)
-    return ebm.VERA(model, generator, optim, generator_optim, num_particles=num_walkers, gradient_penalty=0.0)
+    return ebm.VERA(
+        model,
+        generator,
+        optim,
+        generator_optim,
+        num_particles=num_walkers,
+        gradient_penalty=0.0,
+    )
 
 
 class Entry(NamedTuple):
-    """``make(model, optim)``, or with ``num_walkers=`` for precision; every model here has one energy site, 'x'."""
+    """``make(model, optim)``, or with ``num_walkers=`` for precision; every model here
+    has one energy site, 'x'."""
 
     make: Callable
     history: set[str]
@@ -79,7 +90,8 @@ BACKENDS = {
     "vera": Entry(vera, VERA_HISTORY),
 }
 
-# Those that differ in more than a kernel: what is costly and has no kernel in it is asked of these alone.
+# Those that differ in more than a kernel: what is costly and has no kernel in it is
+# asked of these alone.
 DISTINCT = ["jarzynski-mala", "vera"]
 
 X = np.random.default_rng(0).gamma(2.0, 0.5, size=(12, 2)).astype(np.float32)
@@ -87,10 +99,13 @@ BASE = dist.Normal(0, 1).expand([2]).to_event(1)
 
 
 def declare(obs):
-    """E = −r a·x on N(0, I), which is N(r a, I) with log Z = ½ r² ‖a‖².  At the first step E is 0."""
+    """E = −r a·x on N(0, I), which is N(r a, I) with log Z = ½ r² ‖a‖².  At the first
+    step E is 0."""
     a = numpyro.param("a", jnp.zeros(2))
     rate = numpyro.param("rate", 0.5, constraint=constraints.positive)
-    numpyro.sample("x", ebm.EnergyDistribution(lambda v: -rate * (v * a).sum(-1), BASE), obs=obs)
+    numpyro.sample(
+        "x", ebm.EnergyDistribution(lambda v: -rate * (v * a).sum(-1), BASE), obs=obs
+    )
 
 
 def model(x):
@@ -104,7 +119,8 @@ def distinct(request):
 
 
 class Trained(NamedTuple):
-    """One backend, a first state, a run of 40 steps from it, the compiled update, and how often the model ran."""
+    """One backend, a first state, a run of 40 steps from it, the compiled update, and
+    how often the model ran."""
 
     entry: Entry
     backend: object
@@ -153,7 +169,9 @@ def assert_equal(one, other):
 
 
 def raw(tree):
-    return jax.tree.map(lambda leaf: random.key_data(leaf) if is_key(leaf) else np.asarray(leaf), tree)
+    return jax.tree.map(
+        lambda leaf: random.key_data(leaf) if is_key(leaf) else np.asarray(leaf), tree
+    )
 
 
 def is_key(leaf):
@@ -162,7 +180,9 @@ def is_key(leaf):
 
 def assert_close(one, other, rtol=1e-4, atol=1e-5):
     assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), raw(one), raw(other))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=rtol, atol=atol), raw(one), raw(other)
+    )
 
 
 # State
@@ -172,7 +192,8 @@ def test_state_is_a_pytree_of_arrays(trained):
     leaves, treedef = jax.tree.flatten(trained.state)
     assert leaves
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
-    # A weak type would be lost in the first step or on the way through a file, and everything compiled again.
+    # A weak type would be lost in the first step or on the way through a file, and
+    # everything compiled again.
     assert not any(leaf.weak_type for leaf in leaves if not is_key(leaf))
     back = jax.tree.unflatten(treedef, leaves)
     assert type(back) is type(trained.state)
@@ -181,7 +202,10 @@ def test_state_is_a_pytree_of_arrays(trained):
 
 def test_a_state_survives_a_trip_to_the_host(trained):
     """What a checkpoint does: arrays to NumPy and back."""
-    host = jax.tree.map(lambda leaf: leaf if is_key(leaf) else jnp.asarray(np.asarray(leaf)), trained.fit.state)
+    host = jax.tree.map(
+        lambda leaf: leaf if is_key(leaf) else jnp.asarray(np.asarray(leaf)),
+        trained.fit.state,
+    )
     assert_equal(trained.update(host, X), trained.update(trained.fit.state, X))
 
 
@@ -208,7 +232,8 @@ def test_only_the_first_step_traces_the_model(trained):
 
 
 def test_only_the_first_run_traces_the_model(trained):
-    """Not its later chunks, nor another number of steps, other data or a continued state."""
+    """Not its later chunks, nor another number of steps, other data or a continued
+    state."""
     assert trained.traces["first run"] > 0
     assert trained.traces["second run"] == 0
     assert trained.traces["continued run"] == 0
@@ -220,19 +245,30 @@ def test_only_the_first_run_traces_the_model(trained):
 def test_same_key_same_result(trained):
     again = trained.backend.init(random.key(0), X)
     assert_equal(again, trained.state)
-    fit = trained.backend.run(random.key(1), 40, X, init_state=again, progress_bar=False)
+    fit = trained.backend.run(
+        random.key(1), 40, X, init_state=again, progress_bar=False
+    )
     assert_equal(fit.state, trained.fit.state)
     assert_equal(fit.history, trained.fit.history)
     other = trained.backend.init(random.key(2), X)
-    assert not np.array_equal(trained.update(other, X)[1]["grad_norm"], trained.update(again, X)[1]["grad_norm"])
+    assert not np.array_equal(
+        trained.update(other, X)[1]["grad_norm"],
+        trained.update(again, X)[1]["grad_norm"],
+    )
 
 
 def test_a_continued_run_is_the_uninterrupted_one(trained):
-    first = trained.backend.run(random.key(1), 15, X, init_state=trained.state, progress_bar=False)
-    second = trained.backend.run(random.key(9), 25, X, init_state=first.state, progress_bar=False)
+    first = trained.backend.run(
+        random.key(1), 15, X, init_state=trained.state, progress_bar=False
+    )
+    second = trained.backend.run(
+        random.key(9), 25, X, init_state=first.state, progress_bar=False
+    )
     assert_equal(second.state, trained.fit.state)
     assert_equal(second.params, trained.fit.params)
-    joined = jax.tree.map(lambda a, b: np.concatenate([a, b]), first.history, second.history)
+    joined = jax.tree.map(
+        lambda a, b: np.concatenate([a, b]), first.history, second.history
+    )
     assert_equal(joined, trained.fit.history)
     for state in (trained.state, first.state):
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -249,7 +285,12 @@ def test_history_has_one_entry_per_step_and_pinned_keys(trained):
         assert isinstance(leaf, np.ndarray)
         assert len(leaf) == 40
         assert np.isfinite(leaf).all()
-    assert {"x"} == {site for entry in trained.fit.history.values() if isinstance(entry, dict) for site in entry}
+    assert {"x"} == {
+        site
+        for entry in trained.fit.history.values()
+        if isinstance(entry, dict)
+        for site in entry
+    }
 
 
 def test_params_and_state_belong_to_one_step(trained):
@@ -263,7 +304,9 @@ def test_fit_is_frozen(trained):
 
 def test_get_params_are_constrained_values(trained):
     assert set(trained.fit.params) == {"a", "rate"}
-    assert trained.backend.get_params(trained.state)["rate"] == pytest.approx(0.5, rel=1e-6)
+    assert trained.backend.get_params(trained.state)["rate"] == pytest.approx(
+        0.5, rel=1e-6
+    )
     assert trained.fit.params["rate"] > 0
     unconstrained = trained.fit.state.params["rate"]
     assert trained.fit.params["rate"] == pytest.approx(np.exp(unconstrained), rel=1e-5)
@@ -338,12 +381,17 @@ def test_progress_is_fed_once_per_chunk(trained, bars, monkeypatch):
 
 
 def test_progress_bar_can_be_switched_off(trained, bars):
-    trained.backend.run(random.key(1), 2, X, init_state=trained.state, progress_bar=False)
+    trained.backend.run(
+        random.key(1), 2, X, init_state=trained.state, progress_bar=False
+    )
     assert bars[0].disable
 
 
-def test_ctrl_c_returns_the_finished_chunks(trained, bars, monkeypatch, default_interrupt):
-    """10⁹ steps, Ctrl-C after the second chunk; the fit continues as if nothing had happened."""
+def test_ctrl_c_returns_the_finished_chunks(
+    trained, bars, monkeypatch, default_interrupt
+):
+    """10⁹ steps, Ctrl-C after the second chunk; the fit continues as if nothing had
+    happened."""
 
     def update(bar, steps):
         bar.fed.append(steps)
@@ -357,11 +405,15 @@ def test_ctrl_c_returns_the_finished_chunks(trained, bars, monkeypatch, default_
     assert bars[0].fed == [1, 16]
     assert all(len(leaf) == 17 for leaf in jax.tree.leaves(fit.history))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    rest = trained.backend.run(random.key(1), 40 - 17, X, init_state=fit.state, progress_bar=False)
+    rest = trained.backend.run(
+        random.key(1), 40 - 17, X, init_state=fit.state, progress_bar=False
+    )
     assert_equal(rest.state, trained.fit.state)
 
 
-def test_a_second_ctrl_c_interrupts_at_once(trained, bars, monkeypatch, default_interrupt):
+def test_a_second_ctrl_c_interrupts_at_once(
+    trained, bars, monkeypatch, default_interrupt
+):
     def update(bar, steps):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -377,12 +429,17 @@ def test_a_second_ctrl_c_interrupts_at_once(trained, bars, monkeypatch, default_
 
 
 def test_batches_masks_and_scales_keep_numpyros_meaning(trained):
-    """A batch of half a plate, 3 rows of rubbish masked, at half the scale: the same updates as by all 12 rows."""
+    """A batch of half a plate, 3 rows of rubbish masked, at half the scale: the same
+    updates as by all 12 rows."""
     rubbish = np.full((3, 2), 50.0, np.float32)
     mask = np.arange(15) < 12
 
     def batched(batch):
-        with numpyro.plate("data", 30, subsample_size=15), handlers.scale(scale=0.5), handlers.mask(mask=mask):
+        with (
+            numpyro.plate("data", 30, subsample_size=15),
+            handlers.scale(scale=0.5),
+            handlers.mask(mask=mask),
+        ):
             declare(batch)
 
     batch = np.concatenate([X, rubbish])
@@ -404,14 +461,19 @@ def test_batches_masks_and_scales_keep_numpyros_meaning(trained):
 
 
 def test_a_subsampled_plate_draws_new_rows_each_step_and_is_unbiased(distinct):
-    """With rate 0 the losses are the scaled losses of random mini-batches; their mean is the full loss."""
+    """With rate 0 the losses are the scaled losses of random mini-batches; their mean
+    is the full loss."""
 
     def subsampled(x):
         with numpyro.plate("data", len(x), subsample_size=4):
             declare(numpyro.subsample(x, event_dim=1))
 
     backend = distinct.make(subsampled, optax.sgd(0.0))
-    loss = backend.run(random.key(3), 300, X, progress_bar=False).history["loss"].astype(float)
+    loss = (
+        backend.run(random.key(3), 300, X, progress_bar=False)
+        .history["loss"]
+        .astype(float)
+    )
     full = -BASE.log_prob(X).sum()
     assert len(np.unique(loss)) > 100
     assert abs(loss.mean() - full) < 5 * loss.std() / np.sqrt(len(loss))
@@ -421,19 +483,25 @@ def test_a_subsampled_plate_draws_new_rows_each_step_and_is_unbiased(distinct):
 
 
 def test_sample_sites_are_fitted_by_map(distinct):
-    """Prior N(0, 0.1² I) on a: the mode is Σx / (N + 100), a ninth of the maximum-likelihood value.
+    """Prior N(0, 0.1² I) on a: the mode is Σx / (N + 100), a ninth of the
+    maximum-likelihood value.
 
-    Gradient noise is that of E[x] over 2 × 400 walkers; an error in E[x] moves the mode by N / (N + 100) of it.
+    Gradient noise is that of E[x] over 2 × 400 walkers; an error in E[x] moves the mode
+    by N / (N + 100) of it.
     """
 
     def with_prior(x):
         a = numpyro.sample("a", dist.Normal(0, 0.1).expand([2]).to_event(1))
         with numpyro.plate("data", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: -(v * a).sum(-1), BASE), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: -(v * a).sum(-1), BASE), obs=x
+            )
 
     x = X + 3.0
     backend = distinct.make(with_prior, optax.sgd(0.002), num_walkers=400)
-    fit = backend.run(random.PRNGKey(0), 60, x, init_params={"a": jnp.zeros(2)}, progress_bar=False)
+    fit = backend.run(
+        random.PRNGKey(0), 60, x, init_params={"a": jnp.zeros(2)}, progress_bar=False
+    )
     mode, likelihood = x.sum(0) / (len(x) + 100), x.mean(0)
     if "ess" in fit.history:
         assert fit.history["ess"]["x"][-1] > 0.5
@@ -447,13 +515,23 @@ def test_double_precision(distinct):
         backend = distinct.make(model, optax.sgd(0.01))
         state = backend.init(random.key(0), X.astype(np.float64))
         after, info = jax.eval_shape(backend.update, state, X.astype(np.float64))
-        assert floating_types(state) == floating_types((after, info)) == {jnp.dtype("float64")}
+        assert (
+            floating_types(state)
+            == floating_types((after, info))
+            == {jnp.dtype("float64")}
+        )
         assert backend.get_params(state)["rate"] == pytest.approx(0.5, rel=1e-14)
 
 
 def test_single_precision_stays_single(trained):
-    assert floating_types((trained.fit.state, trained.fit.history)) == {jnp.dtype("float32")}
+    assert floating_types((trained.fit.state, trained.fit.history)) == {
+        jnp.dtype("float32")
+    }
 
 
 def floating_types(tree):
-    return {leaf.dtype for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    return {
+        leaf.dtype
+        for leaf in jax.tree.leaves(tree)
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    }

@@ -20,7 +20,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def python_blocks(path):
-    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(
+        r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL
+    )
 
 
 def tutorial_is_right(scope):
@@ -41,11 +43,17 @@ def checking_is_right(scope):
     assert gain.std() / np.sqrt(len(gain)) < 0.15
     fitted, x, x_test = scope["fitted"], scope["x"], scope["x_test"]
     assert float(fitted.log_prob(x_test).mean()) == pytest.approx(-8, abs=0.3)
-    assert float(scope["base"].log_prob(x_test).mean()) == pytest.approx(-11.4, abs=0.05)
-    assert float(fitted.log_prob(x).mean() - fitted.log_prob(x_test).mean()) == pytest.approx(0.5, abs=0.2)
+    assert float(scope["base"].log_prob(x_test).mean()) == pytest.approx(
+        -11.4, abs=0.05
+    )
+    assert float(
+        fitted.log_prob(x).mean() - fitted.log_prob(x_test).mean()
+    ) == pytest.approx(0.5, abs=0.2)
     assert scope["summary"]["r_hat"].max() < 1.05
     assert scope["summary"]["ess_bulk"].min() > 500
-    assert float(fitted.energy(x).mean() - scope["level"]) == pytest.approx(-0.5, abs=0.25)
+    assert float(fitted.energy(x).mean() - scope["level"]) == pytest.approx(
+        -0.5, abs=0.25
+    )
     assert abs(fitted.energy(x_test).mean() - scope["level"]) < 0.25
 
 
@@ -65,13 +73,23 @@ def concepts_are_right(scope):
 
 
 def comparing_is_right(scope):
-    elpds = {name: elpd(loo) for name, loo in scope["loos"].items()} | {"over draws": elpd(scope["loo"])}
-    expected = {"normal": -34.24, "energy": -34.24, "Laplace energy": -35.5, "over draws": -34.24}
+    elpds = {name: elpd(loo) for name, loo in scope["loos"].items()} | {
+        "over draws": elpd(scope["loo"])
+    }
+    expected = {
+        "normal": -34.24,
+        "energy": -34.24,
+        "Laplace energy": -35.5,
+        "over draws": -34.24,
+    }
     assert elpds == pytest.approx(expected, abs=0.2)
     assert scope["table"].index[-1] == "Laplace energy"
     assert np.abs(scope["log_z"].estimate["x"] - scope["exact"]).max() < 0.03
     assert 40 * np.median(scope["log_z"].stderr["x"]) == pytest.approx(0.1, abs=0.05)
-    assert "nats wide in 200 of 200 elements, over the tolerance of 0.001" in scope["strict"].flags["x"][-1]
+    assert (
+        "nats wide in 200 of 200 elements, over the tolerance of 0.001"
+        in scope["strict"].flags["x"][-1]
+    )
 
 
 def semi_supervised_is_right(scope):
@@ -83,7 +101,9 @@ def semi_supervised_is_right(scope):
     chances = np.exp(x) / np.exp(x).sum(1, keepdims=True)
     # Ten labels of each class beside the twenty rows.
     shares = (10 + chances.sum(0)) / 50
-    np.testing.assert_allclose(trace["y"]["fn"].logits, x[:4] - np.log(shares), rtol=1e-5)
+    np.testing.assert_allclose(
+        trace["y"]["fn"].logits, x[:4] - np.log(shares), rtol=1e-5
+    )
     assert trace["y"]["scale"] == pytest.approx(3 * 20 / 4)
 
 
@@ -92,9 +112,12 @@ def elpd(loo):
 
 
 def plane_is_right(scope):
-    """Chains in latent space have the skewed energy's moments, by quadrature, not those of the Gaussian generator."""
+    """Chains in latent space have the skewed energy's moments, by quadrature, not those
+    of the Gaussian generator."""
     u = np.linspace(-9, 5, 20_001)
-    log_density = -0.5 * u**2 - float(scope["fit"].params["steepness"]) * np.logaddexp(0, 4 * u)
+    log_density = -0.5 * u**2 - float(scope["fit"].params["steepness"]) * np.logaddexp(
+        0, 4 * u
+    )
     density = np.exp(log_density - log_density.max())
     density /= density.sum()
     mean = density @ u
@@ -108,7 +131,9 @@ def plane_is_right(scope):
         (skewness, ((drawn - mean) / deviation) ** 3),
     ):
         # Both coordinates have the same density.
-        error = np.sqrt((values.var(axis=(0, 1)) / effective_sample_size(values)).sum()) / 2
+        error = (
+            np.sqrt((values.var(axis=(0, 1)) / effective_sample_size(values)).sum()) / 2
+        )
         assert abs(values.mean() - expected) < 4.5 * error
         assert error < 0.3 * abs(expected)
 
@@ -153,24 +178,49 @@ TINY = ["--steps", "20", "--temperatures", "16"]
             "digits",
             [*TINY, "--walkers", "10"],
             {"samples.png", "training.png", "energies.png", "digits.nc"},
-            ["energy model", "Gaussian (the base)", "mixture", "labels alone", "kNN label spreading", "r_hat"],
+            [
+                "energy model",
+                "Gaussian (the base)",
+                "mixture",
+                "labels alone",
+                "kNN label spreading",
+                "r_hat",
+            ],
         ),
         (
             "vera_2d",
             [*TINY, "--names", "moons", "--particles", "8"],
             {"vera_2d.png", "vera_moons.nc"},
-            ["moons: test log-likelihood", "mixture of 20 Gaussians", "the generator's bound", "r_hat"],
+            [
+                "moons: test log-likelihood",
+                "mixture of 20 Gaussians",
+                "the generator's bound",
+                "r_hat",
+            ],
         ),
         (
             "semi_supervised",
             [*TINY, "--table", "breast_cancer"],
-            {"breast_cancer.png", "breast_cancer_jarzynski.nc", "breast_cancer_vera.nc"},
-            ["Jarzynski: fitted", "VERA: fitted", "labels alone", "kNN label spreading", "midpoints", "r_hat"],
+            {
+                "breast_cancer.png",
+                "breast_cancer_jarzynski.nc",
+                "breast_cancer_vera.nc",
+            },
+            [
+                "Jarzynski: fitted",
+                "VERA: fitted",
+                "labels alone",
+                "kNN label spreading",
+                "midpoints",
+                "r_hat",
+            ],
         ),
     ],
 )
 def test_examples_with_tiny_settings(name, arguments, files, parts, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(
+        name, ROOT / "examples" / f"{name}.py"
+    )
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     open_before = plt.get_fignums()
@@ -184,5 +234,7 @@ def test_examples_with_tiny_settings(name, arguments, files, parts, tmp_path, ca
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
 def test_relative_links_lead_somewhere(page):
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+    for target in re.findall(
+        r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")
+    ):
         assert (ROOT / target).exists(), target

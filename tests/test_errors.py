@@ -1,4 +1,5 @@
-"""Every misuse stops with an error that names the site, what was found and what to write instead."""
+"""Every misuse stops with an error that names the site, what was found and what to
+write instead."""
 
 import warnings
 from dataclasses import replace
@@ -56,13 +57,32 @@ def refused(model, *args, match, error=ValueError):
     [
         ({"num_walkers": 0}, "num_walkers = 0; expected at least 1"),
         ({"num_kernel_steps": 0}, "num_kernel_steps = 0; expected at least 1"),
-        ({"num_holdout_chains": 1}, "num_holdout_chains = 1; expected at least 2.*standard error"),
+        (
+            {"num_holdout_chains": 1},
+            "num_holdout_chains = 1; expected at least 2.*standard error",
+        ),
         ({"num_holdout_chains": 0}, "num_holdout_chains = 0; expected at least 2"),
-        ({"num_chains": 4}, "num_chains = 4 with num_holdout_chains = 4 .*expected num_chains > num_holdout_chains"),
-        ({"ess_target": 0.0}, r"ess_target = 0.0; expected a fraction in \(0, 1\), or None"),
-        ({"ess_target": 1.0}, r"ess_target = 1.0; expected a fraction in \(0, 1\), or None"),
-        ({"ess_threshold": 1.5}, r"ess_threshold = 1.5; expected a fraction in \[0, 1\]"),
-        ({"ess_threshold": -0.1}, r"ess_threshold = -0.1; expected a fraction in \[0, 1\]"),
+        (
+            {"num_chains": 4},
+            "num_chains = 4 with num_holdout_chains = 4 .*expected num_chains > "
+            "num_holdout_chains",
+        ),
+        (
+            {"ess_target": 0.0},
+            r"ess_target = 0.0; expected a fraction in \(0, 1\), or None",
+        ),
+        (
+            {"ess_target": 1.0},
+            r"ess_target = 1.0; expected a fraction in \(0, 1\), or None",
+        ),
+        (
+            {"ess_threshold": 1.5},
+            r"ess_threshold = 1.5; expected a fraction in \[0, 1\]",
+        ),
+        (
+            {"ess_threshold": -0.1},
+            r"ess_threshold = -0.1; expected a fraction in \[0, 1\]",
+        ),
     ],
 )
 def test_options_out_of_range(options, match):
@@ -73,7 +93,8 @@ def test_options_out_of_range(options, match):
 @pytest.mark.parametrize("num_holdout_chains", [2, 3])
 def test_few_held_out_islands_warn(num_holdout_chains):
     with pytest.warns(
-        UserWarning, match=f"num_holdout_chains = {num_holdout_chains}: under 4 .*standard error"
+        UserWarning,
+        match=f"num_holdout_chains = {num_holdout_chains}: under 4 .*standard error",
     ) as caught:
         ebm.Jarzynski(model, optax.sgd(0.1), num_holdout_chains=num_holdout_chains)
     assert caught[0].filename == __file__
@@ -87,25 +108,36 @@ def test_four_held_out_islands_do_not_warn():
 
 @pytest.mark.parametrize("optim", [0.1, numpyro.optim.Adam(0.1), optax.sgd])
 def test_an_optimiser_that_is_not_optax(optim):
-    with pytest.raises(TypeError, match=f"optim is a {type(optim).__name__}; expected an optax .*optax.adam"):
+    with pytest.raises(
+        TypeError,
+        match=f"optim is a {type(optim).__name__}; expected an optax .*optax.adam",
+    ):
         ebm.Jarzynski(model, optim)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1])
 def test_no_steps(num_steps):
     backend = ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS)
-    with pytest.raises(ValueError, match=f"num_steps = {num_steps}; expected at least 1"):
+    with pytest.raises(
+        ValueError, match=f"num_steps = {num_steps}; expected at least 1"
+    ):
         backend.run(random.key(0), num_steps, X, progress_bar=False)
 
 
 def test_initial_values_of_unknown_parameters():
     with pytest.raises(ValueError, match=r"init_params names \['b'\]"):
-        ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(random.key(0), X, init_params={"b": 1.0})
+        ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(
+            random.key(0), X, init_params={"b": 1.0}
+        )
 
 
 def test_an_initial_value_of_the_wrong_shape():
-    with pytest.raises(ValueError, match=r"init_params\['a'\] has shape \(3,\); expected \(\)"):
-        ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(random.key(0), X, init_params={"a": jnp.zeros(3)})
+    with pytest.raises(
+        ValueError, match=r"init_params\['a'\] has shape \(3,\); expected \(\)"
+    ):
+        ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(
+            random.key(0), X, init_params={"a": jnp.zeros(3)}
+        )
 
 
 def test_a_start_that_cannot_reach_the_whole_support():
@@ -115,7 +147,11 @@ def test_a_start_that_cannot_reach_the_whole_support():
         with numpyro.plate("rows", len(x)):
             declare(x, FLAT, start=dist.HalfNormal(1.0))
 
-    refused(model, np.abs(X), match=r"start of the energy at site 'x'.*leaves out part of the base's")
+    refused(
+        model,
+        np.abs(X),
+        match=r"start of the energy at site 'x'.*leaves out part of the base's",
+    )
 
 
 def test_an_energy_that_is_nan_on_part_of_the_base():
@@ -124,7 +160,9 @@ def test_an_energy_that_is_nan_on_part_of_the_base():
     def model(x):
         a = numpyro.param("a", jnp.ones(()))
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: -a * jnp.log(v), NORMAL), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: -a * jnp.log(v), NORMAL), obs=x
+            )
 
     refused(model, np.abs(X), match=r"site 'x' is NaN at \d+ of 256 draws of its base")
 
@@ -136,21 +174,37 @@ def test_an_energy_that_is_nan_on_part_of_the_base():
     ("arguments", "options", "error", "match"),
     [
         ((1.0, NORMAL), {}, TypeError, "'energy' is a float; expected a callable"),
-        (({"bowl": jnp.square, "tilt": 3}, NORMAL), {}, TypeError, "'tilt' is a int; expected a callable"),
+        (
+            ({"bowl": jnp.square, "tilt": 3}, NORMAL),
+            {},
+            TypeError,
+            "'tilt' is a int; expected a callable",
+        ),
         (({}, NORMAL), {}, ValueError, "empty; name at least one"),
-        ((jnp.square, 0.5), {}, TypeError, "base is a float; expected a numpyro Distribution"),
+        (
+            (jnp.square, 0.5),
+            {},
+            TypeError,
+            "base is a float; expected a numpyro Distribution",
+        ),
         (
             (jnp.square, dist.Normal(0, 1).expand([3]).to_event(1)),
             {"start": NORMAL},
             ValueError,
             r"start has shape \(\); expected the base's \(3,\).*start.expand",
         ),
-        ((jnp.square, FLAT), {"start": 0.5}, TypeError, "start is a float; expected a numpyro Distribution"),
+        (
+            (jnp.square, FLAT),
+            {"start": 0.5},
+            TypeError,
+            "start is a float; expected a numpyro Distribution",
+        ),
         (
             (jnp.square, NORMAL),
             {"log_normalizer": np.zeros(3)},
             ValueError,
-            r"log_normalizer has shape \(3,\); expected a scalar or the base's batch shape \(\)",
+            r"log_normalizer has shape \(3,\); expected a scalar or the base's batch "
+            r"shape \(\)",
         ),
     ],
 )
@@ -168,8 +222,13 @@ def test_declarations_that_cannot_be(arguments, options, error, match):
     ],
 )
 def test_an_energy_of_the_wrong_shape_is_named_with_its_factor(energy, found):
-    distribution = ebm.EnergyDistribution({"bowl": energy}, dist.Normal(0, 1).expand([2]).to_event(1))
-    with pytest.raises(ValueError, match=rf"factor 'bowl' returned shape {found} .*expected \(12,\).*sum\(-1\)"):
+    distribution = ebm.EnergyDistribution(
+        {"bowl": energy}, dist.Normal(0, 1).expand([2]).to_event(1)
+    )
+    with pytest.raises(
+        ValueError,
+        match=rf"factor 'bowl' returned shape {found} .*expected \(12,\).*sum\(-1\)",
+    ):
         distribution.energy(np.zeros((12, 2)))
 
 
@@ -180,12 +239,21 @@ def test_an_energy_of_the_wrong_shape_names_its_site():
         with numpyro.plate("rows", len(x)):
             numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v, base), obs=x)
 
-    refused(wrong, np.zeros((12, 2)), match=r"site 'x' returned shape \(\d+, 2\).*expected \(\d+,\)")
+    refused(
+        wrong,
+        np.zeros((12, 2)),
+        match=r"site 'x' returned shape \(\d+, 2\).*expected \(\d+,\)",
+    )
 
 
 def test_a_value_of_the_wrong_shape():
-    distribution = ebm.EnergyDistribution(lambda v: v.sum(-1), dist.Normal(0, 1).expand([3]).to_event(1))
-    with pytest.raises(ValueError, match=r"value has shape \(5, 2\); expected \(\.\.\., 3\).*event shape \(3,\)"):
+    distribution = ebm.EnergyDistribution(
+        lambda v: v.sum(-1), dist.Normal(0, 1).expand([3]).to_event(1)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"value has shape \(5, 2\); expected \(\.\.\., 3\).*event shape \(3,\)",
+    ):
         distribution.energy(np.zeros((5, 2)))
 
 
@@ -196,7 +264,11 @@ def test_nan_and_infinite_data():
     for bad in (np.nan, np.inf, -np.inf):
         x = X.copy()
         x[[3, 7]] = bad
-        refused(model, x, match=r"site 'x' is NaN or infinite in 2 of 12 rows \(first: row 3\).*handlers.mask")
+        refused(
+            model,
+            x,
+            match=r"site 'x' is NaN or infinite in 2 of 12 rows \(first: row 3\).*handlers.mask",
+        )
 
 
 def masked_model(x, mask):
@@ -213,7 +285,12 @@ def test_nan_rows_that_are_masked_are_fine():
 def test_nan_rows_that_are_not_masked():
     x, mask = X.copy(), np.ones(12, bool)
     x[3], mask[4] = np.nan, False
-    refused(masked_model, x, mask, match=r"site 'x' is NaN or infinite in 1 of 12 rows \(first: row 3\)")
+    refused(
+        masked_model,
+        x,
+        mask,
+        match=r"site 'x' is NaN or infinite in 1 of 12 rows \(first: row 3\)",
+    )
 
 
 def test_data_of_the_wrong_event_shape():
@@ -222,9 +299,15 @@ def test_data_of_the_wrong_event_shape():
     def wrong(x):
         a = numpyro.param("a", 0.0)
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x
+            )
 
-    refused(wrong, np.zeros((12, 2)), match=r"site 'x' has shape \(12, 2\).*expected.*3.*event shape \(3,\)")
+    refused(
+        wrong,
+        np.zeros((12, 2)),
+        match=r"site 'x' has shape \(12, 2\).*expected.*3.*event shape \(3,\)",
+    )
 
 
 def test_data_without_its_plate():
@@ -239,7 +322,13 @@ def test_an_empty_plate():
 
 
 def test_an_improper_base_without_a_start():
-    refused(model, X, FLAT, match=r"site 'x' is improper.*start=", error=ebm.UnknownNormalizerError)
+    refused(
+        model,
+        X,
+        FLAT,
+        match=r"site 'x' is improper.*start=",
+        error=ebm.UnknownNormalizerError,
+    )
 
 
 def test_an_improper_base_under_wrappers_without_a_start():
@@ -247,9 +336,16 @@ def test_an_improper_base_under_wrappers_without_a_start():
         a = numpyro.param("a", 0.0)
         base = dist.ImproperUniform(constraints.real, (2,), ()).to_event(1)
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x
+            )
 
-    refused(wrapped, np.zeros((12, 2)), match=r"site 'x' is improper.*start=", error=ebm.UnknownNormalizerError)
+    refused(
+        wrapped,
+        np.zeros((12, 2)),
+        match=r"site 'x' is improper.*start=",
+        error=ebm.UnknownNormalizerError,
+    )
 
 
 def test_an_improper_start():
@@ -259,7 +355,12 @@ def test_an_improper_start():
 
 def test_a_discrete_support():
     counts = np.arange(12)
-    refused(model, counts, dist.Poisson(3.0), match=r"site 'x' has a discrete support.*continuous")
+    refused(
+        model,
+        counts,
+        dist.Poisson(3.0),
+        match=r"site 'x' has a discrete support.*continuous",
+    )
 
 
 def test_an_own_batch_shape_under_a_subsampled_plate():
@@ -267,9 +368,17 @@ def test_an_own_batch_shape_under_a_subsampled_plate():
         a = numpyro.param("a", 0.0)
         with numpyro.plate("rows", len(x), subsample_size=4):
             base = dist.Normal(numpyro.subsample(x, event_dim=0), 1)
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v, base), obs=numpyro.subsample(x, event_dim=0))
+            numpyro.sample(
+                "x",
+                ebm.EnergyDistribution(lambda v: a * v, base),
+                obs=numpyro.subsample(x, event_dim=0),
+            )
 
-    refused(one_z_per_row, X, match="site 'x' has one normaliser per row of plate 'rows', which is subsampled.*Drop")
+    refused(
+        one_z_per_row,
+        X,
+        match="site 'x' has one normaliser per row of plate 'rows', which is subsampled.*Drop",
+    )
 
 
 def test_an_energy_of_the_rows_of_a_mini_batch():
@@ -280,7 +389,11 @@ def test_an_energy_of_the_rows_of_a_mini_batch():
             energy = ebm.EnergyDistribution(lambda v: a * rows.mean() * v, NORMAL)
             numpyro.sample("x", energy, obs=rows)
 
-    refused(leaking, X, match="energy at site 'x' changes with the random key.*subsampled plate")
+    refused(
+        leaking,
+        X,
+        match="energy at site 'x' changes with the random key.*subsampled plate",
+    )
 
 
 # Models
@@ -290,7 +403,9 @@ def test_no_energy_site():
     def plain(x):
         numpyro.sample("x", dist.Normal(numpyro.param("a", 0.0), 1), obs=x)
 
-    refused(plain, 0.5, match=r"no energy site.*EnergyDistribution\(energy, base\).*SVI")
+    refused(
+        plain, 0.5, match=r"no energy site.*EnergyDistribution\(energy, base\).*SVI"
+    )
 
 
 def test_no_parameters():
@@ -302,19 +417,32 @@ def test_no_parameters():
 
 
 def test_an_unobserved_energy_site():
-    refused(declare, None, match="Energy site 'x' is not observed.*obs=.*log_normalizer=")
+    refused(
+        declare, None, match="Energy site 'x' is not observed.*obs=.*log_normalizer="
+    )
 
 
 def test_obs_mask():
     def partly_observed(x):
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(tilt(), NORMAL), obs=x, obs_mask=np.arange(len(x)) > 2)
+            numpyro.sample(
+                "x",
+                ebm.EnergyDistribution(tilt(), NORMAL),
+                obs=x,
+                obs_mask=np.arange(len(x)) > 2,
+            )
 
-    refused(partly_observed, X, match=r"site 'x.* is not observed.*obs_mask=.*handlers.mask")
+    refused(
+        partly_observed, X, match=r"site 'x.* is not observed.*obs_mask=.*handlers.mask"
+    )
 
 
 def test_an_energy_site_whose_normaliser_is_known():
-    refused(lambda x: declare(x, log_normalizer=0.0), 0.5, match="site 'x' already has a log_normalizer.*SVI or MCMC")
+    refused(
+        lambda x: declare(x, log_normalizer=0.0),
+        0.5,
+        match="site 'x' already has a log_normalizer.*SVI or MCMC",
+    )
 
 
 def test_a_discrete_latent():
@@ -337,20 +465,27 @@ def test_a_latent_in_a_plate():
 class Dropout(nn.Module):
     @nn.compact
     def __call__(self, v, deterministic):
-        return nn.Dense(1)(nn.Dropout(0.5, deterministic=deterministic)(nn.tanh(nn.Dense(8)(v))))[..., 0]
+        return nn.Dense(1)(
+            nn.Dropout(0.5, deterministic=deterministic)(nn.tanh(nn.Dense(8)(v)))
+        )[..., 0]
 
 
 def dropout_model(x, deterministic):
     net = flax_module("net", Dropout(), input_shape=(1, 1), deterministic=True)
     rngs = None if deterministic else {"dropout": numpyro.prng_key()}
     with numpyro.plate("rows", len(x)):
-        energy = ebm.EnergyDistribution(lambda v: 0.001 * net(v[..., None], deterministic, rngs=rngs), NORMAL)
+        energy = ebm.EnergyDistribution(
+            lambda v: 0.001 * net(v[..., None], deterministic, rngs=rngs), NORMAL
+        )
         numpyro.sample("x", energy, obs=x)
 
 
 def test_dropout():
     refused(
-        dropout_model, X, False, match="energy at site 'x' changes with the random key.*dropout.*deterministic=True"
+        dropout_model,
+        X,
+        False,
+        match="energy at site 'x' changes with the random key.*dropout.*deterministic=True",
     )
 
 
@@ -366,9 +501,13 @@ class BatchNorm(nn.Module):
 
 def test_batch_norm():
     def stateful(x):
-        net = flax_module("net", BatchNorm(), input_shape=(1, 1), mutable=["batch_stats"])
+        net = flax_module(
+            "net", BatchNorm(), input_shape=(1, 1), mutable=["batch_stats"]
+        )
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: net(v[..., None]), NORMAL), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: net(v[..., None]), NORMAL), obs=x
+            )
 
     refused(stateful, X, match="'net.*' is mutable state.*batch norm.*layer norm")
 
@@ -379,35 +518,56 @@ def test_batch_norm():
 def scaled_model(x, energy):
     scale = numpyro.param("scale", 1.0)
     with numpyro.plate("rows", len(x)):
-        numpyro.sample("x", ebm.EnergyDistribution(lambda v: scale * energy(v), NORMAL), obs=x)
+        numpyro.sample(
+            "x", ebm.EnergyDistribution(lambda v: scale * energy(v), NORMAL), obs=x
+        )
 
 
 def test_an_energy_not_bounded_below():
     """−v⁴ has no normaliser: walkers run away."""
     refused(
-        scaled_model, X, lambda v: -(v**4), match="site 'x'.*stopped at inverse temperature.*not bounded below.*start="
+        scaled_model,
+        X,
+        lambda v: -(v**4),
+        match="site 'x'.*stopped at inverse temperature.*not bounded below.*start=",
     )
 
 
 def test_annealing_whose_islands_disagree():
     """Two temperatures to a mode 10 base scales away and 10 times narrower."""
-    backend = ebm.Jarzynski(scaled_model, optax.sgd(0.1), num_temperatures=2, **SETTINGS)
-    with pytest.warns(UserWarning, match="site 'x': its islands disagree about log Z.*not be bounded below"):
+    backend = ebm.Jarzynski(
+        scaled_model, optax.sgd(0.1), num_temperatures=2, **SETTINGS
+    )
+    with pytest.warns(
+        UserWarning,
+        match="site 'x': its islands disagree about log Z.*not be bounded below",
+    ):
         backend.init(random.key(0), X, lambda v: 50 * (v - 10.0) ** 2)
 
 
 def breaking_model(x):
     a = numpyro.param("a", jnp.zeros(()))
     with numpyro.plate("rows", len(x)):
-        numpyro.sample("x", ebm.EnergyDistribution(lambda v: -jnp.where(a > 1.5, jnp.nan, a) * v, NORMAL), obs=x)
+        numpyro.sample(
+            "x",
+            ebm.EnergyDistribution(
+                lambda v: -jnp.where(a > 1.5, jnp.nan, a) * v, NORMAL
+            ),
+            obs=x,
+        )
 
 
 def test_an_energy_that_goes_nan_keeps_the_last_good_state():
-    """All x = 3 pull a up by 0.01 · 12 · (3 − E[x]) a step, E[x] near a: over the cliff in under twenty steps."""
+    """All x = 3 pull a up by 0.01 · 12 · (3 − E[x]) a step, E[x] near a: over the cliff
+    in under twenty steps."""
     x = np.full(12, 3.0, np.float32)
-    backend = ebm.Jarzynski(breaking_model, optax.sgd(0.01), ess_target=None, **SETTINGS)
+    backend = ebm.Jarzynski(
+        breaking_model, optax.sgd(0.01), ess_target=None, **SETTINGS
+    )
     start = backend.init(random.key(0), x)
-    with pytest.raises(ebm.NonFiniteError, match=r"NaN or an infinity.*learning rate") as caught:
+    with pytest.raises(
+        ebm.NonFiniteError, match=r"NaN or an infinity.*learning rate"
+    ) as caught:
         backend.run(random.key(0), 500, x, init_state=start, progress_bar=False)
     error = caught.value
     assert isinstance(error, FloatingPointError)
@@ -415,14 +575,26 @@ def test_an_energy_that_goes_nan_keeps_the_last_good_state():
     assert "site 'x'" in str(error)
     assert 3 <= error.step < 50
     history = error.fit.history
-    assert all(len(leaf) == error.step for leaf in (history["loss"], history["ess"]["x"], history["grad_norm"]))
+    assert all(
+        len(leaf) == error.step
+        for leaf in (history["loss"], history["ess"]["x"], history["grad_norm"])
+    )
     assert np.isfinite(history["loss"]).all()
     assert 0 < error.fit.params["a"] <= 1.5
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(error.fit.state.walkers["x"]))
+    assert all(
+        np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(error.fit.state.walkers["x"])
+    )
     # Exactly the state that as many good steps give.
-    good = backend.run(random.key(0), error.step, x, init_state=start, progress_bar=False)
+    good = backend.run(
+        random.key(0), error.step, x, init_state=start, progress_bar=False
+    )
     np.testing.assert_array_equal(good.history["loss"], history["loss"])
-    jax.tree.map(np.testing.assert_array_equal, with_raw_key(good.state), with_raw_key(error.fit.state))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        with_raw_key(good.state),
+        with_raw_key(error.fit.state),
+    )
 
 
 def with_raw_key(state):
@@ -444,26 +616,38 @@ def test_a_first_step_that_is_nan_gives_an_empty_history():
 
 def test_log_normalizer_needs_two_islands():
     with pytest.raises(ValueError, match="num_chains = 1; expected at least 2"):
-        ebm.log_normalizer(random.key(0), ebm.EnergyDistribution(jnp.square, NORMAL), num_chains=1)
+        ebm.log_normalizer(
+            random.key(0), ebm.EnergyDistribution(jnp.square, NORMAL), num_chains=1
+        )
 
 
 def test_log_normalizer_needs_an_energy_site():
     with pytest.raises(ValueError, match="no energy site"):
-        ebm.log_normalizer(random.key(0), lambda: numpyro.sample("y", dist.Normal(0, 1)))
+        ebm.log_normalizer(
+            random.key(0), lambda: numpyro.sample("y", dist.Normal(0, 1))
+        )
 
 
 def test_log_normalizer_of_a_discrete_support():
     with pytest.raises(ValueError, match="discrete"):
-        ebm.log_normalizer(random.key(0), ebm.EnergyDistribution(jnp.square, dist.Poisson(3.0)))
+        ebm.log_normalizer(
+            random.key(0), ebm.EnergyDistribution(jnp.square, dist.Poisson(3.0))
+        )
 
 
 def test_data_outside_the_support_of_the_base():
     def model(x):
         a = numpyro.param("a", 0.0)
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v, dist.Exponential(1.0)), obs=x)
+            numpyro.sample(
+                "x",
+                ebm.EnergyDistribution(lambda v: a * v, dist.Exponential(1.0)),
+                obs=x,
+            )
 
     x = np.array([0.5, 1.0, -0.1, 2.0])
     backend = ebm.Jarzynski(model, optax.adam(0.1), num_walkers=4)
-    with pytest.raises(ValueError, match=r"site 'x' lies outside .* 1 of 4 rows \(first: row 2\)"):
+    with pytest.raises(
+        ValueError, match=r"site 'x' lies outside .* 1 of 4 rows \(first: row 2\)"
+    ):
         backend.init(random.key(0), x)

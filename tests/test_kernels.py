@@ -1,4 +1,5 @@
-"""Langevin moves and their weights: exact invariants, then Monte Carlo on a skewed target."""
+"""Langevin moves and their weights: exact invariants, then Monte Carlo on a skewed
+target."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +8,18 @@ import pytest
 from jax import random
 
 from ebm_ppl import MALA, ULA
-from ebm_ppl.kernels import KernelState, initial_step_size, log_transition_difference, move
+from ebm_ppl.kernels import (
+    KernelState,
+    initial_step_size,
+    log_transition_difference,
+    move,
+)
 from ebm_ppl.weights import ess_fraction
 
 
 def skewed(u):
-    """U(u) = u²/2 + 2 log(1 + exp(2u)): skewed, its slope Lipschitz (ULA needs that), moments by quadrature."""
+    """U(u) = u²/2 + 2 log(1 + exp(2u)): skewed, its slope Lipschitz (ULA needs that),
+    moments by quadrature."""
     return u**2 / 2 + 2 * jnp.logaddexp(0.0, 2 * u)
 
 
@@ -26,16 +33,22 @@ def expectation(f):
 
 
 def exact_draws(key, shape):
-    return jnp.interp(random.uniform(key, shape), jnp.asarray(np.cumsum(DENSITY)), jnp.asarray(GRID))
+    return jnp.interp(
+        random.uniform(key, shape), jnp.asarray(np.cumsum(DENSITY)), jnp.asarray(GRID)
+    )
 
 
 def evaluate(position):
-    return KernelState(position, skewed(position), jax.grad(lambda u: skewed(u).sum())(position))
+    return KernelState(
+        position, skewed(position), jax.grad(lambda u: skewed(u).sum())(position)
+    )
 
 
 def run(kernel, position, step_size, num_steps, seed=0):
     state = evaluate(position)
-    return move(kernel, random.key(seed), state, evaluate, jnp.asarray(step_size), num_steps)
+    return move(
+        kernel, random.key(seed), state, evaluate, jnp.asarray(step_size), num_steps
+    )
 
 
 def test_transition_difference_is_the_log_ratio_of_the_two_proposals():
@@ -47,7 +60,9 @@ def test_transition_difference_is_the_log_ratio_of_the_two_proposals():
         return -((b.position - a.position + h * a.grad) ** 2) / (4 * h)
 
     expected = (-y.potential + log_q(y, x)) - (-x.potential + log_q(x, y))
-    np.testing.assert_allclose(log_transition_difference(x, y, jnp.asarray(h)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        log_transition_difference(x, y, jnp.asarray(h)), expected, rtol=1e-5
+    )
 
 
 def test_step_size_zero_leaves_everything_in_place():
@@ -99,7 +114,8 @@ def test_ula_weights_have_mean_one_from_exact_draws():
 
 @pytest.mark.parametrize("power", [1, 2, 3])
 def test_ula_weights_correct_its_bias(power):
-    """At h = 0.3 the raw walkers are biased by many standard errors; the weighted ones are not."""
+    """At h = 0.3 the raw walkers are biased by many standard errors; the weighted ones
+    are not."""
     n = 100_000
     state, info = run(ULA(), exact_draws(random.key(6), (1, n)), 0.3, 4)
     values = np.asarray(state.position, float) ** power
@@ -115,7 +131,8 @@ def test_ula_weights_correct_its_bias(power):
 
 
 def test_a_step_size_per_batch_element():
-    """Shapes (chains, walkers, batch, event): element 0 stands still, element 1 moves."""
+    """Shapes (chains, walkers, batch, event): element 0 stands still, element 1
+    moves."""
 
     def bowl(position):
         return KernelState(position, 0.5 * (position**2).sum(-1), position)

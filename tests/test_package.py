@@ -95,15 +95,29 @@ def test_every_module_has_a_place():
 
 def test_imports_go_one_way():
     for place, module in enumerate(ORDER):
-        internal = {name.removeprefix("ebm_ppl.") for name in imports_of(module) if name.startswith("ebm_ppl")}
-        assert internal <= set(ORDER[:place]), f"{module} imports {sorted(internal - set(ORDER[:place]))}"
+        internal = {
+            name.removeprefix("ebm_ppl.")
+            for name in imports_of(module)
+            if name.startswith("ebm_ppl")
+        }
+        assert internal <= set(ORDER[:place]), (
+            f"{module} imports {sorted(internal - set(ORDER[:place]))}"
+        )
 
 
 def test_hosts_are_known_to_few_modules():
-    users = {module for module in ORDER if any(name.split(".")[0] == "numpyro" for name in imports_of(module))}
+    users = {
+        module
+        for module in ORDER
+        if any(name.split(".")[0] == "numpyro" for name in imports_of(module))
+    }
     assert users == NUMPYRO_MODULES
     for host in ("arviz", "xarray"):
-        users = {module for module in ORDER if any(name.split(".")[0] == host for name in imports_of(module))}
+        users = {
+            module
+            for module in ORDER
+            if any(name.split(".")[0] == host for name in imports_of(module))
+        }
         assert users == {"arviz"}
 
 
@@ -142,5 +156,7 @@ def test_public_names_are_pinned():
 
 
 def test_every_public_name_has_a_docs_entry():
-    documented = set(re.findall(r"auto\w+:: (\w+)", (DOCS / "api.md").read_text(encoding="utf-8")))
+    documented = set(
+        re.findall(r"auto\w+:: (\w+)", (DOCS / "api.md").read_text(encoding="utf-8"))
+    )
     assert documented >= set(ebm_ppl.__all__)

@@ -1,4 +1,5 @@
-"""Chains in latent space: a skewed energy under a linear generator, whose density is Gaussian."""
+"""Chains in latent space: a skewed energy under a linear generator, whose density is
+Gaussian."""
 
 import dataclasses
 
@@ -34,7 +35,9 @@ def energy(v):
 def model(x):
     strength = numpyro.param("strength", 1.0)
     with numpyro.plate("rows", len(x)):
-        numpyro.sample("x", ebm.EnergyDistribution(lambda v: strength * energy(v), BASE), obs=x)
+        numpyro.sample(
+            "x", ebm.EnergyDistribution(lambda v: strength * energy(v), BASE), obs=x
+        )
 
 
 def generator():
@@ -78,15 +81,28 @@ def refined(fit):
 
 
 def test_the_density_of_latents_and_noise(fit, refined):
-    """Local proposals are the posterior of a linear generator: q̂ is q but for the noise of the latents lent to it."""
+    """Local proposals are the posterior of a linear generator: q̂ is q but for the
+    noise of the latents lent to it."""
     noise = random.normal(random.key(2), (200, 2, 2))
     z, errors = noise[:, 0], noise[:, 1]
     x = BASE.mean + jnp.sqrt(BASE.variance) * (z @ WEIGHT.T + BIAS + SCALE * errors)
-    expected = dist.Normal(0, 1).log_prob(noise).sum((1, 2)) - energy(x) + BASE.log_prob(x)
+    expected = (
+        dist.Normal(0, 1).log_prob(noise).sum((1, 2)) - energy(x) + BASE.log_prob(x)
+    )
 
     def found(program):
-        assert set(trace_of(program)) == {"z", "x_base_decentered", "x_base", "x", "x_log_weight"}
-        at = jax.vmap(lambda z, e: log_density(program, (), {}, {"z": z, "x_base_decentered": e})[0])
+        assert set(trace_of(program)) == {
+            "z",
+            "x_base_decentered",
+            "x_base",
+            "x",
+            "x_log_weight",
+        }
+        at = jax.vmap(
+            lambda z, e: log_density(program, (), {}, {"z": z, "x_base_decentered": e})[
+                0
+            ]
+        )
         return jax.jit(at)(z, errors)
 
     bare = found(ebm.latent_model(random.key(1), fit, model, DATA, correct=False))
@@ -101,7 +117,9 @@ def flow():
     """No latents: a normal through a transform."""
     weight = numpyro.param("weight", ROOT)
     noise = dist.Normal(0, 1).expand([2]).to_event(1)
-    numpyro.sample("x", dist.TransformedDistribution(noise, LowerCholeskyAffine(BIAS, weight)))
+    numpyro.sample(
+        "x", dist.TransformedDistribution(noise, LowerCholeskyAffine(BIAS, weight))
+    )
 
 
 def test_a_flow_has_noise_alone_and_an_exact_density():
@@ -109,7 +127,9 @@ def test_a_flow_has_noise_alone_and_an_exact_density():
     trace = trace_of(program)
     assert set(trace) == {"x_base_decentered", "x_base", "x", "x_log_weight"}
     noise = random.normal(random.key(2), (50, 2))
-    found = jax.vmap(lambda e: log_density(program, (), {}, {"x_base_decentered": e})[0])(noise)
+    found = jax.vmap(
+        lambda e: log_density(program, (), {}, {"x_base_decentered": e})[0]
+    )(noise)
     x = BIAS + noise @ ROOT.T
     expected = BASE.log_prob(x) - energy(x) + jnp.linalg.slogdet(ROOT)[1]
     np.testing.assert_allclose(found, expected, atol=1e-3)
@@ -120,20 +140,34 @@ def trace_of(program):
 
 
 def test_a_conditional_without_noise_per_coordinate_is_drawn_as_it_is():
-    program = ebm.latent_model(random.key(1), fitted(correlated), model, DATA, correct=False)
+    program = ebm.latent_model(
+        random.key(1), fitted(correlated), model, DATA, correct=False
+    )
     trace = trace_of(program)
     assert set(trace) == {"z", "x", "x_log_weight"}
     z, x = trace["z"]["value"], trace["x"]["value"]
     found, _ = log_density(program, (), {}, {"z": z, "x": x})
-    prior, conditional = dist.Normal(0, 1).log_prob(z).sum(), dist.MultivariateNormal(WEIGHT @ z, scale_tril=ROOT)
+    prior, conditional = (
+        dist.Normal(0, 1).log_prob(z).sum(),
+        dist.MultivariateNormal(WEIGHT @ z, scale_tril=ROOT),
+    )
     expected = prior + conditional.log_prob(x) - energy(x) + BASE.log_prob(x)
     assert found == pytest.approx(float(expected), abs=1e-3)
 
 
 def test_mala_in_latent_space(fit):
     program = ebm.latent_model(random.key(1), fit, model, DATA, correct=False)
-    kernel = HMC(program, num_steps=1, trajectory_length=None, init_strategy=init_to_sample)
-    mcmc = MCMC(kernel, num_warmup=20, num_samples=20, num_chains=2, chain_method="vectorized", progress_bar=False)
+    kernel = HMC(
+        program, num_steps=1, trajectory_length=None, init_strategy=init_to_sample
+    )
+    mcmc = MCMC(
+        kernel,
+        num_warmup=20,
+        num_samples=20,
+        num_chains=2,
+        chain_method="vectorized",
+        progress_bar=False,
+    )
     mcmc.run(random.key(2))
     x = mcmc.get_samples(group_by_chain=True)["x"]
     assert x.shape == (2, 20, 2)
@@ -143,20 +177,29 @@ def test_mala_in_latent_space(fit):
 
 
 def test_scores_that_chains_cannot_follow(fit):
-    with pytest.raises(TypeError, match="score is a HMCScore; expected an ImportanceScore"):
+    with pytest.raises(
+        TypeError, match="score is a HMCScore; expected an ImportanceScore"
+    ):
         ebm.latent_model(random.key(1), fit, model, DATA, score=ebm.HMCScore())
 
 
 def test_only_a_generators_fit_has_latents(fit):
     other = dataclasses.replace(fit, state=fit.params)
-    with pytest.raises(TypeError, match=r"latents, but this fit's state is a dict.*method='nuts'"):
+    with pytest.raises(
+        TypeError, match=r"latents, but this fit's state is a dict.*method='nuts'"
+    ):
         ebm.latent_model(random.key(1), other, model, DATA)
 
 
 def test_the_site_is_the_generators(fit):
     def renamed(y):
         strength = numpyro.param("strength", 1.0)
-        numpyro.sample("y", ebm.EnergyDistribution(lambda v: strength * energy(v), BASE), obs=y)
+        numpyro.sample(
+            "y", ebm.EnergyDistribution(lambda v: strength * energy(v), BASE), obs=y
+        )
 
-    with pytest.raises(ValueError, match=r"generator draws 'x', but the model's energy sites are \['y'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"generator draws 'x', but the model's energy sites are \['y'\]",
+    ):
         ebm.latent_model(random.key(1), fit, renamed, DATA[0])

@@ -15,7 +15,9 @@ SCHEMES = pytest.mark.parametrize("scheme", [systematic, multinomial])
 def test_expected_counts_follow_the_weights(scheme):
     weights = np.array([0.5, 0.25, 0.0, 0.2, 0.05])
     num, repeats = len(weights), 20_000
-    indices = jax.vmap(lambda key: scheme(key, jnp.log(weights)))(random.split(random.key(0), repeats))
+    indices = jax.vmap(lambda key: scheme(key, jnp.log(weights)))(
+        random.split(random.key(0), repeats)
+    )
     counts = (np.asarray(indices)[..., None] == np.arange(num)).sum(1)
     error = counts.std(0) / np.sqrt(repeats)
     assert np.all(np.abs(counts.mean(0) - num * weights) <= 5 * error + 1e-6)
@@ -37,17 +39,24 @@ def test_indices_are_sorted(scheme):
 @SCHEMES
 def test_equal_weights_of_any_size(scheme):
     assert np.all(np.asarray(scheme(random.key(0), jnp.full(16, -1e4))) < 16)
-    np.testing.assert_array_equal(systematic(random.key(0), jnp.full(16, -1e4)), np.arange(16))
+    np.testing.assert_array_equal(
+        systematic(random.key(0), jnp.full(16, -1e4)), np.arange(16)
+    )
 
 
 @SCHEMES
 def test_dead_walkers_are_never_selected_in_float32(scheme):
-    """Long arrays with dead walkers inside and at both ends, where a float32 cumsum is not monotone."""
+    """Long arrays with dead walkers inside and at both ends, where a float32 cumsum is
+    not monotone."""
     num = 20_001
     alive = np.zeros(num, bool)
     alive[5_000:15_000:7] = True
-    log_weights = jnp.where(alive, random.normal(random.key(5), (num,)), -jnp.inf).astype(jnp.float32)
-    picked = jax.vmap(lambda key: scheme(key, log_weights))(random.split(random.key(6), 50))
+    log_weights = jnp.where(
+        alive, random.normal(random.key(5), (num,)), -jnp.inf
+    ).astype(jnp.float32)
+    picked = jax.vmap(lambda key: scheme(key, log_weights))(
+        random.split(random.key(6), 50)
+    )
     assert alive[np.asarray(picked)].all()
 
 

@@ -1,4 +1,5 @@
-"""Draws of x against known moments: chains that ArviZ finds converged, on skewed, constrained and divided energies."""
+"""Draws of x against known moments: chains that ArviZ finds converged, on skewed,
+constrained and divided energies."""
 
 import arviz as az
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ def polynomial(coefficients, v):
 
 
 def quartic(coefficients):
-    """A polynomial energy over N(0, 1), from v⁴ down, and its normalised density on the grid."""
+    """A polynomial energy over N(0, 1), from v⁴ down, and its normalised density on the
+    grid."""
     density = np.exp(-np.polyval(coefficients, GRID)) * norm.pdf(GRID)
     # Coefficients are data of the energy: all quartics share executables.
     energy = Partial(polynomial, jnp.asarray(coefficients, jnp.float32))
@@ -46,11 +48,14 @@ def skewed():
 
 
 def draw(distribution, method, seed=0, **options):
-    return np.asarray(ebm.sample(random.key(seed), distribution, method=method, **options)["x"], float)
+    return np.asarray(
+        ebm.sample(random.key(seed), distribution, method=method, **options)["x"], float
+    )
 
 
 def mean_is(draws, exact):
-    """``draws`` of shape ``(chains, draws)``: converged, and their mean within 5 standard errors."""
+    """``draws`` of shape ``(chains, draws)``: converged, and their mean within 5
+    standard errors."""
     assert az.rhat(draws) < 1.02
     assert az.ess(draws) > 200
     assert abs(draws.mean() - exact) < 5 * az.mcse(draws)
@@ -66,12 +71,15 @@ def test_a_skewed_energy(skewed, method):
     centre = (GRID * SKEWED_DENSITY).sum()
     mean_is(draws, centre)
     for power in (2, 3):
-        mean_is((draws - centre) ** power, ((GRID - centre) ** power * SKEWED_DENSITY).sum())
+        mean_is(
+            (draws - centre) ** power, ((GRID - centre) ** power * SKEWED_DENSITY).sum()
+        )
 
 
 @pytest.mark.parametrize("method", ["mala", "nuts"])
 def test_chains_from_given_points(method):
-    """From one end of a skewed energy, its step size learned on the way, in a warm-up."""
+    """From one end of a skewed energy, its step size learned on the way, in a
+    warm-up."""
     options = {"initial": {"x": np.full(4, 3.0)}, "thinning": 3}
     draws = draw(SKEWED, method, **options)
     centre = (GRID * SKEWED_DENSITY).sum()
@@ -89,9 +97,18 @@ def test_chains_stay_in_the_mode_that_they_were_given():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "smc", "initial": {"x": np.zeros(4)}}, "'smc' anneals from the base"),
-        ({"method": "mala", "initial": {"y": np.zeros(4)}}, r"initial has sites \['y'\]"),
-        ({"method": "mala", "initial": {"x": np.zeros(3)}}, r"shape \(3,\); expected .* = \(4,\)"),
+        (
+            {"method": "smc", "initial": {"x": np.zeros(4)}},
+            "'smc' anneals from the base",
+        ),
+        (
+            {"method": "mala", "initial": {"y": np.zeros(4)}},
+            r"initial has sites \['y'\]",
+        ),
+        (
+            {"method": "mala", "initial": {"x": np.zeros(3)}},
+            r"shape \(3,\); expected .* = \(4,\)",
+        ),
         ({"method": "nuts", "initial": {"x": np.full(4, np.nan)}}, "not finite"),
     ],
 )
@@ -102,7 +119,8 @@ def test_first_points_that_cannot_be(options, message):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_batches_of_constrained_events(method):
-    """E = −Σ aᵢ log xᵢ over uniform simplices, for two vectors a at once: Dirichlet(a + 1)."""
+    """E = −Σ aᵢ log xᵢ over uniform simplices, for two vectors a at once: Dirichlet(a +
+    1)."""
     powers = np.array([[1.0, 4.0, 0.5], [2.0, 1.0, 3.0]])
     base = dist.Dirichlet(jnp.ones((2, 3)))
     energy = lambda v: -(jnp.asarray(powers, jnp.float32) * jnp.log(v)).sum(-1)  # noqa: E731
@@ -116,15 +134,19 @@ def test_batches_of_constrained_events(method):
         mean_is(draws[..., batch, element], exact[batch, element])
 
 
-# Shapes of the two are alike, so that they share executables: a pool of 64 walkers for each of many chains.
+# Shapes of the two are alike, so that they share executables: a pool of 64 walkers for
+# each of many chains.
 MANY = {"num_chains": 1000, "num_temperatures": 8, "num_warmup": 32}
 
 
 def share_on_the_right(draws):
-    """Within 5 standard errors over chains, which are independent, and what weights of 64 walkers are biased by."""
+    """Within 5 standard errors over chains, which are independent, and what weights of
+    64 walkers are biased by."""
     exact = DIVIDED_DENSITY[GRID > 0].sum()
     share = (draws > 0).mean(axis=1)
-    assert abs(share.mean() - exact) < 5 * share.std(ddof=1) / np.sqrt(len(share)) + 1 / 64
+    assert (
+        abs(share.mean() - exact) < 5 * share.std(ddof=1) / np.sqrt(len(share)) + 1 / 64
+    )
 
 
 def test_smc_divides_its_draws_by_weight():
@@ -133,7 +155,8 @@ def test_smc_divides_its_draws_by_weight():
 
 
 def test_chains_start_by_weight():
-    """A chain stays in the mode that it starts in: a fifth of many chains must start in the rarer one."""
+    """A chain stays in the mode that it starts in: a fifth of many chains must start in
+    the rarer one."""
     share_on_the_right(draw(DIVIDED, "mala", num_draws=1, **MANY))
 
 
@@ -141,7 +164,9 @@ def test_chains_start_by_weight():
 
 
 def test_a_single_chain():
-    assert draw(SKEWED, "nuts", num_chains=1, num_draws=50, num_warmup=50, thinning=3, **SHORT).shape == (1, 50)
+    assert draw(
+        SKEWED, "nuts", num_chains=1, num_draws=50, num_warmup=50, thinning=3, **SHORT
+    ).shape == (1, 50)
 
 
 def test_chains_differ(skewed):
@@ -156,7 +181,8 @@ def test_draws_follow_the_key(skewed, method):
 
 
 def test_thinning_leaves_independent_draws(skewed):
-    """One move in ten of MALA's is as good as independent; every one is worth about half."""
+    """One move in ten of MALA's is as good as independent; every one is worth about
+    half."""
     thinned = draw(SKEWED, "mala", thinning=10, **SHORT)
     assert thinned.shape == (4, 1000)
     assert az.ess(skewed["mala"]) < 0.65 * 4000
@@ -164,7 +190,8 @@ def test_thinning_leaves_independent_draws(skewed):
 
 
 def test_mala_moves_as_often_as_its_step_size_was_chosen_for(skewed):
-    """Acceptance 0.574, adapted by a pilot of 256 walkers: a draw repeats the one before where a move was refused."""
+    """Acceptance 0.574, adapted by a pilot of 256 walkers: a draw repeats the one
+    before where a move was refused."""
     refused = (np.diff(skewed["mala"], axis=1) == 0).mean()
     assert 0.25 < refused < 0.6
 
@@ -176,14 +203,20 @@ def two_sites(rows=None):
     rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
     loc = numpyro.sample("loc", dist.Normal(0.0, 1.0))
     with numpyro.plate("rows", 12):
-        numpyro.sample("wide", ebm.EnergyDistribution(lambda v: 0.5 * rate * v**2, NORMAL), obs=rows)
+        numpyro.sample(
+            "wide",
+            ebm.EnergyDistribution(lambda v: 0.5 * rate * v**2, NORMAL),
+            obs=rows,
+        )
     numpyro.sample("moved", ebm.EnergyDistribution(lambda v: -2 * loc * v, NORMAL))
 
 
 def test_every_site_of_a_model():
     """Parameters by name; a plate repeats the site's rows, not its draws."""
     params = {"rate": jnp.array(3.0), "loc": jnp.array(0.5)}
-    draws = ebm.sample(random.key(0), two_sites, params, np.zeros(12), num_draws=500, **SHORT)
+    draws = ebm.sample(
+        random.key(0), two_sites, params, np.zeros(12), num_draws=500, **SHORT
+    )
     assert draws.keys() == {"wide", "moved"}
     wide, moved = (np.asarray(draws[name], float) for name in ("wide", "moved"))
     assert wide.shape == moved.shape == (4, 500)
@@ -195,7 +228,10 @@ def test_every_site_of_a_model():
 
 @pytest.mark.parametrize(
     ("params", "match"),
-    [({"loc": 0.5}, r"lacks \['rate'\]"), ({"loc": 0.5, "rate": 1.0, "scale": 2.0}, r"holds \['scale'\]")],
+    [
+        ({"loc": 0.5}, r"lacks \['rate'\]"),
+        ({"loc": 0.5, "rate": 1.0, "scale": 2.0}, r"holds \['scale'\]"),
+    ],
 )
 def test_parameters_that_are_missing_or_unknown(params, match):
     with pytest.raises(ValueError, match=match):
@@ -222,25 +258,36 @@ def test_options_that_cannot_work(options, match):
 
 
 def test_a_bare_distribution_takes_no_parameters():
-    with pytest.raises(ValueError, match="bare EnergyDistribution holds its parameters"):
+    with pytest.raises(
+        ValueError, match="bare EnergyDistribution holds its parameters"
+    ):
         ebm.sample(random.key(0), SKEWED, {"rate": 1.0})
 
 
 def test_a_discrete_support():
-    distribution = ebm.EnergyDistribution(lambda v: v.sum(-1), dist.Bernoulli(0.5).expand([3]).to_event(1))
+    distribution = ebm.EnergyDistribution(
+        lambda v: v.sum(-1), dist.Bernoulli(0.5).expand([3]).to_event(1)
+    )
     with pytest.raises(ValueError, match="site 'x' has a discrete support"):
         ebm.sample(random.key(0), distribution)
 
 
 def test_an_improper_base_without_a_start():
     flat = dist.ImproperUniform(constraints.real, (), ())
-    with pytest.raises(ebm.UnknownNormalizerError, match=r"site 'x' is improper.*start="):
+    with pytest.raises(
+        ebm.UnknownNormalizerError, match=r"site 'x' is improper.*start="
+    ):
         ebm.sample(random.key(0), ebm.EnergyDistribution(lambda v: 0.5 * v**2, flat))
 
 
 def test_a_start_that_leaves_out_part_of_the_base():
     """Walkers in the coordinates of a half-normal would never be negative."""
     flat = dist.ImproperUniform(constraints.real, (), ())
-    narrow = ebm.EnergyDistribution(lambda v: 0.5 * v**2, flat, start=dist.HalfNormal(1.0))
-    with pytest.raises(ValueError, match=r"start of the energy at site 'x'.* leaves out part of the base's"):
+    narrow = ebm.EnergyDistribution(
+        lambda v: 0.5 * v**2, flat, start=dist.HalfNormal(1.0)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"start of the energy at site 'x'.* leaves out part of the base's",
+    ):
         ebm.sample(random.key(0), narrow, num_draws=10)

@@ -1,4 +1,5 @@
-"""Scores of a linear generator, whose density is Gaussian: x = W z + σ ε is N(0, W Wᵀ + σ² I)."""
+"""Scores of a linear generator, whose density is Gaussian: x = W z + σ ε is N(0, W Wᵀ +
+σ² I)."""
 
 from functools import partial
 
@@ -44,7 +45,9 @@ def residuals(latents, value):
 
 
 def entropy(params):
-    covariance = params["weight"] @ params["weight"].T + params["sigma"] ** 2 * jnp.eye(3)
+    covariance = params["weight"] @ params["weight"].T + params["sigma"] ** 2 * jnp.eye(
+        3
+    )
     return 0.5 * jnp.linalg.slogdet(2 * jnp.pi * jnp.e * covariance)[1]
 
 
@@ -52,19 +55,31 @@ EXACT = jax.grad(entropy)(PARAMS)
 
 
 def measured(score, num_steps=1_200, num_pairs=100):
-    """Gradients of the entropy over ``num_steps`` evaluations, and errors of score and log density in the last."""
+    """Gradients of the entropy over ``num_steps`` evaluations, and errors of score and
+    log density in the last."""
 
     def step(state, key):
         key_latents, key_errors, key_score = random.split(key, 3)
-        noise = random.normal(key_latents, (num_pairs, 2)), random.normal(key_errors, (num_pairs, 3))
+        noise = (
+            random.normal(key_latents, (num_pairs, 2)),
+            random.normal(key_errors, (num_pairs, 3)),
+        )
         values, pull = jax.vjp(partial(generate, noise), PARAMS)
-        found, state = score.evaluate(key_score, state, Pair(log_prior, log_joint, residuals), noise[0], values)
+        found, state = score.evaluate(
+            key_score, state, Pair(log_prior, log_joint, residuals), noise[0], values
+        )
         (gradient,) = pull(-found.score / num_pairs)
         exact = dist.MultivariateNormal(jnp.zeros(3), COVARIANCE)
         score_error = found.score + values @ jnp.linalg.inv(COVARIANCE)
-        return state, (gradient, score_error, found.log_density - exact.log_prob(values))
+        return state, (
+            gradient,
+            score_error,
+            found.log_density - exact.log_prob(values),
+        )
 
-    return jax.jit(partial(jax.lax.scan, step))(score.init(2), random.split(random.key(0), num_steps))
+    return jax.jit(partial(jax.lax.scan, step))(
+        score.init(2), random.split(random.key(0), num_steps)
+    )
 
 
 @pytest.fixture(scope="module", params=SCORES)
@@ -73,24 +88,34 @@ def run(request):
 
 
 def test_the_entropy_gradient_over_a_hundred_thousand_draws(run):
-    """Cosine over 0.99 with the closed form.  The paper's proposals miss it, which is why they are not the default."""
+    """Cosine over 0.99 with the closed form.  The paper's proposals miss it, which is
+    why they are not the default."""
     name, (_, (gradients, _, _)) = run
     late = jax.tree.map(lambda leaf: leaf[200:], gradients)
-    found, exact = ravel_pytree(jax.tree.map(lambda leaf: leaf.mean(0), late))[0], ravel_pytree(EXACT)[0]
+    found, exact = (
+        ravel_pytree(jax.tree.map(lambda leaf: leaf.mean(0), late))[0],
+        ravel_pytree(EXACT)[0],
+    )
     cosine = float(found @ exact / jnp.linalg.norm(found) / jnp.linalg.norm(exact))
     if name == "variational":
         assert 0.9 < cosine < 0.99
         return
     assert cosine > 0.99
-    deviation = ravel_pytree(jax.tree.map(lambda leaf: leaf.std(0), late))[0] / np.sqrt(1_000)
-    # Importance sampling is exact here but for the ridge; chains of ten transitions still remember their start.
+    deviation = ravel_pytree(jax.tree.map(lambda leaf: leaf.std(0), late))[0] / np.sqrt(
+        1_000
+    )
+    # Importance sampling is exact here but for the ridge; chains of ten transitions
+    # still remember their start.
     slack = {"local": 0.0, "global": 0.005, "hmc": 0.03}[name] * jnp.linalg.norm(exact)
     assert np.all(np.abs(found - exact) < 5 * deviation + slack)
 
 
 def test_local_proposals_are_the_posterior_of_a_linear_generator():
-    """With one pair there are no others: all weights are equal, and the log density has no error at all."""
-    _, (_, _, density_error) = measured(ImportanceScore(num_samples=3), num_steps=1, num_pairs=1)
+    """With one pair there are no others: all weights are equal, and the log density has
+    no error at all."""
+    _, (_, _, density_error) = measured(
+        ImportanceScore(num_samples=3), num_steps=1, num_pairs=1
+    )
     assert np.abs(density_error).max() < 1e-4
     state, _ = measured(ImportanceScore())
     assert state.inflation == pytest.approx(1.0, abs=0.03)
@@ -100,7 +125,9 @@ def test_global_proposals_become_the_posterior_of_a_linear_generator():
     state, (_, _, density_error) = measured(ImportanceScore(local=False))
     posterior = np.linalg.inv(np.eye(2) + np.asarray(W.T @ W) / SIGMA**2)
     np.testing.assert_allclose(state.covariance, posterior, rtol=0.05, atol=0.003)
-    np.testing.assert_allclose(state.cross @ jnp.linalg.inv(state.gradient), posterior, rtol=0.05, atol=0.003)
+    np.testing.assert_allclose(
+        state.cross @ jnp.linalg.inv(state.gradient), posterior, rtol=0.05, atol=0.003
+    )
     assert np.abs(density_error[-1]).mean() < 0.15
 
 
@@ -109,15 +136,19 @@ def test_blocks_of_pairs():
     _, (_, _, density_error) = measured(ImportanceScore(), num_steps=20, num_pairs=300)
     assert density_error.shape == (20, 300)
     assert abs(float(density_error.mean())) < 0.02
-    with pytest.raises(ValueError, match=r"257 draws of the generator cannot be dealt.*such as 256"):
+    with pytest.raises(
+        ValueError, match=r"257 draws of the generator cannot be dealt.*such as 256"
+    ):
         measured(ImportanceScore(), num_steps=1, num_pairs=257)
 
 
 @pytest.mark.parametrize("local", [True, False])
 def test_a_folded_generator(local):
-    """x = |z| + σ ε: either sign of z may have made x, so that half of q is out of reach from the z that did.
+    """x = |z| + σ ε: either sign of z may have made x, so that half of q is out of
+    reach from the z that did.
 
-    Mean errors of log q̂: none by the mixture with other pairs' latents; −log 2 by proposals around z alone.
+    Mean errors of log q̂: none by the mixture with other pairs' latents; −log 2 by
+    proposals around z alone.
     """
     sigma, grid = 0.1, jnp.linspace(-6, 6, 4_001)
 
@@ -125,7 +156,10 @@ def test_a_folded_generator(local):
         return latents, (value - jnp.abs(latents)) / sigma
 
     def log_joint(latents, value):
-        return log_prior(latents) + dist.Normal(jnp.abs(latents), sigma).log_prob(value).sum()
+        return (
+            log_prior(latents)
+            + dist.Normal(jnp.abs(latents), sigma).log_prob(value).sum()
+        )
 
     pair = Pair(log_prior, log_joint, residuals)
     latents = random.normal(random.key(0), (200, 1))
@@ -138,7 +172,11 @@ def test_a_folded_generator(local):
             found, state = score.evaluate(key, state, pair, latents, values)
             return state, jnp.mean(found.log_density - exact)
 
-        return float(jax.lax.scan(step, score.init(1), random.split(random.key(2), 400))[1][-100:].mean())
+        return float(
+            jax.lax.scan(step, score.init(1), random.split(random.key(2), 400))[1][
+                -100:
+            ].mean()
+        )
 
     assert abs(mean_error(ImportanceScore(local=local))) < 0.05
     assert mean_error(VariationalScore()) < -0.4
@@ -146,11 +184,21 @@ def test_a_folded_generator(local):
 
 def log_density_alone(score, state):
     """log q̂ of 100 draws of the linear generator, with their latents and values."""
-    pair, lent = Pair(log_prior, log_joint, residuals), random.normal(random.key(1), (64, 2))
-    latents, errors = random.normal(random.key(2), (100, 2)), random.normal(random.key(3), (100, 3))
+    pair, lent = (
+        Pair(log_prior, log_joint, residuals),
+        random.normal(random.key(1), (64, 2)),
+    )
+    latents, errors = (
+        random.normal(random.key(2), (100, 2)),
+        random.normal(random.key(3), (100, 3)),
+    )
     values = latents @ W.T + SIGMA * errors
     one = partial(score.log_density, random.key(4), state, pair)
-    return jax.jit(jax.vmap(lambda z, x: one(z, x, lent)))(latents, values), latents, values
+    return (
+        jax.jit(jax.vmap(lambda z, x: one(z, x, lent)))(latents, values),
+        latents,
+        values,
+    )
 
 
 def test_the_log_density_alone(run):
@@ -159,7 +207,11 @@ def test_the_log_density_alone(run):
     if name == "variational":
         assert not hasattr(SCORES[name], "log_density")
         return
-    score, state = (SCORES[name].density, state.density) if name == "hmc" else (SCORES[name], state)
+    score, state = (
+        (SCORES[name].density, state.density)
+        if name == "hmc"
+        else (SCORES[name], state)
+    )
     found, _, values = log_density_alone(score, state)
     off = found - dist.MultivariateNormal(jnp.zeros(3), COVARIANCE).log_prob(values)
     assert abs(float(off.mean())) < 2 / np.sqrt(64)
@@ -170,24 +222,43 @@ def test_the_latent_that_made_a_value_holds_its_log_density_up():
     """Also where all proposals miss: p(z) q(x | z) / q̂ ≤ K r(z) + (M + 1) p(z)."""
     blind = ImportanceScore(local=False, num_samples=1, init_scale=1e3)
     found, latents, values = log_density_alone(blind, blind.init(2))
-    alone = jax.vmap(log_joint)(latents, values) - jnp.log(65.0) - jax.vmap(log_prior)(latents)
+    alone = (
+        jax.vmap(log_joint)(latents, values)
+        - jnp.log(65.0)
+        - jax.vmap(log_prior)(latents)
+    )
     assert np.all(found > alone - 1e-3)
 
 
 def test_the_density_of_x_that_chains_in_latent_space_follow():
-    """∫ p(z) q(x | z) / q̂(z, x) dz is 1 but for the noise of 64 lent latents, on either sheet of x = |z| + σ ε."""
+    """∫ p(z) q(x | z) / q̂(z, x) dz is 1 but for the noise of 64 lent latents, on
+    either sheet of x = |z| + σ ε."""
     sigma, z, x = 0.1, jnp.linspace(-5, 5, 2_001), jnp.linspace(0.05, 2.5, 12)
 
     def residuals(latents, value):
         return latents, (value - jnp.abs(latents)) / sigma
 
     def log_joint(latents, value):
-        return log_prior(latents) + dist.Normal(jnp.abs(latents), sigma).log_prob(value).sum()
+        return (
+            log_prior(latents)
+            + dist.Normal(jnp.abs(latents), sigma).log_prob(value).sum()
+        )
 
     score, lent = ImportanceScore(), random.normal(random.key(1), (64, 1))
-    one = partial(score.log_density, random.key(4), score.init(1), Pair(log_prior, log_joint, residuals))
+    one = partial(
+        score.log_density,
+        random.key(4),
+        score.init(1),
+        Pair(log_prior, log_joint, residuals),
+    )
     log_ratio = jax.jit(
-        jax.vmap(jax.vmap(lambda z, x: log_joint(z[None], x[None]) - one(z[None], x[None], lent), (0, None)), (None, 0))
+        jax.vmap(
+            jax.vmap(
+                lambda z, x: log_joint(z[None], x[None]) - one(z[None], x[None], lent),
+                (0, None),
+            ),
+            (None, 0),
+        )
     )(z, x)
     off = jax.nn.logsumexp(log_ratio, axis=1) + jnp.log(z[1] - z[0])
     assert abs(float(off.mean())) < 2 / np.sqrt(64)
@@ -196,7 +267,8 @@ def test_the_density_of_x_that_chains_in_latent_space_follow():
 
 
 def test_the_log_density_is_low_on_average(run):
-    """E log q̂ ≤ log q by Jensen's inequality: an entropy from it is never too small but by noise."""
+    """E log q̂ ≤ log q by Jensen's inequality: an entropy from it is never too small
+    but by noise."""
     _, (_, (_, _, density_error)) = run
     late = np.asarray(density_error[200:]).mean(1)
     assert late.mean() < 5 * late.std() / np.sqrt(len(late))
@@ -205,10 +277,16 @@ def test_the_log_density_is_low_on_average(run):
 def test_more_samples_bring_the_papers_proposals_nearer():
     cosines = []
     for num_samples in (5, 100):
-        _, (gradients, _, _) = measured(VariationalScore(num_samples=num_samples), num_steps=600)
-        found = ravel_pytree(jax.tree.map(lambda leaf: leaf[200:].mean(0), gradients))[0]
+        _, (gradients, _, _) = measured(
+            VariationalScore(num_samples=num_samples), num_steps=600
+        )
+        found = ravel_pytree(jax.tree.map(lambda leaf: leaf[200:].mean(0), gradients))[
+            0
+        ]
         cosines.append(found @ ravel_pytree(EXACT)[0] / jnp.linalg.norm(found))
-    assert cosines[0] < cosines[1] - 0.02 * float(jnp.linalg.norm(ravel_pytree(EXACT)[0]))
+    assert cosines[0] < cosines[1] - 0.02 * float(
+        jnp.linalg.norm(ravel_pytree(EXACT)[0])
+    )
 
 
 @pytest.mark.parametrize(

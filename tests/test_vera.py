@@ -1,4 +1,5 @@
-"""VERA where everything is known: Gaussian energies with linear generators, whose densities have closed forms."""
+"""VERA where everything is known: Gaussian energies with linear generators, whose
+densities have closed forms."""
 
 import dataclasses
 from functools import partial
@@ -21,7 +22,9 @@ from ebm_ppl.vera import _penalized
 
 BASE = dist.Normal(0, 1).expand([2]).to_event(1)
 # Skewed and correlated data of unequal scales.
-DATA = np.random.default_rng(0).gamma(2.0, 0.5, size=(300, 2)).astype(np.float32) @ np.array([[1, 0.5], [0, 1]], "f")
+DATA = np.random.default_rng(0).gamma(2.0, 0.5, size=(300, 2)).astype(
+    np.float32
+) @ np.array([[1, 0.5], [0, 1]], "f")
 WEIGHT, BIAS, SCALE = jnp.array([[0.9, 0.2], [-0.4, 0.7]]), jnp.array([0.5, -0.3]), 0.4
 
 
@@ -30,11 +33,14 @@ def energy(slope, precision, v):
 
 
 def model(x):
-    """N(slope / P, 1 / P) with P = 1 + precision, and log Z = ½ Σ slope² / P − log P."""
+    """N(slope / P, 1 / P) with P = 1 + precision, and log Z = ½ Σ slope² / P − log
+    P."""
     slope = numpyro.param("slope", jnp.zeros(2))
     precision = numpyro.param("precision", jnp.zeros(2))
     with numpyro.plate("data", len(x)):
-        numpyro.sample("x", ebm.EnergyDistribution(partial(energy, slope, precision), BASE), obs=x)
+        numpyro.sample(
+            "x", ebm.EnergyDistribution(partial(energy, slope, precision), BASE), obs=x
+        )
 
 
 def log_z(params):
@@ -53,12 +59,16 @@ def flow():
     """The same density without latents: N(bias, W Wᵀ + scale²)."""
     weight, bias = numpyro.param("weight", WEIGHT), numpyro.param("bias", BIAS)
     scale = numpyro.param("scale", SCALE, constraint=constraints.interval(0.01, 1.0))
-    numpyro.sample("x", dist.MultivariateNormal(bias, weight @ weight.T + scale**2 * jnp.eye(2)))
+    numpyro.sample(
+        "x", dist.MultivariateNormal(bias, weight @ weight.T + scale**2 * jnp.eye(2))
+    )
 
 
 def moments(params):
     """Mean and covariance of the generator's draws."""
-    return params["bias"], params["weight"] @ params["weight"].T + params["scale"] ** 2 * jnp.eye(2)
+    return params["bias"], params["weight"] @ params["weight"].T + params[
+        "scale"
+    ] ** 2 * jnp.eye(2)
 
 
 def backend(*, program=generator, optim=None, generator_optim=None, **options):
@@ -73,33 +83,56 @@ AT = {"slope": jnp.array([1.0, -0.5]), "precision": jnp.array([0.5, 2.0])}
 
 
 def change_per_update(built, steps, *, generator_side):
-    """Mean and standard error, over ``steps`` updates from one state, of what plain gradient steps of 1 change.
+    """Mean and standard error, over ``steps`` updates from one state, of what plain
+    gradient steps of 1 change.
 
     The proposals are fitted first: 300 updates that leave all parameters alone.
     """
-    settled = dataclasses.replace(built, optim=optax.sgd(0.0), generator_optim=optax.sgd(0.0))
-    state = settled.run(random.key(0), 300, DATA, init_params=AT, progress_bar=False).state
+    settled = dataclasses.replace(
+        built, optim=optax.sgd(0.0), generator_optim=optax.sgd(0.0)
+    )
+    state = settled.run(
+        random.key(0), 300, DATA, init_params=AT, progress_bar=False
+    ).state
 
     def one(key):
         after, _ = built.update(dataclasses.replace(state, rng_key=key), DATA)
         pick = "generator_params" if generator_side else "params"
-        return jax.tree.map(lambda new, old: old - new, getattr(after, pick), getattr(state, pick))
+        return jax.tree.map(
+            lambda new, old: old - new, getattr(after, pick), getattr(state, pick)
+        )
 
     changes = jax.jit(partial(jax.lax.map, one))(random.split(random.key(1), steps))
     changes = jax.vmap(lambda tree: ravel_pytree(tree)[0])(changes)
-    return np.asarray(changes.mean(0)), np.asarray(changes.std(0)) / np.sqrt(steps), state
+    return (
+        np.asarray(changes.mean(0)),
+        np.asarray(changes.std(0)) / np.sqrt(steps),
+        state,
+    )
 
 
-@pytest.mark.parametrize(("program", "entropy_weight"), [(generator, 1.0), (generator, 0.3), (flow, 0.3)])
+@pytest.mark.parametrize(
+    ("program", "entropy_weight"), [(generator, 1.0), (generator, 0.3), (flow, 0.3)]
+)
 def test_the_generators_gradient(program, entropy_weight):
-    """E_q[U] − λ H(q) for Gaussians: ½ tr(P C) + ½ mᵀP m − slope·m − ½ λ log det C, P = 1 + precision."""
-    built = backend(program=program, generator_optim=optax.sgd(1.0), num_particles=100, entropy_weight=entropy_weight)
+    """E_q[U] − λ H(q) for Gaussians: ½ tr(P C) + ½ mᵀP m − slope·m − ½ λ log det C, P =
+    1 + precision."""
+    built = backend(
+        program=program,
+        generator_optim=optax.sgd(1.0),
+        num_particles=100,
+        entropy_weight=entropy_weight,
+    )
     found, error, state = change_per_update(built, 1_000, generator_side=True)
 
     def objective(unconstrained):
         mean, covariance = moments(state.generator.constrain(unconstrained))
         total = jnp.diag(1.0 + AT["precision"])
-        potential = 0.5 * jnp.trace(total @ covariance) + 0.5 * mean @ total @ mean - AT["slope"] @ mean
+        potential = (
+            0.5 * jnp.trace(total @ covariance)
+            + 0.5 * mean @ total @ mean
+            - AT["slope"] @ mean
+        )
         return potential - 0.5 * entropy_weight * jnp.linalg.slogdet(covariance)[1]
 
     exact = ravel_pytree(jax.grad(objective)(state.generator_params))[0]
@@ -115,18 +148,25 @@ def test_the_energys_gradient():
     found, error, state = change_per_update(built, 600, generator_side=False)
     mean, covariance = moments(state.constrained_generator_params())
     squares = jnp.diagonal(covariance) + mean**2
-    exact = {"slope": -(DATA.mean(0) - mean), "precision": 0.5 * ((DATA**2).mean(0) - squares)}
+    exact = {
+        "slope": -(DATA.mean(0) - mean),
+        "precision": 0.5 * ((DATA**2).mean(0) - squares),
+    }
     exact = len(DATA) * ravel_pytree(exact)[0]
     assert np.all(np.abs(found - exact) < 5 * error)
     assert np.all(np.abs(exact) > 20 * error)
 
 
 @pytest.mark.parametrize(
-    ("program", "options"), [(generator, {}), (flow, {"entropy_weight": 0.3, "num_generator_steps": 2})]
+    ("program", "options"),
+    [(generator, {}), (flow, {"entropy_weight": 0.3, "num_generator_steps": 2})],
 )
-def test_importance_weights_take_the_generators_error_out_of_the_energys_gradient(program, options):
-    """N (E_data[∇U] − E_p[∇U]), p the model's own normal and not the generator's.  Self-normalising biases the mean of
-    f by −E_q[w² (f − E_p f)] / n, with w = p / q."""
+def test_importance_weights_take_the_generators_error_out_of_the_energys_gradient(
+    program, options
+):
+    """N (E_data[∇U] − E_p[∇U]), p the model's own normal and not the generator's.
+    Self-normalising biases the mean of f by −E_q[w² (f − E_p f)] / n, with w = p /
+    q."""
     num = 256
     built = backend(
         program=program,
@@ -139,19 +179,29 @@ def test_importance_weights_take_the_generators_error_out_of_the_energys_gradien
     found, error, state = change_per_update(built, 300, generator_side=False)
 
     def exact(mean, squares):
-        gradient = {"slope": -(DATA.mean(0) - mean), "precision": 0.5 * ((DATA**2).mean(0) - squares)}
+        gradient = {
+            "slope": -(DATA.mean(0) - mean),
+            "precision": 0.5 * ((DATA**2).mean(0) - squares),
+        }
         return len(DATA) * ravel_pytree(gradient)[0]
 
     total = 1.0 + AT["precision"]
     of_model = exact(AT["slope"] / total, 1.0 / total + (AT["slope"] / total) ** 2)
     mean, covariance = moments(state.constrained_generator_params())
     of_generator = exact(mean, jnp.diagonal(covariance) + mean**2)
-    draws = dist.MultivariateNormal(mean, covariance).sample(random.key(2), (1_000, num))
+    draws = dist.MultivariateNormal(mean, covariance).sample(
+        random.key(2), (1_000, num)
+    )
     normal = dist.Normal(AT["slope"] / total, 1.0 / jnp.sqrt(total)).to_event(1)
-    weights = jnp.exp(normal.log_prob(draws) - dist.MultivariateNormal(mean, covariance).log_prob(draws))
+    weights = jnp.exp(
+        normal.log_prob(draws)
+        - dist.MultivariateNormal(mean, covariance).log_prob(draws)
+    )
     # Of the energy, by precision and slope.
     derivatives = jnp.concatenate([0.5 * draws**2, -draws], axis=-1)
-    centred = derivatives - jnp.sum(weights[..., None] * derivatives, (0, 1)) / jnp.sum(weights)
+    centred = derivatives - jnp.sum(weights[..., None] * derivatives, (0, 1)) / jnp.sum(
+        weights
+    )
     bias = len(DATA) * jnp.mean(weights[..., None] ** 2 * centred, (0, 1)) / num
     assert np.all(np.abs(found - (of_model + bias)) < 5 * error)
     assert np.all(np.abs(of_generator - of_model) > 20 * error)
@@ -163,7 +213,9 @@ def test_importance_weights_take_the_generators_error_out_of_the_energys_gradien
 
 BASES = {
     "normal": dist.Normal(jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])).to_event(1),
-    "multivariate": dist.MultivariateNormal(jnp.zeros(2), scale_tril=jnp.array([[2.0, 0.0], [1.0, 0.5]])),
+    "multivariate": dist.MultivariateNormal(
+        jnp.zeros(2), scale_tril=jnp.array([[2.0, 0.0], [1.0, 0.5]])
+    ),
     "positive": dist.LogNormal(0.0, 0.5).expand([2]).to_event(1),
 }
 
@@ -186,7 +238,9 @@ def test_the_gradient_penalty_is_in_base_standard_coordinates(name):
     plain = ebm.EnergyDistribution(partial(cubic, 0.7), base)
     penalized = _penalized(plain, standardizing_transform(base), 0.3)
     added = penalized.energy(x) - plain.energy(x)
-    np.testing.assert_allclose(added, 0.5 * 0.3 * squared_slope(base, 0.7, x), rtol=1e-3)
+    np.testing.assert_allclose(
+        added, 0.5 * 0.3 * squared_slope(base, 0.7, x), rtol=1e-3
+    )
 
 
 def test_the_gradient_penalty_is_of_every_data_row_with_its_scale():
@@ -199,37 +253,52 @@ def test_the_gradient_penalty_is_of_every_data_row_with_its_scale():
 
     def program():
         z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-        numpyro.sample("x", ebm.standardized_normal(base, z * numpyro.param("w", 1.0), 0.5))
+        numpyro.sample(
+            "x", ebm.standardized_normal(base, z * numpyro.param("w", 1.0), 0.5)
+        )
 
     x = base.sample(random.key(3), (20,))
     losses = []
     for penalty in (0.0, 0.3):
-        built = ebm.VERA(skewed, program, optax.sgd(0.0), optax.sgd(0.0), gradient_penalty=penalty)
+        built = ebm.VERA(
+            skewed, program, optax.sgd(0.0), optax.sgd(0.0), gradient_penalty=penalty
+        )
         losses.append(built.update(built.init(random.key(0), x), x)[1]["loss"])
     expected = 0.5 * 0.3 * squared_slope(base, 0.7, x).sum() * 60 / 20
     np.testing.assert_allclose(losses[1] - losses[0], expected, rtol=1e-3)
 
 
 def test_entropy_and_bound_are_those_of_the_generator():
-    fit = backend(num_particles=100).run(random.key(0), 400, DATA, init_params=AT, progress_bar=False)
+    fit = backend(num_particles=100).run(
+        random.key(0), 400, DATA, init_params=AT, progress_bar=False
+    )
     mean, covariance = moments(fit.state.constrained_generator_params())
     entropy = float(0.5 * jnp.linalg.slogdet(2 * jnp.pi * jnp.e * covariance)[1])
     found = fit.history["entropy"]["x"][200:]
     assert abs(found.mean() - entropy) < 5 * found.std() / np.sqrt(len(found)) + 0.005
     total = jnp.diag(1.0 + AT["precision"])
-    potential = 0.5 * jnp.trace(total @ covariance) + 0.5 * mean @ total @ mean - AT["slope"] @ mean
+    potential = (
+        0.5 * jnp.trace(total @ covariance)
+        + 0.5 * mean @ total @ mean
+        - AT["slope"] @ mean
+    )
     bound = entropy - float(potential) - np.log(2 * np.pi)
     assert bound < log_z(AT) - 0.3
-    assert fit.history["log_normalizer_bound"]["x"][-1] == pytest.approx(bound, abs=0.05)
+    assert fit.history["log_normalizer_bound"]["x"][-1] == pytest.approx(
+        bound, abs=0.05
+    )
 
 
 # Fits
 
 
-@pytest.mark.parametrize(("program", "importance_weights"), [(generator, False), (flow, True)])
+@pytest.mark.parametrize(
+    ("program", "importance_weights"), [(generator, False), (flow, True)]
+)
 def test_maximum_likelihood_of_a_gaussian(program, importance_weights):
-    """Moments match: precision 1/var − 1, slope mean/var; and the generator has the model's density, so its bound is
-    log Z.  Averages of the last thousand updates of plain Adam hold the noise of 64 draws each."""
+    """Moments match: precision 1/var − 1, slope mean/var; and the generator has the
+    model's density, so its bound is log Z.  Averages of the last thousand updates of
+    plain Adam hold the noise of 64 draws each."""
     rate = optax.cosine_decay_schedule(0.02, 3_000, 0.02)
     built = backend(
         program=program,
@@ -245,7 +314,9 @@ def test_maximum_likelihood_of_a_gaussian(program, importance_weights):
     mean, covariance = moments(fit.state.constrained_generator_params())
     np.testing.assert_allclose(mean, DATA.mean(0), rtol=0.05)
     np.testing.assert_allclose(jnp.diagonal(covariance), DATA.var(0), rtol=0.1)
-    assert fit.history["log_normalizer_bound"]["x"][-1] == pytest.approx(log_z(fit.params), abs=0.02)
+    assert fit.history["log_normalizer_bound"]["x"][-1] == pytest.approx(
+        log_z(fit.params), abs=0.02
+    )
 
 
 def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
@@ -255,13 +326,17 @@ def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
     fit = built.run(random.key(0), 1_500, DATA, init_params=AT, progress_bar=False)
     mean, covariance = moments(fit.state.constrained_generator_params())
     np.testing.assert_allclose(mean, AT["slope"] / (1 + AT["precision"]), atol=0.05)
-    np.testing.assert_allclose(covariance, jnp.diag(0.25 / (1 + AT["precision"])), atol=0.03)
+    np.testing.assert_allclose(
+        covariance, jnp.diag(0.25 / (1 + AT["precision"])), atol=0.03
+    )
     assert fit.state.entropy_weight == 0.25
 
 
 def test_several_steps_of_either_kind_per_update():
     """Adam counts its steps, and its first ones are of the size of its rate."""
-    one = backend(optim=optax.adam(1e-3), generator_optim=optax.adam(1e-3), gradient_penalty=0.0)
+    one = backend(
+        optim=optax.adam(1e-3), generator_optim=optax.adam(1e-3), gradient_penalty=0.0
+    )
     many = dataclasses.replace(one, num_generator_steps=3, num_energy_steps=2)
     state = one.init(random.key(0), DATA, init_params=AT)
     for built, num_generator_steps, num_energy_steps in ((one, 1, 1), (many, 3, 2)):
@@ -272,13 +347,16 @@ def test_several_steps_of_either_kind_per_update():
         np.testing.assert_allclose(moved, 1e-3 * num_energy_steps, rtol=0.05)
 
 
-@pytest.mark.parametrize("score", ["variational", "hmc", ebm.ImportanceScore(num_samples=5)], ids=str)
+@pytest.mark.parametrize(
+    "score", ["variational", "hmc", ebm.ImportanceScore(num_samples=5)], ids=str
+)
 def test_every_score_trains(score):
     built = backend(generator_optim=optax.adam(0.02), score=score)
     fit = built.run(random.key(0), 300, DATA, init_params=AT, progress_bar=False)
     bound = fit.history["log_normalizer_bound"]["x"]
     assert bound[-1] > log_z(AT) - 0.25
-    # log q̂ is low on average, most of all the paper's, so the bound may lie above log Z a little.
+    # log q̂ is low on average, most of all the paper's, so the bound may lie above log
+    # Z a little.
     assert bound[-1] < log_z(AT) + 0.2
 
 
@@ -292,41 +370,68 @@ def fit():
 
 
 def test_the_generator_is_an_ordinary_numpyro_program(fit):
-    draws = Predictive(generator, params=fit.state.constrained_generator_params(), num_samples=4_000)(random.key(1))
+    draws = Predictive(
+        generator, params=fit.state.constrained_generator_params(), num_samples=4_000
+    )(random.key(1))
     mean, covariance = moments(fit.state.constrained_generator_params())
     for x in (draws["x"], fit.state.draws(random.key(2), 4_000)[1]):
-        assert np.all(np.abs(x.mean(0) - mean) < 5 * np.sqrt(np.diagonal(covariance) / 4_000))
-        np.testing.assert_allclose(np.cov(x.T), covariance, atol=5 * float(covariance.max()) * np.sqrt(2 / 4_000))
+        assert np.all(
+            np.abs(x.mean(0) - mean) < 5 * np.sqrt(np.diagonal(covariance) / 4_000)
+        )
+        np.testing.assert_allclose(
+            np.cov(x.T),
+            covariance,
+            atol=5 * float(covariance.max()) * np.sqrt(2 / 4_000),
+        )
 
 
 def test_a_nan_stops_the_run_and_keeps_the_last_good_state():
     def broken(x):
         a = numpyro.param("a", 1.0)
         with numpyro.plate("data", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: (v**2).sum(-1) * jnp.sqrt(a), BASE), obs=x)
+            numpyro.sample(
+                "x",
+                ebm.EnergyDistribution(lambda v: (v**2).sum(-1) * jnp.sqrt(a), BASE),
+                obs=x,
+            )
 
-    built = ebm.VERA(broken, generator, optax.sgd(1e-3), optax.sgd(1e-3), gradient_penalty=0.0)
+    built = ebm.VERA(
+        broken, generator, optax.sgd(1e-3), optax.sgd(1e-3), gradient_penalty=0.0
+    )
     with pytest.raises(ebm.NonFiniteError, match="Step") as caught:
         built.run(random.key(0), 2_000, -5 * DATA, progress_bar=False)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.fit.params))
+    assert all(
+        np.isfinite(leaf).all() for leaf in jax.tree.leaves(caught.value.fit.params)
+    )
 
 
 def test_draws_that_leave_the_support_stop_the_run():
-    """Inside at first: the target's mode is at the edge, and normal noise does not know where it is."""
+    """Inside at first: the target's mode is at the edge, and normal noise does not know
+    where it is."""
 
     def positive(x):
         rate = numpyro.param("rate", 30.0)
         with numpyro.plate("data", len(x)):
             base = dist.HalfNormal(1.0).expand([2]).to_event(1)
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: rate * v.sum(-1), base), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: rate * v.sum(-1), base), obs=x
+            )
 
     def careless():
         z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
         loc = numpyro.param("loc", 2.0) + 0.01 * z
-        numpyro.sample("x", dist.Normal(loc, numpyro.param("scale", 0.1, constraint=constraints.positive)).to_event(1))
+        numpyro.sample(
+            "x",
+            dist.Normal(
+                loc, numpyro.param("scale", 0.1, constraint=constraints.positive)
+            ).to_event(1),
+        )
 
     built = ebm.VERA(positive, careless, optax.sgd(0.0), optax.adam(0.05))
-    with pytest.raises(ebm.NonFiniteError, match=r"in the generator; .* its draws in the base's support"):
+    with pytest.raises(
+        ebm.NonFiniteError,
+        match=r"in the generator; .* its draws in the base's support",
+    ):
         built.run(random.key(0), 500, DATA, progress_bar=False)
 
 
@@ -334,8 +439,15 @@ def test_a_run_goes_on_with_its_own_generator(fit):
     other = ebm.VERA(model, lambda: generator(), optax.adam(0.01), optax.adam(0.01))
     with pytest.raises(ValueError, match="another generator"):
         other.run(random.key(0), 1, DATA, init_state=fit.state, progress_bar=False)
-    tempered = backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01), entropy_weight=0.5)
-    assert tempered.run(random.key(0), 1, DATA, init_state=fit.state, progress_bar=False).state.entropy_weight == 0.5
+    tempered = backend(
+        optim=optax.adam(0.01), generator_optim=optax.adam(0.01), entropy_weight=0.5
+    )
+    assert (
+        tempered.run(
+            random.key(0), 1, DATA, init_state=fit.state, progress_bar=False
+        ).state.entropy_weight
+        == 0.5
+    )
 
 
 # Warnings and refusals
@@ -347,11 +459,15 @@ def test_a_scale_at_its_bound_is_named():
     def stiff():
         scale = numpyro.param("scale", 0.6, constraint=constraints.interval(0.5, 1.0))
         z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-        numpyro.sample("x", ebm.standardized_normal(BASE, numpyro.param("w", 0.1) * z, scale))
+        numpyro.sample(
+            "x", ebm.standardized_normal(BASE, numpyro.param("w", 0.1) * z, scale)
+        )
 
     at = {"slope": jnp.zeros(2), "precision": jnp.full(2, 100.0)}
     built = ebm.VERA(model, stiff, optax.sgd(0.0), optax.adam(0.05))
-    with pytest.warns(UserWarning, match="'scale' has stood at the lower end of its interval"):
+    with pytest.warns(
+        UserWarning, match="'scale' has stood at the lower end of its interval"
+    ):
         built.run(random.key(0), 600, DATA, init_params=at, progress_bar=False)
 
 
@@ -361,16 +477,29 @@ def test_a_collapsing_generator_is_named():
     def free():
         log_scale = numpyro.param("log_scale", 0.0)
         z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
-        numpyro.sample("x", ebm.standardized_normal(BASE, jnp.exp(log_scale) * z, 0.1 * jnp.exp(log_scale)))
+        numpyro.sample(
+            "x",
+            ebm.standardized_normal(
+                BASE, jnp.exp(log_scale) * z, 0.1 * jnp.exp(log_scale)
+            ),
+        )
 
     at = {"slope": jnp.zeros(2), "precision": jnp.full(2, 100.0)}
-    built = ebm.VERA(model, free, optax.sgd(0.0), optax.adam(0.02, b1=0.0, b2=0.5), entropy_weight=1e-6)
+    built = ebm.VERA(
+        model,
+        free,
+        optax.sgd(0.0),
+        optax.adam(0.02, b1=0.0, b2=0.5),
+        entropy_weight=1e-6,
+    )
     with pytest.warns(UserWarning, match="entropy falls without end"):
         built.run(random.key(0), 400, DATA, init_params=at, progress_bar=False)
 
 
 def test_no_warning_of_a_good_fit(recwarn):
-    backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01)).run(random.key(0), 600, DATA, progress_bar=False)
+    backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01)).run(
+        random.key(0), 600, DATA, progress_bar=False
+    )
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
 
@@ -382,7 +511,10 @@ def test_no_warning_of_a_good_fit(recwarn):
         ({"num_generator_steps": 0}, "num_generator_steps = 0"),
         ({"entropy_weight": 0.0}, r"entropy_weight = 0\.0"),
         ({"gradient_penalty": -1.0}, r"gradient_penalty = -1\.0"),
-        ({"score": "exact"}, "score = 'exact'; expected one of importance, variational, hmc"),
+        (
+            {"score": "exact"},
+            "score = 'exact'; expected one of importance, variational, hmc",
+        ),
     ],
 )
 def test_options_that_cannot_work(options, message):
@@ -399,15 +531,23 @@ def test_one_energy_site_without_a_batch_shape():
     def two(x):
         a = numpyro.param("a", 0.0)
         for name in ("x", "y"):
-            numpyro.sample(name, ebm.EnergyDistribution(lambda v: a * v.sum(-1), BASE), obs=x[0])
+            numpyro.sample(
+                name, ebm.EnergyDistribution(lambda v: a * v.sum(-1), BASE), obs=x[0]
+            )
 
     with pytest.raises(ValueError, match=r"energy sites \['x', 'y'\]"):
-        ebm.VERA(two, generator, optax.sgd(0.0), optax.sgd(0.0)).init(random.key(0), DATA)
+        ebm.VERA(two, generator, optax.sgd(0.0), optax.sgd(0.0)).init(
+            random.key(0), DATA
+        )
 
     def batched(x):
         a = numpyro.param("a", 0.0)
         base = dist.Normal(jnp.zeros((3, 2)), 1.0).to_event(1)
-        numpyro.sample("x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x[:3])
+        numpyro.sample(
+            "x", ebm.EnergyDistribution(lambda v: a * v.sum(-1), base), obs=x[:3]
+        )
 
     with pytest.raises(ValueError, match=r"batch shape \(3,\)"):
-        ebm.VERA(batched, generator, optax.sgd(0.0), optax.sgd(0.0)).init(random.key(0), DATA)
+        ebm.VERA(batched, generator, optax.sgd(0.0), optax.sgd(0.0)).init(
+            random.key(0), DATA
+        )

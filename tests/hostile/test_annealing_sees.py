@@ -1,4 +1,5 @@
-"""What annealing alone cannot see is flagged: each kind on a case of known truth, and harmless neighbours that pass."""
+"""What annealing alone cannot see is flagged: each kind on a case of known truth, and
+harmless neighbours that pass."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,13 @@ from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
 from ebm_ppl.annealing import AnnealingOptions, Moves
-from ebm_ppl.certificate import MAX_SUSPICION, Evidence, Pass, certify, is_drift_suspicious
+from ebm_ppl.certificate import (
+    MAX_SUSPICION,
+    Evidence,
+    Pass,
+    certify,
+    is_drift_suspicious,
+)
 from ebm_ppl.drift import changes
 from ebm_ppl.edges import share_beyond
 from ebm_ppl.geometry import standardizing_transform
@@ -42,7 +49,11 @@ def site_of(distribution):
 
 def assert_certified(log_z, truth):
     assert log_z.is_certified, log_z
-    assert log_z.lower["x"] - 3 * log_z.stderr["x"] < truth < log_z.upper["x"] + 3 * log_z.stderr["x"], log_z
+    assert (
+        log_z.lower["x"] - 3 * log_z.stderr["x"]
+        < truth
+        < log_z.upper["x"] + 3 * log_z.stderr["x"]
+    ), log_z
 
 
 def assert_flagged(log_z, reason, site="x"):
@@ -56,9 +67,12 @@ def assert_flagged(log_z, reason, site="x"):
 
 @pytest.mark.parametrize("method", ["forward", "reverse"])
 def test_one_direction_is_never_certified(method):
-    """1/|x| has no integral, and either pass alone reads a number with a small error."""
+    """1/|x| has no integral, and either pass alone reads a number with a small
+    error."""
     flat = dist.ImproperUniform(constraints.real, (), ())
-    heavy = ebm.EnergyDistribution(lambda x: 0.5 * jnp.log1p(x**2), flat, start=dist.Normal(0.0, 1.0))
+    heavy = ebm.EnergyDistribution(
+        lambda x: 0.5 * jnp.log1p(x**2), flat, start=dist.Normal(0.0, 1.0)
+    )
     log_z = log_z_of(heavy, method=method)
     assert log_z.stderr["x"] < 0.1
     assert_flagged(log_z, "use method='bracket'")
@@ -71,22 +85,34 @@ def test_one_direction_is_never_certified(method):
 
 def shifted(offset):
     """E = offset + 4 |x|² over N(0, I) in five dimensions."""
-    distribution = ebm.EnergyDistribution(lambda x: offset + 4.0 * (x**2).sum(-1), normal(5))
+    distribution = ebm.EnergyDistribution(
+        lambda x: offset + 4.0 * (x**2).sum(-1), normal(5)
+    )
     return distribution, -offset - 2.5 * np.log(9.0)
 
 
 def test_sums_hold_what_varies_and_not_the_constant():
-    """Against the closed form in double precision: half a million additions of 10⁵ would lose 0.02."""
+    """Against the closed form in double precision: half a million additions of 10⁵
+    would lose 0.02."""
     distribution, right = shifted(-1e5)
     options = AnnealingOptions(1, 0.5, ebm.systematic)
     annealed = anneal_site(
-        random.key(0), site_of(distribution), ebm.MALA(), options, num_chains=16, num_walkers=256, num_temperatures=256
+        random.key(0),
+        site_of(distribution),
+        ebm.MALA(),
+        options,
+        num_chains=16,
+        num_walkers=256,
+        num_temperatures=256,
     )
     islands = np.asarray(annealed.relative.log_normalizers, float)
     assert np.max(np.abs(islands)) < 20
     stderr = islands.std(ddof=1) / 4
     assert stderr < 0.005
-    assert abs(np.log(np.exp(islands).mean()) - (right + float(annealed.reference))) < 5.24 * stderr
+    assert (
+        abs(np.log(np.exp(islands).mean()) - (right + float(annealed.reference)))
+        < 5.24 * stderr
+    )
     # The walkers' own weights and potentials are those of the energy as it was given.
     np.testing.assert_allclose(annealed.ensemble.log_normalizers, right, rtol=1e-6)
     np.testing.assert_allclose(annealed.ensemble.potential, -1e5, rtol=1e-3)
@@ -109,26 +135,39 @@ def test_an_offset_that_rounding_can_carry():
 
 def passes(log_ratios):
     shape = log_ratios.shape[1:]
-    log_weights = jnp.asarray(log_ratios)[:, None] + 0.1 * random.normal(random.key(9), (16, 4, *shape))
+    log_weights = jnp.asarray(log_ratios)[:, None] + 0.1 * random.normal(
+        random.key(9), (16, 4, *shape)
+    )
     moves = Moves(acceptance=jnp.full(shape, 0.6), turnover=jnp.full(shape, 30.0))
-    return Pass(jnp.asarray(log_ratios), log_weights, moves, resampled=jnp.ones(shape, bool))
+    return Pass(
+        jnp.asarray(log_ratios), log_weights, moves, resampled=jnp.ones(shape, bool)
+    )
 
 
 def test_rounding_enters_errors_and_limits():
-    """Elements of size 10³ and 10⁶: the first is as without a reference, the second is flagged, alone."""
+    """Elements of size 10³ and 10⁶: the first is as without a reference, the second is
+    flagged, alone."""
     islands = 0.01 * np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
     there, back = passes(islands), passes(-islands)
     plain = certify(Evidence(there, back), tolerance=1.0)
     size = jnp.array([1e3, 1e6])
-    moved = certify(Evidence(there, back, reference=size, magnitude=size), tolerance=1.0)
+    moved = certify(
+        Evidence(there, back, reference=size, magnitude=size), tolerance=1.0
+    )
     assert plain.flags == ()
     assert len(moved.flags) == 1
     assert "in 1 of 2 elements" in moved.flags[0]
     rounding = float(jnp.finfo(jnp.float32).eps) * np.asarray(size)
-    np.testing.assert_allclose(moved.stderr, np.hypot(plain.stderr, rounding), rtol=1e-5)
+    np.testing.assert_allclose(
+        moved.stderr, np.hypot(plain.stderr, rounding), rtol=1e-5
+    )
     np.testing.assert_allclose(moved.estimate, plain.estimate - size, rtol=1e-7)
-    np.testing.assert_allclose(moved.lower[0], plain.lower[0] - 1e3 - rounding[0], atol=6e-5)
-    np.testing.assert_allclose(moved.upper[0], plain.upper[0] - 1e3 + rounding[0], atol=6e-5)
+    np.testing.assert_allclose(
+        moved.lower[0], plain.lower[0] - 1e3 - rounding[0], atol=6e-5
+    )
+    np.testing.assert_allclose(
+        moved.upper[0], plain.upper[0] - 1e3 + rounding[0], atol=6e-5
+    )
 
 
 # Ends of supports
@@ -136,13 +175,16 @@ def test_rounding_enters_errors_and_limits():
 
 def towards(end, rate, size):
     """u with density ``rate · exp(−rate |u|)`` on one side."""
-    return end * np.random.default_rng(0).exponential(1.0 / rate, size=size).astype(np.float32)
+    return end * np.random.default_rng(0).exponential(1.0 / rate, size=size).astype(
+        np.float32
+    )
 
 
 @pytest.mark.parametrize(
     ("support", "end", "rate", "edge"),
     [
-        # log of the smallest normal number, of the largest one, and of what is left of 1 under the last number.
+        # log of the smallest normal number, of the largest one, and of what is left of
+        # 1 under the last number.
         (constraints.positive, -1, 0.02, 87.34),
         (constraints.positive, 1, 0.02, 88.72),
         (constraints.unit_interval, -1, 0.02, 87.34),
@@ -151,53 +193,82 @@ def towards(end, rate, size):
     ],
 )
 def test_the_share_beyond_an_edge(support, end, rate, edge):
-    """Walkers of an exponential that the edge cuts off: exp(−rate · edge) lies beyond, of what is in sight the odds."""
+    """Walkers of an exponential that the edge cuts off: exp(−rate · edge) lies beyond,
+    of what is in sight the odds."""
     position = towards(end, rate, 2**21)
     position = position[np.abs(position) < edge][: 2**19].reshape(16, -1)
     odds = 1.0 / np.expm1(rate * edge)
     found = float(share_beyond(biject_to(support), jnp.asarray(position), 0))
-    # An edge is where neighbouring numbers become one, which is known to about a unit of u.
+    # An edge is where neighbouring numbers become one, which is known to about a unit
+    # of u.
     assert odds / 2 < found < 2 * odds
 
 
 def test_no_edges_where_nothing_ends_and_where_densities_fall():
     position = random.normal(random.key(0), (16, 256, 3))
-    for support in (constraints.real_vector, constraints.positive, constraints.unit_interval, constraints.simplex):
-        transform = standardizing_transform(normal(3)) if support is constraints.real_vector else biject_to(support)
+    for support in (
+        constraints.real_vector,
+        constraints.positive,
+        constraints.unit_interval,
+        constraints.simplex,
+    ):
+        transform = (
+            standardizing_transform(normal(3))
+            if support is constraints.real_vector
+            else biject_to(support)
+        )
         assert share_beyond(transform, 3.0 * position, 0) < 1e-3
 
 
 FLAT = dist.ImproperUniform(constraints.positive, (), ())
 POLES = {
     "1/x": ebm.EnergyDistribution(jnp.log, FLAT, start=dist.LogNormal(0.0, 1.0)),
-    "x^-1.05 exp(-x)": ebm.EnergyDistribution(lambda x: 1.05 * jnp.log(x), dist.Gamma(1.0, 1.0)),
-    "Beta(1, 0.05)": ebm.EnergyDistribution(lambda x: 0.95 * jnp.log1p(-x), dist.Uniform(0.0, 1.0)),
-    "corner of a simplex": ebm.EnergyDistribution(lambda x: 1.02 * jnp.log(x).sum(-1), dist.Dirichlet(jnp.ones(3))),
+    "x^-1.05 exp(-x)": ebm.EnergyDistribution(
+        lambda x: 1.05 * jnp.log(x), dist.Gamma(1.0, 1.0)
+    ),
+    "Beta(1, 0.05)": ebm.EnergyDistribution(
+        lambda x: 0.95 * jnp.log1p(-x), dist.Uniform(0.0, 1.0)
+    ),
+    "corner of a simplex": ebm.EnergyDistribution(
+        lambda x: 1.02 * jnp.log(x).sum(-1), dist.Dirichlet(jnp.ones(3))
+    ),
 }
 
 
 @pytest.mark.parametrize("name", POLES)
 def test_mass_beyond_the_last_number_is_refused(name):
-    assert_flagged(log_z_of(POLES[name], num_temperatures=128), "of the density lie beyond the last numbers")
+    assert_flagged(
+        log_z_of(POLES[name], num_temperatures=128),
+        "of the density lie beyond the last numbers",
+    )
 
 
 def test_sharp_ends_that_floating_point_reaches():
     base = dist.Uniform(0.0, 1.0)
-    beta = ebm.EnergyDistribution(lambda x: 0.5 * jnp.log(x) + 0.5 * jnp.log1p(-x), base)
+    beta = ebm.EnergyDistribution(
+        lambda x: 0.5 * jnp.log(x) + 0.5 * jnp.log1p(-x), base
+    )
     assert_certified(log_z_of(beta), np.log(np.pi))
-    dirichlet = ebm.EnergyDistribution(lambda x: 0.7 * jnp.log(x).sum(-1), dist.Dirichlet(jnp.ones(3)))
-    assert_certified(log_z_of(dirichlet), 3 * gammaln(0.3) - gammaln(0.9) + gammaln(3.0))
+    dirichlet = ebm.EnergyDistribution(
+        lambda x: 0.7 * jnp.log(x).sum(-1), dist.Dirichlet(jnp.ones(3))
+    )
+    assert_certified(
+        log_z_of(dirichlet), 3 * gammaln(0.3) - gammaln(0.9) + gammaln(3.0)
+    )
 
 
 # Data in a mode that no walker has found
 
 
 def log_normal(x, loc, scale):
-    return jnp.sum(-0.5 * ((x - loc) / scale) ** 2 - jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi), -1)
+    return jnp.sum(
+        -0.5 * ((x - loc) / scale) ** 2 - jnp.log(scale) - 0.5 * jnp.log(2 * jnp.pi), -1
+    )
 
 
 def far_mode(log_mass, x):
-    """Over N(0, I) in two dimensions: one normal and, at 8, a narrow one of e^log_mass times its mass."""
+    """Over N(0, I) in two dimensions: one normal and, at 8, a narrow one of e^log_mass
+    times its mass."""
     near, far = log_normal(x, 0.0, 1.0), log_mass + log_normal(x, 8.0, 0.3)
     return normal(2).log_prob(x) - jnp.logaddexp(near, far)
 
@@ -205,7 +276,11 @@ def far_mode(log_mass, x):
 def observed(x):
     log_mass = numpyro.param("log_mass", 3.0)
     with numpyro.plate("rows", len(x)):
-        numpyro.sample("x", ebm.EnergyDistribution(lambda v: far_mode(log_mass, v), normal(2)), obs=x)
+        numpyro.sample(
+            "x",
+            ebm.EnergyDistribution(lambda v: far_mode(log_mass, v), normal(2)),
+            obs=x,
+        )
 
 
 def rows_at_the_base(num_rows):
@@ -219,7 +294,9 @@ def test_a_single_row_in_a_missed_mode(num_rows):
     x[17] = 8.0
     log_z = ebm.log_normalizer(random.key(0), observed, {"log_mass": 3.0}, x, **SMALL)
     assert log_z.estimate["x"] < 0.1
-    assert_flagged(log_z, "of the data rows lie where annealing from the base does not lead")
+    assert_flagged(
+        log_z, "of the data rows lie where annealing from the base does not lead"
+    )
 
 
 def test_outliers_are_no_missed_mode():
@@ -231,21 +308,37 @@ def test_outliers_are_no_missed_mode():
 
 
 def test_noisy_trajectories_are_no_missed_mode():
-    """In 64 dimensions and over few temperatures rows of the model weigh anything from e⁻⁹ up, by noise alone."""
+    """In 64 dimensions and over few temperatures rows of the model weigh anything from
+    e⁻⁹ up, by noise alone."""
 
     def model(x):
         rate = numpyro.param("rate", 3.0)
         with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: 0.5 * rate * (v**2).sum(-1), normal(64)), obs=x)
+            numpyro.sample(
+                "x",
+                ebm.EnergyDistribution(
+                    lambda v: 0.5 * rate * (v**2).sum(-1), normal(64)
+                ),
+                obs=x,
+            )
 
     x = 0.5 * np.random.default_rng(0).normal(size=(300, 64)).astype(np.float32)
     x[:5] *= 50.0
-    log_z = ebm.log_normalizer(random.key(0), model, {"rate": 3.0}, x, num_temperatures=64, tolerance=5.0, **SMALL)
+    log_z = ebm.log_normalizer(
+        random.key(0),
+        model,
+        {"rate": 3.0},
+        x,
+        num_temperatures=64,
+        tolerance=5.0,
+        **SMALL,
+    )
     assert not any("data rows" in flag for flag in log_z.flags["x"]), log_z
 
 
 def test_rows_in_rare_places_are_among_those_looked_at():
-    """Of 3,000 rows: the lowest energy, the lowest starting density and the one farthest from all walkers."""
+    """Of 3,000 rows: the lowest energy, the lowest starting density and the one
+    farthest from all walkers."""
     well = np.float32([0.5, 0.5])
     energy = lambda x: -20.0 * jnp.exp(-0.5 * ((x - well) ** 2).sum(-1) / 0.01**2)  # noqa: E731
     site = site_of(ebm.EnergyDistribution(energy, normal(2)))
@@ -262,31 +355,40 @@ def test_rows_in_rare_places_are_among_those_looked_at():
 
 
 def funnel(num_dims, scale=1.0):
-    """Neal's: v ~ N(0, 9), the others given v N(0, exp v), normalised, over a normal base."""
+    """Neal's: v ~ N(0, 9), the others given v N(0, exp v), normalised, over a normal
+    base."""
     base = normal(num_dims, scale)
 
     def energy(x):
         v, others = x[..., 0], x[..., 1:]
         spread = dist.Normal(0.0, jnp.exp(v / 2)[..., None])
-        return base.log_prob(x) - dist.Normal(0.0, 3.0).log_prob(v) - spread.log_prob(others).sum(-1)
+        return (
+            base.log_prob(x)
+            - dist.Normal(0.0, 3.0).log_prob(v)
+            - spread.log_prob(others).sum(-1)
+        )
 
     return ebm.EnergyDistribution(energy, base)
 
 
 @pytest.mark.parametrize(("num_dims", "num_seeds", "most"), [(2, 16, 2), (5, 4, 0)])
 def test_a_funnel_is_bracketed_or_flagged(num_dims, num_seeds, most):
-    """A bracket may miss as often as limits at 97.5% do; with |u| and one step size alone a third of them did."""
+    """A bracket may miss as often as limits at 97.5% do; with |u| and one step size
+    alone a third of them did."""
     distribution, missed = funnel(num_dims), 0
     for seed in range(num_seeds):
         log_z = log_z_of(distribution, seed, num_walkers=64)
         lower, upper = float(log_z.lower["x"]), float(log_z.upper["x"])
         missed += log_z.is_certified and not lower <= 0 <= upper
-        assert not log_z.is_certified or max(lower, -upper) < 4 * log_z.stderr["x"], log_z
+        assert not log_z.is_certified or max(lower, -upper) < 4 * log_z.stderr["x"], (
+            log_z
+        )
     assert missed <= most
 
 
 def test_tails_tell_what_means_do_not():
-    """Five walkers of 64 go into a narrow well at the usual distance: |u| and |u|² hardly change."""
+    """Five walkers of 64 go into a narrow well at the usual distance: |u| and |u|²
+    hardly change."""
     well = jnp.array([0.0, 0.7, 1.44])
     energy = lambda x: -5.0 * jnp.exp(-0.5 * ((x - well) ** 2).sum(-1) / 0.02**2)  # noqa: E731
     site = site_of(ebm.EnergyDistribution(energy, normal(3)))
@@ -297,13 +399,16 @@ def test_tails_tell_what_means_do_not():
     assert drift.shape == (16, 2 + 2 * (3 + 3 + 4))
     assert is_drift_suspicious(drift)
     assert not is_drift_suspicious(drift[:, :2])
-    there = passes(0.01 * np.random.default_rng(1).normal(size=(16,)).astype(np.float32))
+    there = passes(
+        0.01 * np.random.default_rng(1).normal(size=(16,)).astype(np.float32)
+    )
     flags = certify(Evidence(there, there, drift=drift), tolerance=5.0).flags
     assert any("still drift" in flag for flag in flags)
 
 
 def test_tails_of_independent_draws_change_by_chance():
-    """Before and after from one normal: t statistics pass Student's 1% limit as often as that says, and no flag."""
+    """Before and after from one normal: t statistics pass Student's 1% limit as often
+    as that says, and no flag."""
     site = site_of(ebm.EnergyDistribution(lambda x: 0.0 * x.sum(-1), normal(3)))
     rng = np.random.default_rng(0)
     statistics, suspicions = [], 0
@@ -313,7 +418,8 @@ def test_tails_of_independent_draws_change_by_chance():
         statistics.append(drift.mean(0) / (drift.std(0, ddof=1) / 4))
         suspicions += is_drift_suspicious(jnp.asarray(drift))
     passed = np.abs(np.stack(statistics)) > student_t.ppf(0.995, 15)
-    # 60 · 22 statistics, those of |u|, U and |∇U| all the same here: 5 standard errors of some 500 independent ones.
+    # 60 · 22 statistics, those of |u|, U and |∇U| all the same here: 5 standard errors
+    # of some 500 independent ones.
     assert 0 < passed.mean() < 0.01 + 5 * np.sqrt(0.01 / 500)
     assert suspicions <= binom.ppf(1 - 1e-4, 60, MAX_SUSPICION)
 
@@ -330,31 +436,47 @@ def two_modes(x=None):
 
     flat = dist.ImproperUniform(constraints.real_vector, (), (2,))
     with numpyro.plate("rows", 1 if x is None else len(x)):
-        numpyro.sample("x", ebm.EnergyDistribution(energy, flat, start=normal(2, 4.0)), obs=x)
+        numpyro.sample(
+            "x", ebm.EnergyDistribution(energy, flat, start=normal(2, 4.0)), obs=x
+        )
 
 
 def test_a_mode_that_the_draw_in_the_middle_hardly_has():
     a = jnp.array([-11.0, -10.5, -11.2, -10.8, -11.1, 0.5])
-    log_z = ebm.log_normalizer(random.key(0), two_modes, {"a": a}, batch_ndims=1, **SMALL)
+    log_z = ebm.log_normalizer(
+        random.key(0), two_modes, {"a": a}, batch_ndims=1, **SMALL
+    )
     assert_flagged(log_z, "at draw 5 (")
     assert_flagged(log_z, "without batch_ndims")
     assert any(
-        "annealing finds log Z = 0.9" in flag or "annealing finds log Z = 1.0" in flag for flag in log_z.flags["x"]
+        "annealing finds log Z = 0.9" in flag or "annealing finds log Z = 1.0" in flag
+        for flag in log_z.flags["x"]
     )
 
 
 def test_draws_that_are_alike_agree():
-    """λ between 2 and 3 over N(0, 1): log Z = −½ log(1 + λ) at every draw, with a constant of 100 λ in the energy."""
+    """λ between 2 and 3 over N(0, 1): log Z = −½ log(1 + λ) at every draw, with a
+    constant of 100 λ in the energy."""
 
     def model():
         rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
-        numpyro.sample("x", ebm.EnergyDistribution(lambda v: rate * (0.5 * v**2 + 100.0), dist.Normal(0.0, 1.0)))
+        numpyro.sample(
+            "x",
+            ebm.EnergyDistribution(
+                lambda v: rate * (0.5 * v**2 + 100.0), dist.Normal(0.0, 1.0)
+            ),
+        )
 
     rate = jnp.linspace(2.0, 3.0, 12)
-    log_z = ebm.log_normalizer(random.key(0), model, {"rate": rate}, batch_ndims=1, **SMALL)
+    log_z = ebm.log_normalizer(
+        random.key(0), model, {"rate": rate}, batch_ndims=1, **SMALL
+    )
     assert log_z.is_certified, log_z
     exact = -0.5 * np.log1p(np.asarray(rate, float)) - 100.0 * np.asarray(rate, float)
-    assert np.all(np.abs(np.asarray(log_z.estimate["x"], float) - exact) < 5.24 * np.asarray(log_z.stderr["x"]))
+    assert np.all(
+        np.abs(np.asarray(log_z.estimate["x"], float) - exact)
+        < 5.24 * np.asarray(log_z.stderr["x"])
+    )
     assert np.all(np.asarray(log_z.stderr["x"]) < 0.03)
 
 
@@ -364,14 +486,21 @@ def test_draws_that_are_alike_agree():
 def power_pole(exponent, num_dims=1, at=0.0):
     """|x − at|^−a on N(0, 1): it diverges for a ≥ d."""
     base = dist.Normal(0.0, 1.0).expand([num_dims]).to_event(1)
-    return ebm.EnergyDistribution(lambda v: 0.5 * exponent * jnp.log(((v - at) ** 2).sum(-1)), base)
+    return ebm.EnergyDistribution(
+        lambda v: 0.5 * exponent * jnp.log(((v - at) ** 2).sum(-1)), base
+    )
 
 
-@pytest.mark.parametrize(("exponent", "num_dims", "at"), [(1.0, 1, 0.0), (0.95, 1, 0.7), (2.0, 2, 0.0), (2.9, 3, 0.3)])
+@pytest.mark.parametrize(
+    ("exponent", "num_dims", "at"),
+    [(1.0, 1, 0.0), (0.95, 1, 0.7), (2.0, 2, 0.0), (2.9, 3, 0.3)],
+)
 def test_a_pole_inside_the_support(exponent, num_dims, at):
     log_z = log_z_of(power_pole(exponent, num_dims, at), 0, num_walkers=64)
     assert not log_z.is_certified
-    assert any("falls without end towards a point" in flag for flag in log_z.flags["x"]), log_z
+    assert any(
+        "falls without end towards a point" in flag for flag in log_z.flags["x"]
+    ), log_z
 
 
 SMOOTH = {

@@ -1,4 +1,5 @@
-"""The battery's quick form: nothing visible is certified and wrong, and its truths and its judge are right."""
+"""The battery's quick form: nothing visible is certified and wrong, and its truths and
+its judge are right."""
 
 import dataclasses
 import importlib
@@ -74,15 +75,29 @@ def test_the_battery_is_large_and_its_marks_are_reasoned(targets):
 )
 def test_truths_agree_with_sums(targets, name):
     truths = importlib.import_module("hostile_truths")
-    (target,) = [target for members in targets.values() for target in members if target.name == name]
-    np.testing.assert_allclose(truths.truth_by_sums(target), target.truth, rtol=1e-5, atol=1e-5)
+    (target,) = [
+        target
+        for members in targets.values()
+        for target in members
+        if target.name == name
+    ]
+    np.testing.assert_allclose(
+        truths.truth_by_sums(target), target.truth, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_wells_that_no_draw_can_see_are_found_by_counting(targets):
     wells = importlib.import_module("hostile_wells")
-    p = wells.arrays(locs=[[0, 0], [1, 1]], scales=[1, 0.3], log_weights=[0, 0.5], base=1.5)
+    p = wells.arrays(
+        locs=[[0, 0], [1, 1]], scales=[1, 0.3], log_weights=[0, 0.5], base=1.5
+    )
     draws = 1.5 * np.random.default_rng(0).normal(size=(400_000, 2))
-    ratio = 0.5 - 2 * np.log(0.3) - 0.5 * (((draws - 1) / 0.3) ** 2).sum(1) + 0.5 * (draws**2).sum(1)
+    ratio = (
+        0.5
+        - 2 * np.log(0.3)
+        - 0.5 * (((draws - 1) / 0.3) ** 2).sum(1)
+        + 0.5 * (draws**2).sum(1)
+    )
     counted = np.mean(ratio > 0)
     error = np.sqrt(counted * (1 - counted) / len(draws))
     assert abs(wells.expected_draws_in_well(p) / 1000 - counted) < 4 * error
@@ -93,7 +108,12 @@ def test_wells_that_no_draw_can_see_are_found_by_counting(targets):
 def result(estimate, stderr, lower, upper):
     values = (estimate, stderr, lower, upper)
     names = ("estimate", "stderr", "lower", "upper")
-    return SimpleNamespace(**{name: {"x": jnp.asarray(v, float)} for name, v in zip(names, values, strict=True)})
+    return SimpleNamespace(
+        **{
+            name: {"x": jnp.asarray(v, float)}
+            for name, v in zip(names, values, strict=True)
+        }
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,11 +143,21 @@ def test_the_judge(battery, truth, log_z, outcome):
 
 def test_another_definition_is_run_anew(battery, targets):
     target = targets["wells"][0]
-    assert dataclasses.replace(target, truth=target.truth + 0.1).version != target.version
-    assert dataclasses.replace(target, options={"num_walkers": 8}).version != target.version
+    assert (
+        dataclasses.replace(target, truth=target.truth + 0.1).version != target.version
+    )
+    assert (
+        dataclasses.replace(target, options={"num_walkers": 8}).version
+        != target.version
+    )
     changed = target.p | {"base": target.p["base"] * 1.01}
     assert dataclasses.replace(target, p=changed).version != target.version
-    assert dataclasses.replace(target, quick=not target.quick, benign=not target.benign).version == target.version
+    assert (
+        dataclasses.replace(
+            target, quick=not target.quick, benign=not target.benign
+        ).version
+        == target.version
+    )
 
 
 def test_lines_that_were_cut_off_are_done_again(battery, tmp_path):
@@ -135,5 +165,7 @@ def test_lines_that_were_cut_off_are_done_again(battery, tmp_path):
     whole = '{"target": "a", "seed": 0, "version": "v", "outcome": "right"}'
     path.write_text(f"{whole}\n{whole[:30]}")
     assert list(battery.read(path)) == [("a", 0, "v")]
-    battery.main(["--targets", "bits in a field", "--seeds", "1", "--results", str(path)])
+    battery.main(
+        ["--targets", "bits in a field", "--seeds", "1", "--results", str(path)]
+    )
     assert [key[0] for key in battery.read(path)] == ["a", "bits in a field"]

@@ -33,7 +33,9 @@ def model_of(energy, base=NORMAL):
     def model(x=None):
         w = numpyro.param("w", 1.0, constraint=constraints.positive)
         with numpyro.plate("rows", 40):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: energy(w, v), base), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: energy(w, v), base), obs=x
+            )
 
     return model
 
@@ -51,7 +53,9 @@ BATCHES = {
 }
 ENTRIES = {
     "Jarzynski": lambda m: ebm.Jarzynski(m, optax.sgd(0.1), num_walkers=4).init(KEY, X),
-    "log_normalizer": lambda m: ebm.log_normalizer(KEY, m, AT_ONE, X, progress_bar=False),
+    "log_normalizer": lambda m: ebm.log_normalizer(
+        KEY, m, AT_ONE, X, progress_bar=False
+    ),
     "quadrature": lambda m: ebm.log_normalizer(None, m, AT_ONE, X, method="quadrature"),
     "sample": lambda m: ebm.sample(KEY, m, AT_ONE, X),
     "to_arviz": lambda m: ebm.to_arviz({"w": np.ones((1, 2))}, m, X),
@@ -61,7 +65,10 @@ ENTRIES = {
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_rows_that_see_each_other(batch):
-    match = r"site 'x' is no function of one value.*among 8 values.*leading axis.*base\.expand"
+    match = (
+        r"site 'x' is no function of one value.*among 8 values.*leading "
+        r"axis.*base\.expand"
+    )
     with pytest.raises(ValueError, match=match):
         ENTRIES["quadrature"](model_of(BATCHES[batch]))
 
@@ -84,27 +91,41 @@ def test_a_bare_distribution_is_looked_at():
 
 
 def test_draws_under_a_trace_give_no_number():
-    """log_likelihood maps over draws: nothing can be raised, and nothing can be read either."""
-    found = log_likelihood(ebm.normalized(model_of(BATCHES["standardised"])), {"w": jnp.ones(2)}, X)["x"]
+    """log_likelihood maps over draws: nothing can be raised, and nothing can be read
+    either."""
+    found = log_likelihood(
+        ebm.normalized(model_of(BATCHES["standardised"])), {"w": jnp.ones(2)}, X
+    )["x"]
     assert np.isnan(found).all()
-    good = log_likelihood(ebm.normalized(model_of(lambda w, v: w * v**2)), {"w": jnp.ones(2)}, X)["x"]
+    good = log_likelihood(
+        ebm.normalized(model_of(lambda w, v: w * v**2)), {"w": jnp.ones(2)}, X
+    )["x"]
     np.testing.assert_allclose(good[0], dist.Normal(0, 3**-0.5).log_prob(X), atol=1e-4)
 
 
 @pytest.mark.parametrize("num_rows", [3, 5, 8, 40, 2049])
 def test_an_entry_per_row(num_rows):
-    """Rows and points of a rule may be as many: the shapes then agree, and row i meets point i."""
+    """Rows and points of a rule may be as many: the shapes then agree, and row i meets
+    point i."""
     covariate = jnp.linspace(0, 1, num_rows)
 
     def model(y):
         a = numpyro.sample("a", NORMAL)
         with numpyro.plate("rows", num_rows):
             energy = lambda v: 0.5 * jnp.exp(a + covariate) * v**2  # noqa: E731
-            numpyro.sample("y", ebm.EnergyDistribution(energy, dist.Normal(0, 5)), obs=y)
+            numpyro.sample(
+                "y", ebm.EnergyDistribution(energy, dist.Normal(0, 5)), obs=y
+            )
 
-    y, match = jnp.ones(num_rows), rf"site 'y' returned {num_rows} numbers for one value.*expand\(\[{num_rows}\]\)"
+    y, match = (
+        jnp.ones(num_rows),
+        rf"site 'y' returned {num_rows} numbers for one "
+        rf"value.*expand\(\[{num_rows}\]\)",
+    )
     with pytest.raises(ValueError, match=match):
-        MCMC(NUTS(ebm.normalized(model)), num_warmup=1, num_samples=1, progress_bar=False).run(KEY, y)
+        MCMC(
+            NUTS(ebm.normalized(model)), num_warmup=1, num_samples=1, progress_bar=False
+        ).run(KEY, y)
     with pytest.raises(ValueError, match=match):
         ebm.Jarzynski(model, optax.sgd(0.1), num_walkers=4).init(KEY, y)
     with pytest.raises(ValueError, match=match):
@@ -113,21 +134,37 @@ def test_an_entry_per_row(num_rows):
 
 def test_an_entry_per_row_of_vectors():
     weights = jnp.ones((7, 3))
-    site = ebm.EnergyDistribution(lambda v: (weights * v**2).sum(-1), NORMAL.expand([3]).to_event(1))
-    with pytest.raises(ValueError, match=r"returned 7 numbers for one value.*expand\(\[7\]\)"):
+    site = ebm.EnergyDistribution(
+        lambda v: (weights * v**2).sum(-1), NORMAL.expand([3]).to_event(1)
+    )
+    with pytest.raises(
+        ValueError, match=r"returned 7 numbers for one value.*expand\(\[7\]\)"
+    ):
         ebm.log_normalizer(KEY, site, progress_bar=False)
 
 
 GOOD = {
     "scalar": (lambda v: v**4, NORMAL),
     "far offset": (lambda v: v**2 + 1e4, NORMAL),
-    "cancels its base": (lambda v: NORMAL.log_prob(v) - dist.StudentT(3.0).log_prob(v), NORMAL),
+    "cancels its base": (
+        lambda v: NORMAL.log_prob(v) - dist.StudentT(3.0).log_prob(v),
+        NORMAL,
+    ),
     "infinite on a half": (lambda v: jnp.where(v > 0, v, jnp.inf), NORMAL),
     "NaN on a half": (lambda v: jnp.sqrt(v), NORMAL),
-    "half precision": (lambda v: (v.astype(jnp.bfloat16) ** 2).astype(jnp.float32), NORMAL),
+    "half precision": (
+        lambda v: (v.astype(jnp.bfloat16) ** 2).astype(jnp.float32),
+        NORMAL,
+    ),
     "conditional": (lambda v: jnp.arange(3.0) * v**2, dist.Normal(jnp.zeros(3), 1.0)),
-    "spins": (lambda v: -(v[..., 1:] * v[..., :-1]).sum(-1), dist.Bernoulli(0.5).expand([4]).to_event(1)),
-    "of one row, many": (lambda v: (v @ jnp.ones((784, 64))).sum(-1), NORMAL.expand([784]).to_event(1)),
+    "spins": (
+        lambda v: -(v[..., 1:] * v[..., :-1]).sum(-1),
+        dist.Bernoulli(0.5).expand([4]).to_event(1),
+    ),
+    "of one row, many": (
+        lambda v: (v @ jnp.ones((784, 64))).sum(-1),
+        NORMAL.expand([784]).to_event(1),
+    ),
 }
 
 
@@ -139,16 +176,24 @@ def test_functions_of_one_point_pass(good):
 # Types
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.int32, np.int64, bool, np.float16])
+@pytest.mark.parametrize(
+    "dtype", [np.int8, np.uint8, np.int16, np.int32, np.int64, bool, np.float16]
+)
 def test_values_of_any_type_are_floats(dtype):
     """E(x) = ½ λ x² on N(0, 1): wrapped around in small types, before."""
-    site = ebm.EnergyDistribution(lambda v: 1.5 * v**2, NORMAL, log_normalizer=-np.log(2.0))
+    site = ebm.EnergyDistribution(
+        lambda v: 1.5 * v**2, NORMAL, log_normalizer=-np.log(2.0)
+    )
     values = np.array([0, 1, 3, 100, 120]).astype(dtype)
     exact = dist.Normal(0, 0.5).log_prob(values.astype(np.float32))
     np.testing.assert_allclose(site.log_prob(values), exact, rtol=1e-5)
-    np.testing.assert_allclose(site.energy(values), 1.5 * values.astype(float) ** 2, rtol=1e-5)
+    np.testing.assert_allclose(
+        site.energy(values), 1.5 * values.astype(float) ** 2, rtol=1e-5
+    )
     log_base = NORMAL.log_prob(values.astype(np.float32))
-    np.testing.assert_allclose(site.potential(values) - site.energy(values), -log_base, rtol=1e-4)
+    np.testing.assert_allclose(
+        site.potential(values) - site.energy(values), -log_base, rtol=1e-4
+    )
 
 
 def test_large_integers_do_not_overflow():
@@ -159,7 +204,9 @@ def test_large_integers_do_not_overflow():
 def test_small_integers_of_a_discrete_support_do_not_wrap():
     site = ebm.EnergyDistribution(lambda v: v * v, dist.Poisson(3.0))
     assert site.energy(np.array(20, np.int8)) == 400
-    coins = ebm.EnergyDistribution(lambda v: -v.sum(-1), dist.Bernoulli(0.5).expand([300]).to_event(1))
+    coins = ebm.EnergyDistribution(
+        lambda v: -v.sum(-1), dist.Bernoulli(0.5).expand([300]).to_event(1)
+    )
     assert coins.energy(np.ones(300, bool)) == -300
 
 
@@ -170,13 +217,28 @@ def test_integer_data_fit_as_floats_do(dtype):
     def model(x):
         w = numpyro.param("w", 0.01, constraint=constraints.positive)
         with numpyro.plate("rows", 40):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: 0.5 * w * v**2, dist.Normal(0, 20)), obs=x)
+            numpyro.sample(
+                "x",
+                ebm.EnergyDistribution(lambda v: 0.5 * w * v**2, dist.Normal(0, 20)),
+                obs=x,
+            )
 
     backend = ebm.Jarzynski(model, optax.adam(0.05), num_walkers=8)
-    fits = [backend.run(KEY, 3, x, progress_bar=False) for x in (data, data.astype(np.float32))]
-    np.testing.assert_allclose(fits[0].history["loss"], fits[1].history["loss"], rtol=1e-6)
-    log_z = [ebm.log_normalizer(None, model, fits[0].params, x, method="quadrature") for x in (data, 1.0 * data)]
-    exported = [ebm.to_arviz(fits[0], model, data, log_normalizer=z).attrs["mean_log_density"] for z in log_z]
+    fits = [
+        backend.run(KEY, 3, x, progress_bar=False)
+        for x in (data, data.astype(np.float32))
+    ]
+    np.testing.assert_allclose(
+        fits[0].history["loss"], fits[1].history["loss"], rtol=1e-6
+    )
+    log_z = [
+        ebm.log_normalizer(None, model, fits[0].params, x, method="quadrature")
+        for x in (data, 1.0 * data)
+    ]
+    exported = [
+        ebm.to_arviz(fits[0], model, data, log_normalizer=z).attrs["mean_log_density"]
+        for z in log_z
+    ]
     precision = float(fits[0].params["w"]) + 1 / 400
     exact = np.mean(dist.Normal(0, precision**-0.5).log_prob(1.0 * data))
     np.testing.assert_allclose(exported, exact, atol=1e-3)
@@ -191,11 +253,15 @@ def test_vera_takes_integers():
     def model(x):
         w = numpyro.param("w", 1.0, constraint=constraints.positive)
         with numpyro.plate("rows", 4):
-            numpyro.sample("x", ebm.EnergyDistribution(lambda v: 0.5 * w * v**2, NORMAL), obs=x)
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: 0.5 * w * v**2, NORMAL), obs=x
+            )
 
     rate = optax.sgd(1e-3)
     losses = [
-        ebm.VERA(model, generator, rate, rate).run(KEY, 1, x, progress_bar=False).history["loss"][0]
+        ebm.VERA(model, generator, rate, rate)
+        .run(KEY, 1, x, progress_bar=False)
+        .history["loss"][0]
         for x in (np.array([2, -3, 1, 0]), np.array([2.0, -3.0, 1.0, 0.0], np.float32))
     ]
     assert losses[0] == losses[1]
@@ -203,12 +269,19 @@ def test_vera_takes_integers():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_energies_in_half_precision_come_back_as_floats(dtype):
-    site = ebm.EnergyDistribution(lambda v: (0.5 * v**2).astype(dtype), NORMAL, log_normalizer=-0.5 * np.log(2.0))
+    site = ebm.EnergyDistribution(
+        lambda v: (0.5 * v**2).astype(dtype), NORMAL, log_normalizer=-0.5 * np.log(2.0)
+    )
     assert site.energy(jnp.ones(3)).dtype == jnp.float32
     slope = jax.grad(lambda v: site.log_prob(v))(0.5)
     assert slope == pytest.approx(-1.0, abs=0.01)
-    bracket = ebm.log_normalizer(KEY, ebm.EnergyDistribution(site.factors, NORMAL), progress_bar=False)
-    assert abs(float(bracket.estimate["x"]) + 0.5 * np.log(2.0)) < 5 * float(bracket.stderr["x"]) + 2**-8
+    bracket = ebm.log_normalizer(
+        KEY, ebm.EnergyDistribution(site.factors, NORMAL), progress_bar=False
+    )
+    assert (
+        abs(float(bracket.estimate["x"]) + 0.5 * np.log(2.0))
+        < 5 * float(bracket.stderr["x"]) + 2**-8
+    )
 
 
 def test_an_energy_of_integers():
@@ -250,21 +323,30 @@ STATEFUL = {"attribute": (Bowl, set_attribute), "nnx": (NnxBowl, set_param)}
 
 
 @pytest.mark.parametrize("kind", STATEFUL)
-@pytest.mark.parametrize("wrap", [lambda e: e, lambda e: Partial(e), lambda e: lambda v: e(v)])
+@pytest.mark.parametrize(
+    "wrap", [lambda e: e, lambda e: Partial(e), lambda e: lambda v: e(v)]
+)
 def test_an_energy_that_changed_is_compiled_anew(kind, wrap):
     make, change = STATEFUL[kind]
     energy = make()
     factor = wrap(energy)
     for lam in (1.0, 9.0):
         change(energy, lam)
-        log_z = ebm.log_normalizer(KEY, ebm.EnergyDistribution(factor, NORMAL), progress_bar=False)
-        assert abs(float(log_z.estimate["x"]) + 0.5 * np.log1p(lam)) < 6 * float(log_z.stderr["x"])
-        draws = ebm.sample(KEY, ebm.EnergyDistribution(factor, NORMAL), num_draws=500)["x"]
+        log_z = ebm.log_normalizer(
+            KEY, ebm.EnergyDistribution(factor, NORMAL), progress_bar=False
+        )
+        assert abs(float(log_z.estimate["x"]) + 0.5 * np.log1p(lam)) < 6 * float(
+            log_z.stderr["x"]
+        )
+        draws = ebm.sample(KEY, ebm.EnergyDistribution(factor, NORMAL), num_draws=500)[
+            "x"
+        ]
         assert float(draws.var()) == pytest.approx(1 / (1 + lam), rel=0.3)
 
 
 def test_a_model_whose_closure_changed_is_compiled_anew():
-    """The same model and backend objects: fits and log Z follow what the closure holds now."""
+    """The same model and backend objects: fits and log Z follow what the closure holds
+    now."""
     settings = {"scale": np.ones(1)}
 
     def model(x):
@@ -279,7 +361,9 @@ def test_a_model_whose_closure_changed_is_compiled_anew():
         settings["scale"][0] = scale
         losses.append(backend.run(KEY, 1, X, progress_bar=False).history["loss"][0])
         log_z = ebm.log_normalizer(KEY, model, AT_ONE, X, progress_bar=False)
-        assert abs(float(log_z.estimate["x"]) + 0.5 * np.log1p(scale)) < 6 * float(log_z.stderr["x"])
+        assert abs(float(log_z.estimate["x"]) + 0.5 * np.log1p(scale)) < 6 * float(
+            log_z.stderr["x"]
+        )
     assert losses[0] == losses[2]
     assert abs(losses[0] - losses[1]) > 0.1
 
@@ -315,10 +399,16 @@ CONTAINERS = {
     "array": (lambda: array.array("d", [1.0]), lambda c: c.__setitem__(0, 2.0)),
     "bytearray": (lambda: bytearray(b"1"), lambda c: c.extend(b"2")),
     "private slot": (lambda: Slots(1.0), lambda c: c.change()),
-    "mask": (lambda: np.ma.masked_array([1.0, 2.0], [False, False]), lambda c: c.__setitem__(0, np.ma.masked)),
+    "mask": (
+        lambda: np.ma.masked_array([1.0, 2.0], [False, False]),
+        lambda c: c.__setitem__(0, np.ma.masked),
+    ),
     "context variable": (lambda: CONTEXT, lambda c: c.set(2.0)),
     "list subclass": (lambda: collections.UserList([1.0]), lambda c: c.append(2.0)),
-    "default dict": (lambda: collections.defaultdict(float), lambda c: c.__setitem__("a", 1.0)),
+    "default dict": (
+        lambda: collections.defaultdict(float),
+        lambda c: c.__setitem__("a", 1.0),
+    ),
 }
 
 

@@ -1,4 +1,5 @@
-"""Arguments of every kind, optimisers that want the loss, wrapped energies, messages without a name."""
+"""Arguments of every kind, optimisers that want the loss, wrapped energies, messages
+without a name."""
 
 import functools
 from dataclasses import dataclass
@@ -44,13 +45,19 @@ def model(x):
 
 
 def initialise(model, *args, optim=None, **options):
-    backend = ebm.Jarzynski(model, optax.sgd(0.1) if optim is None else optim, **SETTINGS)
+    backend = ebm.Jarzynski(
+        model, optax.sgd(0.1) if optim is None else optim, **SETTINGS
+    )
     return backend, backend.init(random.key(0), *args, **options)
 
 
 def log_z(model, *args, params=None):
     params = {"k": 1.0} if params is None else params
-    return float(ebm.log_normalizer(None, model, params, *args, method="quadrature").estimate["x"])
+    return float(
+        ebm.log_normalizer(None, model, params, *args, method="quadrature").estimate[
+            "x"
+        ]
+    )
 
 
 # What arguments hold
@@ -109,7 +116,9 @@ class Opaque(Tensor):
 
 
 def frame(k):
-    return pd.DataFrame({"k": [k, 2.0], "name": ["a", "b"]}, index=pd.Index([3, 4], name="row"))
+    return pd.DataFrame(
+        {"k": [k, 2.0], "name": ["a", "b"]}, index=pd.Index([3, 4], name="row")
+    )
 
 
 def strings(k):
@@ -132,7 +141,9 @@ MAKERS = [
     strings,
     objects,
     lambda k: frame(k)["k"],
-    lambda k: pd.Series(["a", "b"], dtype=pd.CategoricalDtype(["a", "b"] if k == 1.0 else ["b", "a"])),
+    lambda k: pd.Series(
+        ["a", "b"], dtype=pd.CategoricalDtype(["a", "b"] if k == 1.0 else ["b", "a"])
+    ),
     lambda k: {"nested": [k, (frame(k), {k, "other"})]},
     lambda k: functools.partial(np.power, k),
     lambda k: float("nan") if k == 1.0 else k,
@@ -141,13 +152,18 @@ MAKERS = [
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_content_is_what_makes_arguments_equal(make):
-    one, copy, other = (jax.tree.structure(Arguments((make(k),), {"flag": True})) for k in (1.0, 1.0, 3.0))
+    one, copy, other = (
+        jax.tree.structure(Arguments((make(k),), {"flag": True}))
+        for k in (1.0, 1.0, 3.0)
+    )
     assert one == copy
     assert hash(one) == hash(copy)
     assert one != other
 
 
-@pytest.mark.parametrize(("make", "change"), [(Plain, "k"), (Unhashable, "k"), (Tensor, "k"), (Opaque, "k")])
+@pytest.mark.parametrize(
+    ("make", "change"), [(Plain, "k"), (Unhashable, "k"), (Tensor, "k"), (Opaque, "k")]
+)
 def test_an_object_changed_in_place_is_another_argument(make, change):
     value = make(1.0)
     before = content(value)
@@ -167,11 +183,22 @@ def test_types_belong_to_content():
     assert content(0.0) != content(-0.0)
     for function in (np.sqrt, jax.nn.relu, jax.jit(jnp.square), jnp.add, "".join):
         assert content(function) == content(function)
-    assert content(functools.partial(lambda: 0)) != content(functools.partial(lambda: 0))
+    assert content(functools.partial(lambda: 0)) != content(
+        functools.partial(lambda: 0)
+    )
 
 
 def test_numbers_are_traced_and_nothing_else_is():
-    values = (X, jnp.ones(2), np.float32(1), np.ones(2, np.int8), np.array(["a"]), np.array([1], object), "a", 1.0)
+    values = (
+        X,
+        jnp.ones(2),
+        np.float32(1),
+        np.ones(2, np.int8),
+        np.array(["a"]),
+        np.array([1], object),
+        "a",
+        1.0,
+    )
     leaves = jax.tree.leaves(Arguments(values))
     assert [leaf.shape for leaf in leaves] == [(20,), (2,), (), (2,)]
     assert is_numeric(jnp.bfloat16)
@@ -207,15 +234,26 @@ def test_a_model_of_a_frame_is_fitted_and_exported():
     again = backend.run(random.key(0), 2, train.copy(), progress_bar=False)
     assert fit.params == again.params
     for df in (train, test):
-        found = ebm.log_normalizer(None, from_frame, fit.params, df, method="quadrature")
+        found = ebm.log_normalizer(
+            None, from_frame, fit.params, df, method="quadrature"
+        )
         data = ebm.to_arviz(fit, from_frame, df, log_normalizer=found)
         precision = 1 + 2 * float(fit.params["k"])
-        density = 0.5 * (np.log(precision / (2 * np.pi)) - precision * df["x"].to_numpy() ** 2)
+        density = 0.5 * (
+            np.log(precision / (2 * np.pi)) - precision * df["x"].to_numpy() ** 2
+        )
         assert data.attrs["mean_log_density"] == pytest.approx(density.mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    "convert", [list, tuple, pd.Series, lambda x: x.astype(object), lambda x: x.astype(np.longdouble)]
+    "convert",
+    [
+        list,
+        tuple,
+        pd.Series,
+        lambda x: x.astype(object),
+        lambda x: x.astype(np.longdouble),
+    ],
 )
 def test_data_of_any_kind_that_holds_numbers(convert):
     _, state = initialise(model, X)
@@ -237,13 +275,29 @@ def test_a_list_that_is_subsampled():
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (np.array(["1", "2"]), r"site 'x' is a ndarray of type <U1, which does not hold numbers.*np.asarray"),
+        (
+            np.array(["1", "2"]),
+            r"site 'x' is a ndarray of type <U1, which does not hold "
+            r"numbers.*np.asarray",
+        ),
         (np.array([1.0, "2"], object), r"site 'x' is a ndarray of type object.*'2'"),
-        (np.array(["2020-01-01", "2021-01-01"], "M8[D]"), r"site 'x' is a ndarray of type datetime64"),
-        (pd.Series(["a", "b"]), r"site 'x' is a Series of type .*which does not hold numbers"),
-        ([[1.0], [1.0, 2.0]], r"site 'x' is a list that is no array.*numbers of one shape"),
+        (
+            np.array(["2020-01-01", "2021-01-01"], "M8[D]"),
+            r"site 'x' is a ndarray of type datetime64",
+        ),
+        (
+            pd.Series(["a", "b"]),
+            r"site 'x' is a Series of type .*which does not hold numbers",
+        ),
+        (
+            [[1.0], [1.0, 2.0]],
+            r"site 'x' is a list that is no array.*numbers of one shape",
+        ),
         ([1.0, None], r"site 'x' is NaN or infinite in 1 of 2 rows"),
-        (np.ma.array([1.0, -99.0], mask=[False, True]), r"site 'x' is a NumPy masked array.*handlers.mask"),
+        (
+            np.ma.array([1.0, -99.0], mask=[False, True]),
+            r"site 'x' is a NumPy masked array.*handlers.mask",
+        ),
     ],
 )
 def test_data_that_hold_no_numbers(data, match):
@@ -253,7 +307,10 @@ def test_data_that_hold_no_numbers(data, match):
 
 def test_a_masked_array_that_a_model_hides():
     hidden = np.ma.array(X, mask=X > 1)
-    with pytest.raises(ValueError, match=r"masked array of shape .* among the model's arguments.*handlers.mask"):
+    with pytest.raises(
+        ValueError,
+        match=r"masked array of shape .* among the model's arguments.*handlers.mask",
+    ):
         initialise(lambda x: model(np.asarray(x)), hidden)
     assert log_z(model, np.ma.array(X)) == pytest.approx(exact(1.0), abs=1e-5)
 
@@ -282,11 +339,15 @@ def test_jarzynski_tells_the_optimiser_its_loss():
 def program():
     z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
     scale = numpyro.param("scale", 0.5, constraint=constraints.positive)
-    numpyro.sample("x", ebm.standardized_normal(NORMAL, numpyro.param("w", jnp.ones(2)) @ z, scale))
+    numpyro.sample(
+        "x", ebm.standardized_normal(NORMAL, numpyro.param("w", jnp.ones(2)) @ z, scale)
+    )
 
 
 def test_vera_tells_both_optimisers_their_losses():
-    backend = ebm.VERA(model, program, remembers_value(), remembers_value(), num_particles=16)
+    backend = ebm.VERA(
+        model, program, remembers_value(), remembers_value(), num_particles=16
+    )
     state, info = jax.jit(backend.update)(backend.init(random.key(0), X), X)
     assert state.optim_state == info["loss"] != 0
     assert state.generator_optim_state == pytest.approx(info["generator_loss"]) != 0
@@ -314,8 +375,12 @@ def test_optimisers_with_and_without_the_loss_run(name):
 
 REFUSED = {
     "lbfgs": lambda: optax.lbfgs(),
-    "line search": lambda: optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)),
-    "grouped": lambda: optax.multi_transform({"a": optax.lbfgs()}, lambda tree: jax.tree.map(lambda _: "a", tree)),
+    "line search": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(5)
+    ),
+    "grouped": lambda: optax.multi_transform(
+        {"a": optax.lbfgs()}, lambda tree: jax.tree.map(lambda _: "a", tree)
+    ),
 }
 
 
@@ -341,22 +406,38 @@ def test_line_searches_for_named_parameters_are_refused_before_walkers_are_place
 
 AFFINE = dist.transforms.AffineTransform(3.0, 2.0)
 WRAPPERS = {
-    "transformed": (lambda d: dist.TransformedDistribution(d, AFFINE), r"lambda y: energy\(transform.inv\(y\)\)"),
+    "transformed": (
+        lambda d: dist.TransformedDistribution(d, AFFINE),
+        r"lambda y: energy\(transform.inv\(y\)\)",
+    ),
     "transformed, under others": (
-        lambda d: dist.TransformedDistribution(d.expand([1]).to_event(1), AFFINE).mask(True).to_event(0),
+        lambda d: (
+            dist.TransformedDistribution(d.expand([1]).to_event(1), AFFINE)
+            .mask(True)
+            .to_event(0)
+        ),
         r"lambda y: energy\(transform.inv\(y\)\)",
     ),
     "mixture": (
-        lambda d: dist.MixtureGeneral(dist.Categorical(jnp.array([0.3, 0.7])), [d, dist.Normal(1, 1)]),
+        lambda d: dist.MixtureGeneral(
+            dist.Categorical(jnp.array([0.3, 0.7])), [d, dist.Normal(1, 1)]
+        ),
         "MixtureGeneral.*every component's normaliser",
     ),
     "one family": (
-        lambda d: dist.MixtureSameFamily(dist.Categorical(jnp.array([0.3, 0.7])), d.expand([2])),
+        lambda d: dist.MixtureSameFamily(
+            dist.Categorical(jnp.array([0.3, 0.7])), d.expand([2])
+        ),
         "MixtureSameFamily.*every component's normaliser",
     ),
-    "base": (lambda d: ebm.EnergyDistribution(jnp.square, d), "base: EnergyDistribution.*Add the energies up"),
+    "base": (
+        lambda d: ebm.EnergyDistribution(jnp.square, d),
+        "base: EnergyDistribution.*Add the energies up",
+    ),
     "start": (
-        lambda d: ebm.EnergyDistribution(jnp.square, NORMAL, start=dist.TransformedDistribution(d, AFFINE)),
+        lambda d: ebm.EnergyDistribution(
+            jnp.square, NORMAL, start=dist.TransformedDistribution(d, AFFINE)
+        ),
         "start: EnergyDistribution of TransformedDistribution",
     ),
 }
@@ -382,18 +463,24 @@ def test_an_energy_inside_another_distribution(name, beside):
         lambda: ebm.to_arviz({"k": np.ones((1, 2))}, hiding, X),
         lambda: handlers.trace(handlers.seed(ebm.normalized(hiding), 0)).get_trace(X),
     ):
-        with pytest.raises(ValueError, match=rf"Site 'hidden' holds an energy with an unknown.*{remedy}"):
+        with pytest.raises(
+            ValueError,
+            match=rf"Site 'hidden' holds an energy with an unknown.*{remedy}",
+        ):
             step()
 
 
 def test_what_the_message_says_to_write_is_the_same_density():
-    """y = 3 + 2x of x from N(0, 1 / (1 + 2k)): the energy undoes the transform, the base is transformed."""
+    """y = 3 + 2x of x from N(0, 1 / (1 + 2k)): the energy undoes the transform, the
+    base is transformed."""
     base = dist.TransformedDistribution(NORMAL, AFFINE)
     moved = ebm.EnergyDistribution(lambda y: AFFINE.inv(y) ** 2, base)
     found = ebm.log_normalizer(None, moved, method="quadrature").estimate["x"]
     assert found == pytest.approx(exact(1.0), abs=1e-5)
     known = moved.with_log_normalizer(found)
-    np.testing.assert_allclose(known.log_prob(X), dist.Normal(3, 2 / np.sqrt(3)).log_prob(X), rtol=1e-4)
+    np.testing.assert_allclose(
+        known.log_prob(X), dist.Normal(3, 2 / np.sqrt(3)).log_prob(X), rtol=1e-4
+    )
 
 
 def test_a_known_normaliser_may_be_anywhere():
@@ -408,8 +495,12 @@ def test_a_known_normaliser_may_be_anywhere():
 
 
 def test_a_wrapped_distribution_in_place_of_a_model():
-    with pytest.raises(TypeError, match="model is a TransformedDistribution; expected a NumPyro model"):
-        ebm.log_normalizer(None, dist.TransformedDistribution(bowl(1.0), AFFINE), method="quadrature")
+    with pytest.raises(
+        TypeError, match="model is a TransformedDistribution; expected a NumPyro model"
+    ):
+        ebm.log_normalizer(
+            None, dist.TransformedDistribution(bowl(1.0), AFFINE), method="quadrature"
+        )
 
 
 # Messages without a name, loops and branches
@@ -432,7 +523,9 @@ def known():
 def test_log_likelihood_has_one_number_for_every_row(known):
     expected = dist.Normal(0, 3**-0.5).log_prob(X)
     for every in (known, handlers.seed(known, 0), handlers.seed(known, 1)):
-        np.testing.assert_allclose(log_likelihood(every, {}, X)["x"][0], expected, rtol=1e-4)
+        np.testing.assert_allclose(
+            log_likelihood(every, {}, X)["x"][0], expected, rtol=1e-4
+        )
 
 
 def test_log_likelihood_of_a_batch_from_outside():
@@ -440,11 +533,17 @@ def test_log_likelihood_of_a_batch_from_outside():
         with numpyro.plate("rows", size, subsample_size=len(x)):
             numpyro.sample("x", bowl(learned()), obs=x)
 
-    found = ebm.log_normalizer(None, batched, {"k": 1.0}, X[:5], 20, method="quadrature")
+    found = ebm.log_normalizer(
+        None, batched, {"k": 1.0}, X[:5], 20, method="quadrature"
+    )
     values = log_likelihood(ebm.normalized(batched, found), {}, X[:5], 20)["x"][0]
-    np.testing.assert_allclose(values, dist.Normal(0, 3**-0.5).log_prob(X[:5]), rtol=1e-4)
+    np.testing.assert_allclose(
+        values, dist.Normal(0, 3**-0.5).log_prob(X[:5]), rtol=1e-4
+    )
     draws = {"k": np.ones((1, 2))}
-    found = ebm.log_normalizer(None, batched, draws, X[:5], 20, method="quadrature", batch_ndims=2)
+    found = ebm.log_normalizer(
+        None, batched, draws, X[:5], 20, method="quadrature", batch_ndims=2
+    )
     data = ebm.to_arviz(draws, batched, X[:5], 20, log_normalizer=found)
     np.testing.assert_allclose(data["log_likelihood"]["x"][0, 0], values, rtol=1e-4)
 
@@ -458,7 +557,9 @@ def test_predictive_and_svi_keep_their_batches(known):
     free = ebm.normalized(subsampled)
     svi = SVI(free, lambda x: None, optax.sgd(1e-3), Trace_ELBO())
     state = svi.init(random.key(0), X)
-    losses = {float(svi.evaluate(svi.init(random.key(seed), X), X)) for seed in range(4)}
+    losses = {
+        float(svi.evaluate(svi.init(random.key(seed), X), X)) for seed in range(4)
+    }
     assert len(losses) > 1, "every loss is that of another batch"
     assert np.isfinite(svi.update(state, X)[1])
 
@@ -494,7 +595,9 @@ def branching(x):
         numpyro.sample("x", bowl(k + z**2), obs=x)
 
 
-@pytest.mark.parametrize(("looped", "z"), [(series, np.array([0.3, -0.2, 0.5])), (branching, np.array(0.6))])
+@pytest.mark.parametrize(
+    ("looped", "z"), [(series, np.array([0.3, -0.2, 0.5])), (branching, np.array(0.6))]
+)
 def test_latents_of_loops_and_branches(looped, z):
     """z sums to 0.6 in both."""
     _, state = initialise(looped, X)
@@ -507,10 +610,16 @@ def test_latents_of_loops_and_branches(looped, z):
     fixed = log_likelihood(ebm.normalized(looped, found), {}, X)
     np.testing.assert_allclose(fixed["x"][0], expected, rtol=1e-4)
     if looped is series:
-        np.testing.assert_allclose(fixed["y"][0], np.full(4, NORMAL.log_prob(1.0)), rtol=1e-5)
+        np.testing.assert_allclose(
+            fixed["y"][0], np.full(4, NORMAL.log_prob(1.0)), rtol=1e-5
+        )
 
-    draws = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (1, 2, *np.shape(leaf))), params)
-    at_draws = ebm.log_normalizer(None, looped, draws, X, method="quadrature", batch_ndims=2)
+    draws = jax.tree.map(
+        lambda leaf: np.broadcast_to(leaf, (1, 2, *np.shape(leaf))), params
+    )
+    at_draws = ebm.log_normalizer(
+        None, looped, draws, X, method="quadrature", batch_ndims=2
+    )
     data = ebm.to_arviz(draws, looped, X, log_normalizer=at_draws)
     np.testing.assert_allclose(data["log_likelihood"]["x"][0, 1], expected, rtol=1e-4)
 
@@ -527,7 +636,9 @@ def energy_in_a_loop(x):
 
 def energy_in_a_branch(x):
     k = learned()
-    branches = [lambda _, n=n: numpyro.sample("x", bowl(n * k), obs=x[0]) for n in (1, 2)]
+    branches = [
+        lambda _, n=n: numpyro.sample("x", bowl(n * k), obs=x[0]) for n in (1, 2)
+    ]
     cond(jnp.array(True), *branches, None)
 
 
@@ -539,7 +650,10 @@ def test_an_energy_in_a_loop_or_a_branch(looped):
         lambda: ebm.to_arviz({"k": np.ones((1, 2))}, looped, X),
         lambda: handlers.trace(handlers.seed(ebm.normalized(looped), 0)).get_trace(X),
     ):
-        with pytest.raises(ValueError, match=r"Energy site 'x' is inside numpyro's scan or cond.*Sample it outside"):
+        with pytest.raises(
+            ValueError,
+            match=r"Energy site 'x' is inside numpyro's scan or cond.*Sample it outside",
+        ):
             step()
 
 
@@ -552,7 +666,10 @@ def test_a_parameter_in_a_loop():
         with numpyro.plate("rows", len(x)):
             numpyro.sample("x", bowl(total), obs=x)
 
-    with pytest.raises(ValueError, match=r"Parameter 'k' is declared inside numpyro's scan or cond.*outside"):
+    with pytest.raises(
+        ValueError,
+        match=r"Parameter 'k' is declared inside numpyro's scan or cond.*outside",
+    ):
         initialise(looped, X)
 
 
@@ -575,15 +692,21 @@ def test_a_whole_number_is_a_float_parameter(value):
     state, _ = backend.update(state, X)
     assert state.params["k"].dtype == jnp.float32
     assert 0 < abs(state.params["k"] - 3) < 1
-    assert log_z(with_param(value), X, params={"k": 3}) == pytest.approx(exact(3.0), abs=1e-5)
+    assert log_z(with_param(value), X, params={"k": 3}) == pytest.approx(
+        exact(3.0), abs=1e-5
+    )
 
 
 def test_a_generators_whole_number_is_a_float_parameter():
     def generator():
         z = numpyro.sample("z", NORMAL)
-        numpyro.sample("x", ebm.standardized_normal(NORMAL, numpyro.param("w", 1) * z, 0.5))
+        numpyro.sample(
+            "x", ebm.standardized_normal(NORMAL, numpyro.param("w", 1) * z, 0.5)
+        )
 
-    backend = ebm.VERA(model, generator, optax.sgd(0.01), optax.sgd(0.01), num_particles=8)
+    backend = ebm.VERA(
+        model, generator, optax.sgd(0.01), optax.sgd(0.01), num_particles=8
+    )
     assert backend.init(random.key(0), X).generator_params["w"].dtype == jnp.float32
 
 
@@ -592,7 +715,11 @@ def test_a_generators_whole_number_is_a_float_parameter():
     [
         (True, {}, r"Parameter 'k' starts at bool values.*numpyro.param\('k', 1.0\)"),
         ({"w": np.arange(3)}, {}, r"Parameter 'k'\['w'\] starts at int"),
-        (3, {"constraint": constraints.nonnegative_integer}, "Parameter 'k' has the discrete constraint"),
+        (
+            3,
+            {"constraint": constraints.nonnegative_integer},
+            "Parameter 'k' has the discrete constraint",
+        ),
     ],
 )
 def test_parameters_that_no_gradient_can_move(value, options, match):
