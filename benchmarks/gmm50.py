@@ -183,8 +183,7 @@ def main():
     options = parser.parse_args()
     print(
         "seed |     KL |   mass | log Z error: held-out (se, in se) | training | min "
-        "ESS | resampled | no "
-        "weights: KL, mass"
+        "ESS | resampled | no weights: KL, mass"
     )
     rows = []
     for seed in range(options.seeds):
@@ -192,13 +191,11 @@ def main():
         row, plain = jarzynski(seed, options.steps), unweighted(seed, options.steps)
         rows.append(row)
         print(
-            f"{seed:4d} | {row['kl']:.4f} | {row['mass']:.4f} | {row['held-out']:+.4f} "
-            f"({row['se']:.4f}, "
+            f"{seed:4d} | {row['kl']:.4f} | {row['mass']:.4f} | "
+            f"{row['held-out']:+.4f} ({row['se']:.4f}, "
             f"{abs(row['held-out']) / row['se']:.1f}) | {row['training']:+.4f} | "
-            f"{row['ess']:.3f} | "
-            f"{row['resampled']:5d} | "
-            f"{plain['kl']:.4f}, {plain['mass']:.4f}   "
-            f"[{time.perf_counter() - began:.0f} s]",
+            f"{row['ess']:.3f} | {row['resampled']:5d} | {plain['kl']:.4f}, "
+            f"{plain['mass']:.4f}   [{time.perf_counter() - began:.0f} s]",
             flush=True,
         )
     mean = {
@@ -220,9 +217,8 @@ def main():
     )
     print(
         f"means: mass {mean['mass']:.4f} (bar 0.25 ± 0.01), held-out error "
-        f"{mean['held-out']:+.4f} (bar 0.04), "
-        f"training error {mean['training']:+.4f}, smallest training error "
-        f"{smallest:.4f} (over 0.1)"
+        f"{mean['held-out']:+.4f} (bar 0.04), training error {mean['training']:+.4f}, "
+        f"smallest training error {smallest:.4f} (over 0.1)"
     )
 
 

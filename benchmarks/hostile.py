@@ -224,9 +224,9 @@ def table(chosen, num_seeds, results):
         )
 
     print(
-        "family         | targets | runs | certified and right | certified and wrong | "
-        "wrong, invisible | "
-        "refused though benign | refused hostile | failed | s a run"
+        "family         | targets | runs | certified and right | certified and wrong "
+        "| wrong, invisible | refused though benign | refused hostile | failed | s a "
+        "run"
     )
     every = [line for lines in rows.values() for line in lines]
     for family, lines in [*rows.items(), ("total", every)]:
@@ -234,8 +234,8 @@ def table(chosen, num_seeds, results):
         runs, right, wrong, invisible, benign, hostile, failed, seconds = count(lines)
         print(
             f"{family:<14} | {num_targets:7d} | {runs:4d} | {right:19d} | {wrong:19d} "
-            f"| {invisible:16d} | "
-            f"{benign:21d} | {hostile:15d} | {failed:6d} | {seconds:7.2f}"
+            f"| {invisible:16d} | {benign:21d} | {hostile:15d} | {failed:6d} | "
+            f"{seconds:7.2f}"
         )
 
     bad = [line for line in every if line["outcome"] in ("wrong", "failed")]
@@ -263,11 +263,9 @@ def table(chosen, num_seeds, results):
     print(
         f"\n{len(targets)} targets ({sum(t.benign for t in targets.values())} benign, "
         f"{sum(bool(t.invisible) for t in targets.values())} invisible), {len(every)} "
-        "runs of "
-        f"{len(targets) * num_seeds}: {len(visible)} certified and wrong or failed, "
-        f"{len(unseen)} more that nothing "
-        f"points to; {share:.1%} of the benign runs refused; "
-        f"{sum(line['seconds'] for line in every):.0f} s."
+        f"runs of {len(targets) * num_seeds}: {len(visible)} certified and wrong or "
+        f"failed, {len(unseen)} more that nothing points to; {share:.1%} of the benign "
+        f"runs refused; {sum(line['seconds'] for line in every):.0f} s."
     )
     if len({line["package"] for line in every}) > 1:
         print("These results come from more than one state of the package.")
@@ -311,8 +309,7 @@ def stated(target, line):
     where = "" if truth.size == 1 else f"element {worst} of {truth.size}: "
     return (
         f"{where}{estimate[worst]:.4f} ± {stderr[worst]:.4f} [{lower[worst]:.4f}, "
-        f"{upper[worst]:.4f}], "
-        f"truth {truth[worst]:.4f}"
+        f"{upper[worst]:.4f}], truth {truth[worst]:.4f}"
     )
 
 

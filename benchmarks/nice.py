@@ -332,8 +332,8 @@ def main():
     model = make_model(data)
     start = FLOW.init(random.key(0), jnp.zeros(PIXELS))["params"]
     print(
-        f"the Gaussian that all start from: {data.test_log_likelihood(start):.1f} nats "
-        "(exact, test)",
+        f"the Gaussian that all start from: {data.test_log_likelihood(start):.1f} "
+        "nats (exact, test)",
         flush=True,
     )
     for name in options.methods:

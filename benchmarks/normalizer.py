@@ -124,9 +124,8 @@ def coverage(names, num_seeds):
         "direction"
     )
     print(
-        "target         | interval | bracket | lower: slack (se) | upper: slack (se) | "
-        "mean error (se) | width | "
-        "flagged | s a seed"
+        "target         | interval | bracket | lower: slack (se) | upper: slack (se) "
+        "| mean error (se) | width | flagged | s a seed"
     )
     for name in names:
         distribution, truth = TARGETS[name]()
@@ -157,9 +156,8 @@ def coverage(names, num_seeds):
 
         print(
             f"{name:<14} | {interval:8d} | {bracket:7d} | "
-            f"{in_errors(truth - lower):>17} | "
-            f"{in_errors(upper - truth):>17} | {in_errors(estimate - truth):>15} | "
-            f"{np.mean(upper - lower):5.3f} | "
+            f"{in_errors(truth - lower):>17} | {in_errors(upper - truth):>17} | "
+            f"{in_errors(estimate - truth):>15} | {np.mean(upper - lower):5.3f} | "
             f"{flagged:7d} | {seconds:5.2f}",
             flush=True,
         )
@@ -395,8 +393,7 @@ def traps(num_seeds):
     for kind, cases in (("trap", TRAPS), ("good case", GOOD)):
         print(
             f"\n{kind:<31} | truth    | of {num_seeds} seeds: certified, of these "
-            "outside the bracket "
-            "(outside twice its width) | seed 0"
+            "outside the bracket (outside twice its width) | seed 0"
         )
         for name, case in cases.items():
             model, truth, options = case()

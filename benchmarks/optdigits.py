@@ -75,12 +75,11 @@ def report_log_normalizer(name, model, fit, args, seconds, *, num_temperatures):
         f"{time.perf_counter() - began:.0f} s); running held-out {running:.3f} ± "
         f"{error:.3f}, off by "
         f"{abs(running - fresh) / np.hypot(error, fresh_error):.1f} se (t, 3 df, "
-        "99.5%: 5.8); training walkers "
-        f"{training:.3f}; "
-        f"min ESS {fit.history['ess']['x'].min():.2f} (held out "
-        f"{fit.history['ess_holdout']['x'].min():.2f}), "
-        f"resampled {int((fit.history['resampled']['x'] > 0).sum())} times; training "
-        f"took {seconds:.0f} s"
+        f"99.5%: 5.8); training walkers {training:.3f}; min ESS "
+        f"{fit.history['ess']['x'].min():.2f} (held out "
+        f"{fit.history['ess_holdout']['x'].min():.2f}), resampled "
+        f"{int((fit.history['resampled']['x'] > 0).sum())} times; training took "
+        f"{seconds:.0f} s"
     )
     return fresh, fresh_error, running, training
 
@@ -130,11 +129,8 @@ def density(data, steps, num_temperatures):
     train = float(unnormalised(dequantise(random.key(3), x_train)))
     print(
         f"test log-likelihood {value - fresh:.2f} ± {error:.2f} nats (bar 68.0; train "
-        f"{train - fresh:.2f}), by "
-        "the running "
-        f"held-out log Z {value - running:.2f}, by the training walkers "
-        f"{value - training:.2f}; the Gaussian "
-        "base alone "
+        f"{train - fresh:.2f}), by the running held-out log Z {value - running:.2f}, "
+        f"by the training walkers {value - training:.2f}; the Gaussian base alone "
         f"{float(base.log_prob(test).mean()):.2f}"
     )
 
@@ -242,11 +238,9 @@ def joint(data, draws, steps, num_temperatures):
         )
         print(
             f"draw {draw}: joint {100 * accuracies[-1]:.1f}% in {seconds:.0f} s; "
-            "labels alone: net "
-            f"{100 * others[-1][0]:.1f}%, "
-            f"MLP {100 * others[-1][1]:.1f}%, logistic {100 * others[-1][2]:.1f}%; kNN "
-            "label spreading "
-            f"{100 * others[-1][3]:.1f}%",
+            f"labels alone: net {100 * others[-1][0]:.1f}%, MLP "
+            f"{100 * others[-1][1]:.1f}%, logistic {100 * others[-1][2]:.1f}%; kNN "
+            f"label spreading {100 * others[-1][3]:.1f}%",
             flush=True,
         )
         if draw == 0 and num_temperatures:
@@ -266,11 +260,9 @@ def joint(data, draws, steps, num_temperatures):
     columns = 100 * np.mean(others, axis=0)
     print(
         f"mean of {draws} label draws: joint {100 * np.mean(accuracies):.1f}% (bar "
-        "95), worst "
-        f"{100 * min(accuracies):.1f}% (bar 93); "
-        f"labels alone: net {columns[0]:.1f}%, MLP {columns[1]:.1f}%, logistic "
-        f"{columns[2]:.1f}%; kNN label spreading "
-        f"{columns[3]:.1f}%"
+        f"95), worst {100 * min(accuracies):.1f}% (bar 93); labels alone: net "
+        f"{columns[0]:.1f}%, MLP {columns[1]:.1f}%, logistic {columns[2]:.1f}%; kNN "
+        f"label spreading {columns[3]:.1f}%"
     )
 
 

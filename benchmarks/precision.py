@@ -160,9 +160,8 @@ def main():
         truth = 0.5 * np.log(2 * np.pi / found)
         print(
             f"Jarzynski, {'MAP' if prior else 'ML '}: λ off by "
-            f"{100 * (found / exact - 1):+.2f}% (bar 1%); log Z(λ) "
-            f"{log_z:.4f} ± {stderr:.4f}, exact {truth:.4f}, off by "
-            f"{log_z - truth:+.4f} (bar 0.01)"
+            f"{100 * (found / exact - 1):+.2f}% (bar 1%); log Z(λ) {log_z:.4f} ± "
+            f"{stderr:.4f}, exact {truth:.4f}, off by {log_z - truth:+.4f} (bar 0.01)"
         )
 
 

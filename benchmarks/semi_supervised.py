@@ -156,8 +156,8 @@ def report(name, rows, ceiling):
         accuracy = found[:, 0]
         print(
             f"  {label:30s} {accuracy.mean():8.1f} ({accuracy.min():4.1f}, "
-            f"{accuracy.max():4.1f}) "
-            f"{found[:, 1].mean():9.1f} {found[:, 2].mean():18.1f}"
+            f"{accuracy.max():4.1f}) {found[:, 1].mean():9.1f} "
+            f"{found[:, 2].mean():18.1f}"
         )
     print(
         f"  {'net, all labels':30s} {ceiling[0]:8.1f} {ceiling[1]:23.1f} "
@@ -176,9 +176,8 @@ def report(name, rows, ceiling):
     )
     print(
         f"  gain of {better} over the best of labels alone ({best}): "
-        f"{gains[:, 0].mean():+.1f} ± {errors[0]:.1f} "
-        f"points (1 se over draws), balanced {gains[:, 1].mean():+.1f} ± "
-        f"{errors[1]:.1f}",
+        f"{gains[:, 0].mean():+.1f} ± {errors[0]:.1f} points (1 se over draws), "
+        f"balanced {gains[:, 1].mean():+.1f} ± {errors[1]:.1f}",
         flush=True,
     )
     return better, best, gains[:, 0].mean(), errors[0]

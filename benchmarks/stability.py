@@ -56,9 +56,8 @@ def over_seeds(problem, table, seeds, num_steps):
         sys.exit(f"all of {seeds} seeds diverged")
     print(
         f"{seeds} seeds, {num_steps} updates: mean {np.mean(found):.1f}%, smallest "
-        f"{min(found):.1f}, largest "
-        f"{max(found):.1f}, spread {np.ptp(found):.1f} points (bar 3); diverged "
-        f"{seeds - len(found)} (bar 0)"
+        f"{min(found):.1f}, largest {max(found):.1f}, spread {np.ptp(found):.1f} "
+        f"points (bar 3); diverged {seeds - len(found)} (bar 0)"
     )
 
 
@@ -81,9 +80,8 @@ def sweep(problem, table, num_steps):
         held_out = float(np.mean(tables.log_density(problem, fit, test))) - estimate
         print(
             f"  {gamma:4g} {rate:7g} {generator_rate:10g} {estimate:7.1f} ± "
-            f"{error:4.1f} "
-            f"{float(fit.state.log_normalizer_bound):7.1f} {held_out:9.1f} "
-            f"{accuracy(problem, fit, table):8.1f}%"
+            f"{error:4.1f} {float(fit.state.log_normalizer_bound):7.1f} "
+            f"{held_out:9.1f} {accuracy(problem, fit, table):8.1f}%"
             + ("" if log_z.is_certified else "  not certified"),
             flush=True,
         )

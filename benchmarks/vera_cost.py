@@ -233,10 +233,10 @@ def compare_runs(package_loop, state, hand_loop, hand):
     error = np.hypot(ours.std(), theirs.std()) / np.sqrt(len(ours))
     print(
         f"mean loss of updates {late.start} to {late.stop}: package {ours.mean():.0f}, "
-        f"by hand {theirs.mean():.0f}, "
-        f"difference {abs(ours.mean() - theirs.mean()) / error:.1f} standard errors "
-        "(of independent updates); bound on "
-        f"log Z then: {bounds[NUM_COMPARED - 1]:.2f}, {float(hand.bound):.2f}"
+        f"by hand {theirs.mean():.0f}, difference "
+        f"{abs(ours.mean() - theirs.mean()) / error:.1f} standard errors (of "
+        f"independent updates); bound on log Z then: {bounds[NUM_COMPARED - 1]:.2f}, "
+        f"{float(hand.bound):.2f}"
     )
 
 
@@ -369,9 +369,8 @@ def main():
     move = flops(jax.grad(partial(problem.white_potential, params)), x)
     print(
         f"Mflop per update: package {in_all[0] / 1e6:.0f}, by hand "
-        f"{in_all[1] / 1e6:.0f}, "
-        f"PCD-{NUM_MOVES} {(in_all[2] + (NUM_MOVES - 1) * move) / 1e6:.0f} (one move "
-        f"{move / 1e6:.1f})"
+        f"{in_all[1] / 1e6:.0f}, PCD-{NUM_MOVES} "
+        f"{(in_all[2] + (NUM_MOVES - 1) * move) / 1e6:.0f} (one move {move / 1e6:.1f})"
     )
     for name, value in parts.items():
         print(f"  {name}: {value / 1e6:.1f}")

@@ -294,8 +294,7 @@ def main(arguments=None):
     print(f"\nlog Z\n  {log_z}")
     print(
         f"  running on held-out islands: {running:.2f} ± {running_error:.2f}; claimed "
-        "by the training islands: "
-        f"{training:.2f}"
+        f"by the training islands: {training:.2f}"
     )
     print(f"\nTest accuracy from {LABELS_PER_CLASS} labels per class")
     joint = float((net(2 * (x_test + 0.5) / 17 - 1).argmax(-1) == y_test).mean())

@@ -362,8 +362,7 @@ def main(arguments=None):
         )
         print(
             f"{name}: fitted in {seconds:.0f} s; held-out log-likelihood {density:.2f} "
-            "nats per row (the Gaussian base "
-            f"{gaussian:.2f})\n  {log_z}"
+            f"nats per row (the Gaussian base {gaussian:.2f})\n  {log_z}"
         )
         if name == "VERA":
             print(

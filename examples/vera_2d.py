@@ -140,9 +140,8 @@ def fit_one(name, steps, particles, temperatures, folder):
         f"{name}: test log-likelihood {idata.attrs['mean_log_density']:.3f} ± "
         f"{float(log_z.stderr['x']):.3f} "
         f"({'certified' if log_z.is_certified else 'NOT certified'}); mixture of 20 "
-        f"Gaussians {mixture:.3f}; the base "
-        f"{float(base.log_prob(test).mean()):.3f}; log Z "
-        f"{float(log_z.estimate['x']):.3f}, the generator's bound "
+        f"Gaussians {mixture:.3f}; the base {float(base.log_prob(test).mean()):.3f}; "
+        f"log Z {float(log_z.estimate['x']):.3f}, the generator's bound "
         f"{float(fit.state.log_normalizer_bound):.3f}; {steps} updates in "
         f"{seconds:.0f} s"
     )
