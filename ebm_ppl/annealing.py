@@ -1,10 +1,9 @@
-"""Annealing from a distribution that can be sampled to an energy: sequential Monte
-Carlo over temperatures.
+"""Annealed sequential Monte Carlo from a tractable distribution to an energy.
 
 The path is ``U_β = U_start + β D`` with ``D = U − U_start``, β from 0 to 1, in the
 walkers' coordinates u.  A *pilot* ensemble chooses the temperatures and the step sizes;
-fresh islands then follow that fixed protocol, so each island's Ẑ is unbiased, its own
-ESS-triggered resampling included (Neal 2001; Del Moral, Doucet and Jasra 2006).
+fresh islands then follow that fixed protocol.  So each island's Ẑ is unbiased, with its
+ESS-triggered resampling too (Neal 2001; Del Moral, Doucet and Jasra 2006).
 """
 
 from collections.abc import Callable
@@ -20,25 +19,28 @@ from ebm_ppl.kernels import Kernel, KernelState, adapt_step_size, move
 from ebm_ppl.resampling import Resampling
 from ebm_ppl.weights import conditional_ess_fraction, ess_fraction, log_mean_exp
 
-# Moves of the pilot at every temperature, so that it stays near equilibrium and its
-# step sizes settle.
+# Pilot moves per temperature: enough to stay near equilibrium and to settle the step
+# size.
 NUM_SETTLING_MOVES = 20
 
 
 class Path(NamedTuple):
-    """``start(u)`` and ``difference(u)``: U_start and U − U_start, each ``(num_chains, num_walkers, *batch)``."""
+    """``start(u) = U_start`` and ``difference(u) = U − U_start``.
+
+    Both return ``(num_chains, num_walkers, *batch)``.
+    """
 
     start: Callable[[Array], Array]
     difference: Callable[[Array], Array]
 
 
 class Ladder(NamedTuple):
-    """A fixed protocol from ``start`` on.
+    """A fixed annealing protocol that begins at ``start``.
 
     Attributes:
         start: Inverse temperature at which walkers begin, a scalar.
         betas: Inverse temperatures, ``(num_temperatures,)``.
-        step_sizes: Of the moves at these temperatures, ``(num_temperatures, *batch)``.
+        step_sizes: Step size at every temperature, ``(num_temperatures, *batch)``.
     """
 
     start: Array
@@ -46,19 +48,19 @@ class Ladder(NamedTuple):
     step_sizes: Array
 
     def reverse(self) -> "Ladder":
-        """The same temperatures from the last one down, ending at this ladder's start."""
+        """The same temperatures in reverse order, ending at this ladder's start."""
         below = jnp.concatenate([self.start[None], self.betas[:-1]])
         step_sizes = jnp.concatenate([self.step_sizes[:1], self.step_sizes[:-1]])
         return Ladder(self.betas[-1], below[::-1], step_sizes[::-1])
 
 
 class Pilot(NamedTuple):
-    """What the pilot found.
+    """Result of the pilot run.
 
     Attributes:
-        ladder: Padded.
-        num_rungs: How many of its rungs are real.
-        difference: D at the pilot's walkers in the end, ``(num_chains, num_walkers,
+        ladder: The protocol, padded to the largest number of rungs.
+        num_rungs: Number of rungs in use.
+        difference: D at the pilot's final walkers, ``(num_chains, num_walkers,
             *batch)``.
     """
 
@@ -68,13 +70,13 @@ class Pilot(NamedTuple):
 
 
 class Ensemble(NamedTuple):
-    """Weighted walkers and their islands' past log normalisers.
+    """Weighted walkers and the log normalisers of their islands' past resamplings.
 
     Attributes:
         position: Walkers in base-standard coordinates, ``(num_chains, num_walkers,
             *batch, *event)``.
-        potential: ``U_u`` there, ``(num_chains, num_walkers, *batch)``.
-        log_weight: A, same shape.
+        potential: Potential U of the walkers, ``(num_chains, num_walkers, *batch)``.
+        log_weight: Log weights A, same shape.
         log_normalizer: Sum of the log-mean-exps at past resamplings, ``(num_chains,
             *batch)``.
     """
@@ -93,7 +95,11 @@ class Ensemble(NamedTuple):
 def resample_islands(
     rng_key: Array, ensemble: Ensemble, low: Array, resampling: Resampling
 ) -> Ensemble:
-    """Resample the islands (and batch elements) where ``low``, a boolean ``(num_chains, *batch)``; keep the others."""
+    """Resample the islands (and batch elements) where ``low``; keep the others.
+
+    ``low`` is boolean, ``(num_chains, *batch)``.
+    """
+    # Ancestors
     log_weight = ensemble.log_weight
     flat = jnp.moveaxis(log_weight, 1, -1).reshape(-1, log_weight.shape[1])
     picked = jax.vmap(resampling)(random.split(rng_key, flat.shape[0]), flat)
@@ -106,11 +112,12 @@ def resample_islands(
     def gather(value: Array, indices: Array) -> Array:
         return value.at[indices].get(mode="promise_in_bounds")
 
-    # Whole events by one index each; take_along_axis would build an index for every
+    # One index gathers a whole event; take_along_axis would build an index for every
     # element.
     for _ in range(log_weight.ndim - 2):
         gather = jax.vmap(gather, (1, 1), 1)
     gather = jax.vmap(gather)
+
     return Ensemble(
         position=gather(ensemble.position, ancestors),
         potential=gather(ensemble.potential, ancestors),
@@ -122,7 +129,7 @@ def resample_islands(
 
 
 def evaluate_path(path: Path, position: Array, beta: Array) -> KernelState:
-    """Potential and gradient under U_β; its parts are kept in ``aux``."""
+    """Potential and gradient under U_β; those of U_start and D are kept in ``aux``."""
     start, start_pull = jax.vjp(path.start, position)
     difference, difference_pull = jax.vjp(path.difference, position)
     ones = jnp.ones_like(start)
@@ -131,7 +138,7 @@ def evaluate_path(path: Path, position: Array, beta: Array) -> KernelState:
 
 
 def at_temperature(state: KernelState, beta: Array) -> KernelState:
-    """The same walkers under U_β, from the parts in ``state.aux``: no new evaluation."""
+    """The same walkers under U_β, computed from ``state.aux`` without evaluation."""
     start, difference, grad_start, grad_difference = state.aux
     return state._replace(
         potential=start + beta * difference, grad=grad_start + beta * grad_difference
@@ -139,7 +146,7 @@ def at_temperature(state: KernelState, beta: Array) -> KernelState:
 
 
 def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensemble:
-    # A difference of +inf (outside the energy's domain) weighs nothing; 0 · inf must
+    # A difference of +inf (outside the energy's domain) means weight zero; 0 · inf must
     # not become NaN.
     return ensemble._replace(
         log_weight=ensemble.log_weight
@@ -148,12 +155,12 @@ def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensem
 
 
 class Moves(NamedTuple):
-    """What the moves along a ladder amounted to, each of the batch shape.
+    """Statistics of the moves along a ladder, each of the batch shape.
 
     Attributes:
         acceptance: Mean acceptance.
         turnover: Mean squared jump over the walkers' variance, summed over
-            temperatures: about 1 when they have moved as far as they are spread.
+            temperatures; about 1 when walkers have moved as far as they are spread.
     """
 
     acceptance: Array
@@ -161,17 +168,17 @@ class Moves(NamedTuple):
 
 
 def unmoved(like: Array) -> Moves:
-    """Nothing had to move: no rejection, and no copies to part."""
+    """Statistics where no move was needed: acceptance 1, infinite turnover."""
     return Moves(jnp.ones_like(like), jnp.full_like(like, jnp.inf))
 
 
 class Climb(NamedTuple):
-    """A run along a ladder, under way: what the next temperature needs.
+    """State of a run along a ladder between two temperatures.
 
     Attributes:
         ensemble: The walkers and their weights.
-        state: Their potentials and gradients, in parts.
-        moves: Sums over the temperatures so far.
+        state: Their potentials and gradients, those of U_start and D in ``aux``.
+        moves: Sums of the statistics over the temperatures so far.
     """
 
     ensemble: Ensemble
@@ -180,7 +187,10 @@ class Climb(NamedTuple):
 
 
 def begin_climb(path: Path, position: Array, beta: Array) -> Climb:
-    """Equally weighted walkers at ``position``, ``(num_chains, num_walkers, *batch, *event)``, under U_β."""
+    """Equally weighted walkers at ``position`` under U_β.
+
+    ``position`` is ``(num_chains, num_walkers, *batch, *event)``.
+    """
     state = evaluate_path(path, position, beta)
     zeros = jnp.zeros_like(state.potential)
     return Climb(
@@ -201,14 +211,15 @@ def _advance(
     step_size: Array,
     options: "AnnealingOptions",
 ) -> tuple[Ensemble, KernelState, Moves]:
-    """Resample where the ESS is low, reweight, move under U_β; returns what the moves
-    amounted to, too.
+    """Resample where the ESS is low, reweight, and move under U_β.
 
     Resampling comes first: after the last temperature it would only replace weights by
-    ties.
+    duplicate walkers.
     """
     key_resample, key_move = random.split(rng_key)
     evaluate = partial(evaluate_path, path, beta=beta)
+
+    # Resample
     low = ess_fraction(ensemble.log_weight, axis=1) < options.ess_threshold
 
     def resample() -> tuple[Ensemble, KernelState]:
@@ -218,20 +229,25 @@ def _advance(
     ensemble, state = lax.cond(
         jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta))
     )
+
+    # Reweight
     ensemble, before = _reweight(ensemble, state, beta_step), state.position
+
+    # Move
     state, info = move(
         kernel, key_move, state, evaluate, step_size, options.num_kernel_steps
     )
     ensemble = ensemble._replace(
         position=state.position,
         potential=state.potential,
-        # A walker without weight keeps none, wherever it moves.
+        # A walker of weight zero stays at zero, wherever it moves.
         log_weight=jnp.where(
             ensemble.log_weight == -jnp.inf,
             -jnp.inf,
             ensemble.log_weight + info.log_weight,
         ),
     )
+
     return (
         ensemble,
         state,
@@ -240,7 +256,7 @@ def _advance(
 
 
 def _turnover(before: Array, state: KernelState) -> Array:
-    """Mean squared jump of all walkers over their variance, of the batch shape; 0 where nothing moves."""
+    """Mean squared jump over the walkers' variance, ``batch``; 0 if nothing moves."""
     event_axes = tuple(range(state.potential.ndim - 2, state.position.ndim - 2))
     jump = jnp.sum(
         jnp.mean((state.position - before) ** 2, axis=(0, 1)), axis=event_axes
@@ -250,7 +266,7 @@ def _turnover(before: Array, state: KernelState) -> Array:
 
 
 class AnnealingOptions(NamedTuple):
-    """How many moves a temperature gets, and when and how islands resample."""
+    """Moves per temperature, and when and how islands resample."""
 
     num_kernel_steps: int
     ess_threshold: float
@@ -268,11 +284,11 @@ def run_pilot(
     max_rungs: int,
     ess_target: float = 0.9,
 ) -> Pilot:
-    """Choose temperatures by the conditional ESS of the next step, and step sizes by
-    acceptance.
+    """Choose temperatures by conditional ESS, and step sizes by acceptance.
 
-    Bisection on β (Zhou, Johansen and Aston 2016, section 3.3).  With a batch shape the
-    hardest element decides.
+    Each temperature is found by bisection on β for the conditional ESS of the next step
+    (Zhou, Johansen and Aston 2016, section 3.3).  With a batch shape the hardest
+    element decides.
 
     Args:
         kernel: Its ``target_acceptance`` decides whether step sizes adapt.
@@ -282,7 +298,8 @@ def run_pilot(
             *batch, *event)``.
         step_size: Initial step size, ``batch``.
         options: See :class:`AnnealingOptions`.
-        max_rungs: Where to give up; ``ladder.betas`` then ends below 1.
+        max_rungs: Largest number of rungs; where that is not enough,
+            ``ladder.betas`` ends below 1.
         ess_target: Conditional ESS fraction of one step.
     """
     ensemble, state, _ = begin_climb(path, position, jnp.zeros(()))
@@ -303,8 +320,8 @@ def run_pilot(
 
         one = jnp.ones_like(beta)
         low, high = lax.fori_loop(0, 24, bisect, (beta, one))
-        # Never stand still: the upper end of the bracket is one ulp-sized step at
-        # worst.
+        # β must increase: where no step was accepted, take the bracket's upper end,
+        # about one ulp above β.
         return jnp.where(enough(one), one, jnp.where(low > beta, low, high))
 
     def climbing(carry: tuple) -> Array:
@@ -328,6 +345,8 @@ def run_pilot(
     def climb(carry: tuple) -> tuple:
         rung, beta, step_size, rng_key, ensemble, state, ladder = carry
         rng_key, key, key_settle = random.split(rng_key, 3)
+
+        # Temperature
         target = next_beta(ensemble, state, beta)
         ensemble, state, _ = _advance(
             kernel,
@@ -340,11 +359,15 @@ def run_pilot(
             step_size,
             options,
         )
+
+        # Settle
         keys = random.split(key_settle, NUM_SETTLING_MOVES)
         (state, step_size), _ = lax.scan(
             partial(settle, beta=target), (state, step_size), keys
         )
         ensemble = ensemble._replace(position=state.position, potential=state.potential)
+
+        # Record
         ladder = ladder._replace(
             betas=ladder.betas.at[rung].set(target),
             step_sizes=ladder.step_sizes.at[rung].set(step_size),
@@ -367,6 +390,7 @@ def run_pilot(
         state,
         ladder,
     )
+
     rung, *_, state, ladder = lax.while_loop(climbing, climb, carry)
     return Pilot(ladder, rung, state.aux[1])
 
@@ -374,17 +398,19 @@ def run_pilot(
 def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
     """The pilot's protocol at ``num_temperatures`` rungs, ending exactly at β = 1.
 
-    β (and log h) are interpolated as functions of the rung, so the pilot's spacing is
-    kept.
+    β and log h are interpolated as functions of the rung, which keeps the pilot's
+    spacing.
     """
     rungs = pilot.num_rungs.astype(pilot.ladder.betas.dtype)
     places = rungs * jnp.arange(1, num_temperatures + 1) / num_temperatures
     known = jnp.arange(1, pilot.ladder.betas.shape[0] + 1, dtype=rungs.dtype)
+
     betas = jnp.interp(
         places,
         jnp.concatenate([jnp.zeros(1), known]),
         jnp.concatenate([jnp.zeros(1), pilot.ladder.betas]),
     )
+
     log_h = jnp.log(pilot.ladder.step_sizes).reshape(known.shape[0], -1)
     step_sizes = jax.vmap(
         lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1
@@ -392,6 +418,7 @@ def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
     step_sizes = step_sizes.reshape(
         num_temperatures, *pilot.ladder.step_sizes.shape[1:]
     )
+
     return Ladder(pilot.ladder.start, betas.at[-1].set(1.0), step_sizes)
 
 
@@ -409,14 +436,14 @@ def climb(
 
     Args:
         kernel: Any kernel; its own log weights are added.
-        rng_key: A JAX PRNG key, the same for all pieces of one climb.
+        rng_key: A JAX PRNG key, the same for all pieces of one run.
         path: U_start and D.
-        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or from
-            the piece before.
-        ladder: From :func:`refine_ladder`, or reversed.
+        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or
+            returned by the previous piece.
+        ladder: From :func:`refine_ladder`, or its reverse.
         options: See :class:`AnnealingOptions`.
         first: Index of the first temperature; may be traced.
-        last: Index after the last one.
+        last: Index after the last temperature; may be traced.
     """
     steps = jnp.diff(ladder.betas, prepend=ladder.start)
 
@@ -445,17 +472,19 @@ def anneal(
     ladder: Ladder,
     options: AnnealingOptions,
 ) -> tuple[Ensemble, Moves]:
-    """Carry walkers along a whole ladder: :func:`climb` from exact draws at
-    ``ladder.start``.
+    """Carry walkers along a whole ladder with :func:`climb`.
+
+    ``position`` holds exact draws at ``ladder.start``.
 
     Returns:
-        The ensemble at the ladder's end and what the moves amounted to.
+        The ensemble at the ladder's end and the statistics of the moves.
     """
     start, num_temperatures = (
         begin_climb(path, position, ladder.start),
         ladder.betas.shape[0],
     )
     end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)
+
     return end.ensemble, end.moves._replace(
         acceptance=end.moves.acceptance / num_temperatures
     )

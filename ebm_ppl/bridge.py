@@ -1,7 +1,7 @@
 """log Z at many parameter values, each bridged from walkers at one reference value.
 
 Posterior draws lie close together: a few temperatures carry the reference's walkers to
-any of them, and errors do not pile up as they would along a path from draw to draw.
+any of them, and errors do not accumulate as they would along a path from draw to draw.
 """
 
 from dataclasses import replace
@@ -37,10 +37,11 @@ class Reference(NamedTuple):
     """Walkers at the reference parameters.
 
     Attributes:
-        site: The energy site there.
+        site: The energy site at the reference parameters.
         certificate: Its log Z.
-        position: Equally weighted draws, ``(num_chains, num_walkers, *batch, *event)``.
-        step_size: Of moves there, ``batch``.
+        position: Equally weighted walkers, ``(num_chains, num_walkers, *batch,
+            *event)``.
+        step_size: Step size of their moves, ``batch``.
     """
 
     site: SiteAtParams
@@ -59,22 +60,23 @@ def bridge_to_draws(
 ) -> tuple[SiteCertificate, int]:
     """Log Z at every parameter draw, the reference's uncertainty included.
 
-    Walkers of the reference do not see what it hardly has.  So a few draws, those that
-    are least like it, are annealed to on their own, from either side and with the data
-    rows, and compared.
+    The reference's walkers miss modes that have almost no mass at the reference.  So
+    the few draws that differ most from it are annealed to on their own, in both
+    directions and with the data rows, and the results are compared.
 
     Args:
         rng_key: A JAX PRNG key.
-        reference: Walkers and log Z at parameters in the midst of the draws.
+        reference: Walkers and log Z at parameters near the middle of the draws.
         draws: Parameters with one leading axis.
-        plan: How walkers move, and how draws are annealed to on their own.
+        plan: Settings of the moves, and of annealing to single draws.
         tolerance: Widest acceptable bracket, in nats.
         rows: Data rows of the site, ``(num_rows, *batch, *event)``.
 
     Returns:
-        A certificate whose arrays lead with the draws' axis, and the number of energy
+        A certificate whose arrays have the draws' axis first, and the number of energy
         evaluations.
     """
+    # Temperatures
     site, position, options = reference.site, reference.position, plan.options
     level, variance = _level_and_variance(site, position, draws)
     worst = float(jnp.max(variance))
@@ -82,6 +84,8 @@ def bridge_to_draws(
     num_temperatures = 2
     while num_temperatures**2 < 10 * worst and num_temperatures < MAX_TEMPERATURES:
         num_temperatures *= 2
+
+    # Bridge
     islands = reference.certificate.log_normalizers - reference.certificate.estimate
     bridges = _bridges(
         site,
@@ -95,6 +99,7 @@ def bridge_to_draws(
         options,
         num_temperatures,
     )
+
     num_draws = jax.tree.leaves(draws)[0].shape[0]
     per_draw = (
         position.shape[0]
@@ -103,15 +108,17 @@ def bridge_to_draws(
     )
     certificate = certify_bridges(reference.certificate, bridges, tolerance)
 
+    # Compare
     unlike = _draws_unlike(reference, draws, variance, certificate, rows)
     flags, spent = certificate.flags, num_draws * per_draw
     for index, how in unlike.items():
         alone, more = _alone(
             random.fold_in(rng_key, index), site, draws, index, plan, tolerance, rows
         )
-        # What is known of one draw comes before what holds for all.
+        # Flags of one draw come before those of all.
         flags = disagreement(certificate, index, alone, len(unlike), how) + flags
         spent += more
+
     return certificate._replace(flags=flags), spent
 
 
@@ -125,6 +132,7 @@ def _alone(
     rows: Array | None,
 ) -> tuple[SiteCertificate, int]:
     """Log Z at one draw by annealing to it, and the energy evaluations spent."""
+    # The site, in the coordinates of its own start
     params = jax.tree.map(lambda leaf: leaf[index], draws)
     there = replace(site, params=params, reference=None)
     there = replace(
@@ -133,6 +141,7 @@ def _alone(
             starting_distribution(there.distribution, site.name)
         ),
     )
+
     found = gather(rng_key, there, plan, None, rows)
     return certify(found.evidence, tolerance), found.num_evaluations
 
@@ -144,7 +153,7 @@ def _draws_unlike(
     bridged: SiteCertificate,
     rows: Array | None,
 ) -> dict[int, str]:
-    """Which draws are least like the reference, and in what way each."""
+    """Indices of the draws least like the reference, each with the reason."""
     num_draws = variance.shape[0]
     distance = np.asarray(_distances(draws, reference.site.params))
     chosen: dict[int, str] = {}
@@ -152,13 +161,14 @@ def _draws_unlike(
     def choose(score: Array | np.ndarray, how: str) -> None:
         flat = np.asarray(score).reshape(num_draws, -1)
         flat = np.where(np.isnan(flat), np.inf, flat).max(axis=1)
-        # A draw that is the reference has nothing to tell.
+        # A draw equal to the reference has nothing to compare.
         flat[distance == 0] = -np.inf
         if np.max(flat) > -np.inf:
             chosen.setdefault(int(np.argmax(flat)), how)
 
     choose(variance, "the energy differs most from that in the middle")
     choose(distance, "farthest from the draw in the middle")
+
     if rows is not None:
         even = np.unique(np.linspace(0, rows.shape[0] - 1, NUM_ROWS).astype(int))
         gain = (
@@ -168,6 +178,7 @@ def _draws_unlike(
             - bridged.estimate
         )
         choose(gain, "the highest likelihood, unless its log Z is too small")
+
     nearest = [distance] + [
         _distances(draws, jax.tree.map(lambda leaf, i=i: leaf[i], draws))
         for i in chosen
@@ -176,12 +187,16 @@ def _draws_unlike(
         np.min(np.stack([np.asarray(d) for d in nearest]), axis=0),
         "far from all others that were looked at",
     )
+
     return chosen
 
 
 @jax.jit
 def _distances(draws: Params, params: Params) -> Array:
-    """Squared distance of every draw from one point, every coordinate in units of its spread, ``(num_draws,)``."""
+    """Squared distance of every draw from one point, ``(num_draws,)``.
+
+    Coordinates are in units of their spread over the draws.
+    """
 
     def distance(leaf: Array, centre: Array) -> Array:
         flat = leaf.reshape(leaf.shape[0], -1)
@@ -221,7 +236,11 @@ def _difference(site: SiteAtParams, params: Params, position: Array) -> Array:
 def _level_and_variance(
     site: SiteAtParams, position: Array, draws: Params
 ) -> tuple[Array, Array]:
-    """Median and variance over walkers of the log weights of one step to every draw, ``(num_draws, *batch)``."""
+    """Median and variance over walkers of U_θ − U_reference.
+
+    Both are ``(num_draws, *batch)``.  The negative difference is the log weight of one
+    step from the reference to a draw.
+    """
 
     def at(params: Params) -> tuple[Array, Array]:
         difference = _difference(site, params, position)
@@ -260,8 +279,9 @@ def _bridges(
         )
         ends = anneal(kernel, key, path, position, ladder, options)
         found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
-        # The tail is judged inside islands' terms: their weights, tied inside an
-        # island, would hide it.
+
+        # k̂ is taken without the island weights, which are equal within an island and
+        # would hide the tail.
         return Bridge(
             found.log_ratios,
             weighted.ess(),

@@ -1,4 +1,4 @@
-"""What is known about log Z: an estimate, limits on either side, and every reason to doubt them."""
+"""Certificates of log Z: an estimate, lower and upper limits, and warning flags."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,27 +21,27 @@ from ebm_ppl.weights import (
     pareto_khat,
 )
 
-# Each limit is one-sided at 97.5%, so that both hold together with 95%.
+# Each limit is one-sided at 97.5%, so that both hold jointly with probability 95%.
 LIMIT_LEVEL = 0.975
 MAX_KHAT = 0.7
 MIN_ESS = 0.05
 MIN_ACCEPTANCE = 0.1
-# How far walkers that resample must move along the path, in units of their own spread.
+# Smallest turnover (see Moves) of walkers that resample: one spread along the path.
 MIN_TURNOVER = 1.0
-# How often a site whose walkers are at equilibrium may be said to drift in |u|², and in
-# |u|; and in the tails' shares.
+# False alarm rates of the drift test for walkers at equilibrium: in each of mean |u|²
+# and mean |u|, and in all tail shares together.
 MAX_DRIFT_PROBABILITY = 0.003
 MAX_SHIFT_PROBABILITY = 0.005
-# How often, at most, such walkers are given more moves to be sure.
+# Largest probability that walkers at equilibrium are given extra moves to make sure.
 MAX_SUSPICION = 0.05
-# The share of a density beyond floating point's range that is added to the upper limit;
-# more of it is refused.
+# Largest share of the density beyond the range of floating point that is only added to
+# the upper limit; more is flagged.
 MAX_BEYOND = 0.02
-# Walkers come as near to a point as a thousandth of their spread, say: mass within it
-# is 13% at this power of distance.
+# Walkers come within about a thousandth of their spread of a point; at this power of
+# the distance, 13% of the mass lies closer.
 MIN_ROOM = 0.3
-# Rounding, in nats, that is added to the errors: more of it is refused where it rivals
-# the sampling error.
+# Rounding error, in nats, that is only added to the standard error; more is flagged
+# where it is also over half of the sampling error.
 MAX_ROUNDING = 1e-3
 EXACT_METHODS = ("quadrature", "enumeration", "closed form")
 MORE_TEMPERATURES = (
@@ -55,13 +55,13 @@ class Pass(NamedTuple):
     Attributes:
         log_ratios: Every island's log Ẑ (forward) or log of an estimate of 1/Z
             (reverse), ``(num_chains, *batch)``.
-        log_weights: The terms that they average, past resamplings included,
-            ``(num_chains, num_walkers, *batch)``.
-        moves: What its moves amounted to.
+        log_weights: The terms whose log-mean-exp over walkers is ``log_ratios``, past
+            resamplings included, ``(num_chains, num_walkers, *batch)``.
+        moves: Statistics of the moves.
         resampled: Whether any island resampled on the way, ``batch``.
-        log_island_weights: Log weights of the islands, like ``log_ratios``; None where
-            they count equally.  Islands that start from a forward pass's endpoints
-            weigh by its Ẑ_c: E[Ẑ_c f(x_c)] = Z E[f] holds for each.
+        log_island_weights: Log weights of the islands, shaped like ``log_ratios``; None
+            for equal weights.  Islands that start from a forward pass's endpoints are
+            weighted by its Ẑ_c, since E[Ẑ_c f(x_c)] = Z E[f] holds for each.
     """
 
     log_ratios: Array
@@ -71,7 +71,10 @@ class Pass(NamedTuple):
     log_island_weights: Array | None = None
 
     def limit(self) -> tuple[Array, Array, Array]:
-        """Jackknifed log mean, its standard error, and its lower limit at :data:`LIMIT_LEVEL`."""
+        """Jackknifed log mean, its standard error, and its lower limit.
+
+        The limit is one-sided at :data:`LIMIT_LEVEL`.
+        """
         estimate, stderr = jackknife_log_mean_exp(
             self.log_ratios, self.log_island_weights
         )
@@ -96,7 +99,7 @@ class Pass(NamedTuple):
 def pass_of(
     ensemble: Ensemble, moves: Moves, log_island_weights: Array | None = None
 ) -> Pass:
-    """What an ensemble at the end of a ladder says."""
+    """The :class:`Pass` of an ensemble at the end of a ladder."""
     log_weights = ensemble.log_normalizer[:, None] + ensemble.log_weight
     resampled = jnp.any(ensemble.log_normalizer != 0, axis=0)
     return Pass(
@@ -105,17 +108,18 @@ def pass_of(
 
 
 class Bridge(NamedTuple):
-    """Steps from reference parameters to draws of them; every array leads with the
-    draws' axis.
+    """Annealing from reference parameters to parameter draws.
+
+    Every array's leading axis is that of the draws.
 
     Attributes:
         log_ratios: Every island's log Ẑ_θ/Z_reference, ``(num_draws, num_chains,
             *batch)``.
         ess: ESS fraction of the terms, ``(num_draws, *batch)``.
-        khat: Their Pareto k̂.
-        acceptance: Mean acceptance.
-        level: What was subtracted from the difference of the energies before anything
-            was summed, like ``ess``.
+        khat: Pareto k̂ of the terms, same shape.
+        acceptance: Mean acceptance, same shape.
+        level: Constant subtracted from the difference of the energies before summation,
+            same shape.
     """
 
     log_ratios: Array
@@ -126,23 +130,23 @@ class Bridge(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """All that :func:`certify` looks at, for one energy site.
+    """Input of :func:`certify` for one energy site.
 
     Attributes:
         forward: Annealing from the start to the energy, if it was run.
-        reverse: And back, if it was run.
-        drift: What changed in every island while the reverse pass's starting points
-            moved on under the energy itself, ``(num_chains, num_statistics, *batch)``:
-            mean ``|u|²`` and ``|u|``, then shares of walkers in tails.
+        reverse: Annealing from the energy to the start, if it was run.
+        drift: Changes in every island while the reverse pass's starting points moved
+            under the energy itself, ``(num_chains, num_statistics, *batch)``: those of
+            mean ``|u|²`` and ``|u|``, then those of the shares of walkers in tails.
         unreached: Share of data rows that forward annealing does not reach, confirmed
             by repeats, ``batch``.
         beyond: Share of the density beyond the range of floating point, ``batch``.
-        reference: What was subtracted from the energy before anything was summed,
-            ``batch``.
-        magnitude: How large the numbers are that the energy is computed as, ``batch``.
-        room: The dimension less the nats that U falls per e-fold of distance to its
-            lowest points, ``batch``: mass near such a point goes as distance to this
-            power.
+        reference: Constant subtracted from the energy before summation, ``batch``.
+        magnitude: Absolute size of the energy's values, which sets their rounding
+            error, ``batch``.
+        room: The dimension minus the nats that U falls per e-fold of distance to its
+            lowest points, ``batch``: the mass within r of such a point scales as r to
+            this power.
     """
 
     forward: Pass | None = None
@@ -170,7 +174,7 @@ class SiteCertificate(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LogNormalizer:
-    """log Z per energy site, what bounds it, and why not to believe it.
+    """log Z per energy site, with its limits and warning flags.
 
     Every field but ``method``, ``num_evaluations``, ``params`` and ``batch_ndims`` is a
     dict by site name; arrays have the site's batch shape, after the axes of the draws
@@ -179,13 +183,13 @@ class LogNormalizer:
     Attributes:
         estimate: log Z.  Jackknifed log-mean-exp over islands, each of whose Ẑ is
             unbiased (for ``reverse``, of 1/Z).
-        stderr: Its jackknife standard error; for exact methods 0, or what rounding may
-            take where that is over 1e-5.
+        stderr: Its jackknife standard error; for exact methods 0, or the rounding error
+            where that is over 1e-5.
         lower: One-sided 97.5% limit from forward annealing; −inf where none was run.
-        upper: One-sided 97.5% limit from reverse annealing, as good as the model draws
-            that it started from; +inf where none was run.  Where it is under the
-            estimate it stands back to what the forward pass allows for; where the two
-            limits cross, both stand back to what either pass does.
+        upper: One-sided 97.5% limit from reverse annealing, which holds if the draws
+            that it started from are the model's; +inf where none was run.  An upper
+            limit under the estimate is raised to the forward pass's own; where the two
+            limits cross, both are widened to cover the limits of either pass.
         ess: Effective sample size of the weights over their number, the smaller of the
             two directions'.
         khat: Pareto k̂ of the weights, the larger of the two directions'.
@@ -194,13 +198,12 @@ class LogNormalizer:
         flags: Reasons why the numbers may be wrong; empty where they are certified.
         method: How log Z was found.
         num_evaluations: Energy evaluations (with their gradients, where walkers move).
-        params: The (constrained) parameters that it belongs to.
+        params: The constrained parameters at which log Z holds.
         batch_ndims: Number of leading axes of parameter draws; 0 for one point.
         fingerprints: E and log base (of the first draw) at points that cover the base,
             the walkers and the data, by which other energies are recognised and
             refused; empty where nothing was evaluated.
-        conditions: Energy sites whose values, as the model had them, each site's log Z
-            depends on.
+        conditions: Energy sites whose values in the model each site's log Z depends on.
     """
 
     estimate: dict[str, Array]
@@ -235,7 +238,7 @@ class LogNormalizer:
     def exact(
         cls, estimate: Mapping[str, ArrayLike], params: Mapping[str, Any] | None = None
     ) -> "LogNormalizer":
-        """Log Z in closed form, by site name, and the parameters that it belongs to."""
+        """Log Z in closed form, by site name, and the parameters at which it holds."""
         arrays = {name: jnp.asarray(value, float) for name, value in estimate.items()}
         sites = {
             name: exact_certificate(value, 0.0, flags_of_exact(value))
@@ -252,26 +255,31 @@ class LogNormalizer:
 
     @property
     def markov_lower(self) -> dict[str, Array]:
-        """``log Ẑ − log 20`` by site, Ẑ the islands' plain mean: below log Z with 95%,
-        by Markov's inequality alone.
+        """Lower limit ``log Ẑ − log 20`` by site, from Markov's inequality alone.
 
-        −inf where log Z rests on a reverse pass, which says nothing of the kind; log Z
-        itself where it is exact.
+        Ẑ is the islands' plain mean, so the limit holds with probability 95%.  It is
+        −inf for the reverse pass, which gives no such limit, and log Z itself for exact
+        methods.
         """
         if self.method in EXACT_METHODS:
             return dict(self.lower)
+
         if self.method == "reverse":
             return {
                 name: jnp.full_like(value, -jnp.inf)
                 for name, value in self.estimate.items()
             }
+
         return {
             name: log_mean_exp(islands, axis=0) - jnp.log(20.0)
             for name, islands in self.log_normalizers.items()
         }
 
     def interval(self, level: float = 0.9) -> dict[str, tuple[Array, Array]]:
-        """Two-sided Student-t interval on (number of islands − 1) degrees of freedom, by site."""
+        """Two-sided Student-t interval by site.
+
+        Its degrees of freedom are the number of islands − 1.
+        """
         out = {}
         for name, estimate in self.estimate.items():
             degrees = self.log_normalizers[name].shape[0] - 1
@@ -284,8 +292,9 @@ class LogNormalizer:
 
     @property
     def samples(self) -> dict[str, Any]:
-        """``params`` with log Z beside them, under ``<site>_log_normalizer``: posterior
-        samples for NumPyro.
+        """Posterior samples for NumPyro: ``params``, and log Z of every site.
+
+        The key of log Z is ``<site>_log_normalizer``.
 
         ``numpyro.infer.log_likelihood(normalized(model, log_z), log_z.samples, ...)``
         then has one log Z per draw.
@@ -315,9 +324,9 @@ class LogNormalizer:
             )
             raise UncertifiedNormalizerError(
                 f"log Z by method '{self.method}' is not certified: {reasons} To use "
-                "it all the same, give the number "
-                "itself (log_normalizer=log_z.estimate[site]) or "
-                "allow_uncertified=True where that is offered."
+                "it all the same, give the number itself "
+                "(log_normalizer=log_z.estimate[site]) or allow_uncertified=True "
+                "where that is offered."
             )
 
     def __str__(self) -> str:
@@ -341,6 +350,7 @@ class LogNormalizer:
                 )
                 yield from (f"  - {flag}" for flag in self.flags[name])
                 continue
+
             if np.ndim(estimate):
                 shape = " x ".join(map(str, np.shape(estimate)))
                 head = (
@@ -356,10 +366,10 @@ class LogNormalizer:
                     f", bracket [{float(self.lower[name]):.4f}, "
                     f"{float(self.upper[name]):.4f}]"
                 )
+
             yield (
                 f"{head}, ESS {float(np.min(self.ess[name])):.2f}, k̂ "
-                f"{float(np.max(self.khat[name])):.2f} "
-                f"({self.method}): {verdict}"
+                f"{float(np.max(self.khat[name])):.2f} ({self.method}): {verdict}"
             )
             yield from (f"  - {flag}" for flag in self.flags[name])
 
@@ -372,7 +382,7 @@ def log_normalizer_site(name: str) -> str:
 def exact_certificate(
     estimate: Array, error: ArrayLike, flags: tuple[str, ...]
 ) -> SiteCertificate:
-    """Log Z by quadrature or enumeration: no sampling error, and, where rounding matters, what that may amount to."""
+    """Certificate of an exact log Z, whose only error is rounding."""
     zeros = jnp.zeros_like(estimate)
     stderr = zeros + error
     lower, upper = estimate - 2 * stderr, estimate + 2 * stderr
@@ -389,7 +399,7 @@ def exact_certificate(
 
 
 def flags_of_exact(estimate: Array) -> tuple[str, ...]:
-    """Flags of exact values found under a trace, where NaN stands for any doubt."""
+    """Flags of exact values found under a trace, where NaN marks any doubt."""
     return _flag(
         ~jnp.isfinite(estimate),
         "log Z is not a finite number{where}: check the energy; for quadrature take "
@@ -405,20 +415,22 @@ def certify(
     *,
     is_running: bool = False,
 ) -> SiteCertificate:
-    """Estimate log Z, bound it, and flag whatever speaks against it.
+    """Estimate log Z, bound it, and flag every reason to doubt it.
 
     Args:
-        evidence: At least one direction.
+        evidence: At least one of its two passes.
         tolerance: Widest acceptable bracket (or, with one direction only, two-sided 95%
             interval), in nats.
         remedy: What a user should do about noisy weights.
-        is_running: Whether it is a fit's running value, of which the caller says that
-            one direction is not enough.
+        is_running: Whether this is the running value of a fit, whose caller itself
+            reports that one direction is not enough.
     """
+    # Limits
     forward, reverse = evidence.forward, evidence.reverse
     passes = [p for p in (forward, reverse) if p is not None]
     shape = passes[0].log_ratios.shape[1:]
     lower, upper = jnp.full(shape, -jnp.inf), jnp.full(shape, jnp.inf)
+
     if reverse is not None:
         inverse, stderr, limit = reverse.limit()
         estimate, upper = -inverse, -limit
@@ -426,10 +438,13 @@ def certify(
     if forward is not None:
         estimate, stderr, lower = forward.limit()
         log_normalizers = forward.log_ratios
+
+    # Diagnostics
     ess = jnp.min(jnp.stack([p.ess() for p in passes]), axis=0)
     khat = jnp.max(jnp.stack([p.khat() for p in passes]), axis=0)
     acceptance = jnp.min(jnp.stack([p.moves.acceptance for p in passes]), axis=0)
 
+    # Width
     crossing = jnp.full(shape, -jnp.inf)
     if forward is None or reverse is None:
         width, what = (
@@ -444,8 +459,9 @@ def certify(
             - jnp.hypot(stderr, reverse.limit()[1])
             - 2 * _rounding(evidence, stderr)
         )
-        # Limits that cross contradict each other: fall back on all that either pass
-        # allows for.
+
+        # Limits that cross contradict each other: widen them to cover the interval of
+        # either pass.
         lowest, highest = (
             jnp.minimum(lower, 2 * -inverse - upper),
             jnp.maximum(upper, 2 * estimate - lower),
@@ -454,14 +470,17 @@ def certify(
             jnp.where(crossed, lowest, lower),
             jnp.where(crossed, highest, upper),
         )
-        # Nor is an upper limit under the forward estimate to be believed further than
-        # that pass itself.
+
+        # An upper limit under the forward estimate is no better than the forward
+        # pass's own.
         upper = jnp.where(upper < estimate, 2 * estimate - lower, upper)
         width, what = upper - lower, "bracket"
 
+    # Flags
     flags = _flags_of_weights(
         estimate + stderr, width, what, ess, khat, acceptance, tolerance, remedy
     )
+
     stuck = jnp.stack(
         [p.resampled & ~(p.moves.turnover >= MIN_TURNOVER) for p in passes]
     )
@@ -473,6 +492,7 @@ def certify(
         "temperatures or "
         "num_kernel_steps.",
     )
+
     flags += _flag(
         crossing > 0,
         "the forward pass's lower limit lies above the reverse pass's upper "
@@ -480,9 +500,11 @@ def certify(
         "pass started from are not the model's. Take more temperatures, or other "
         "samples=.",
     )
+
     flags += (
         () if is_running else _flags_of_one_direction(evidence)
     ) + _flags_of_walkers(evidence)
+
     certificate = SiteCertificate(
         estimate, stderr, lower, upper, ess, khat, log_normalizers, flags
     )
@@ -490,7 +512,11 @@ def certify(
 
 
 def _flags_of_one_direction(evidence: Evidence) -> tuple[str, ...]:
-    """Ẑ misses what no walker has found, and 1/Ẑ what the reverse pass did not start from: one cannot tell alone."""
+    """Flags where only one direction was run, which cannot detect missing mass alone.
+
+    Ẑ misses modes that no walker has found; 1/Ẑ misses those that the reverse pass did
+    not start from.
+    """
     if evidence.reverse is None:
         return (
             "a forward pass has no upper limit, so log Z may be larger, or infinite: "
@@ -505,8 +531,9 @@ def _flags_of_one_direction(evidence: Evidence) -> tuple[str, ...]:
 
 
 def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
-    """Whether walkers are the energy's own, and everywhere where its mass is."""
+    """Flags where walkers are not at equilibrium or miss part of the mass."""
     flags: tuple[str, ...] = ()
+
     if evidence.drift is not None:
         drifts, limits = _drifts(
             evidence.drift, MAX_DRIFT_PROBABILITY, MAX_SHIFT_PROBABILITY
@@ -518,6 +545,7 @@ def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "temperatures, a base nearer to the "
             "energy, or other samples=.",
         )
+
     if evidence.unreached is not None:
         share = 100.0 * _worst(evidence.unreached)
         flags += _flag(
@@ -528,6 +556,7 @@ def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "(or start=) that covers the "
             "data, or more temperatures.",
         )
+
     if evidence.beyond is not None:
         share = 100.0 * _worst(evidence.beyond)
         flags += _flag(
@@ -540,6 +569,7 @@ def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "precision "
             "(jax.config.update('jax_enable_x64', True)).",
         )
+
     if evidence.room is not None:
         flags += _flag(
             evidence.room < MIN_ROOM,
@@ -550,11 +580,12 @@ def _flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             f"{float(np.min(np.asarray(evidence.room))):.2g}): bound the energy from "
             "below.",
         )
+
     return flags
 
 
 def _in_full(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificate:
-    """What was subtracted from the energy is put back, and what floating point cannot tell enters the limits."""
+    """Add back the energy's reference, and widen the limits by floating-point error."""
     estimate, stderr, lower, upper = (
         certificate.estimate,
         certificate.stderr,
@@ -562,26 +593,28 @@ def _in_full(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificat
         certificate.upper,
     )
     flags, log_normalizers = certificate.flags, certificate.log_normalizers
+
     if evidence.beyond is not None:
         upper = upper - jnp.log1p(-jnp.minimum(evidence.beyond, 0.99))
+
     if evidence.reference is not None and evidence.magnitude is not None:
         rounding = _rounding(evidence, estimate)
         flags += _flag(
             rounding > jnp.maximum(MAX_ROUNDING, 0.5 * stderr),
             f"the energy's values, of size {_worst(evidence.magnitude):.2g}, are "
-            f"rounded by {_worst(rounding):.2g} "
-            f"nats{{where}}, beside a standard error of {_worst(stderr):.2g}: subtract "
-            "a constant of about "
+            f"rounded by {_worst(rounding):.2g} nats{{where}}, beside a standard "
+            f"error of {_worst(stderr):.2g}: subtract a constant of about "
             f"{_largest(evidence.reference):.6g} from the energy, or run in double "
-            "precision "
-            "(jax.config.update('jax_enable_x64', True)).",
+            "precision (jax.config.update('jax_enable_x64', True)).",
         )
+
         stderr = jnp.hypot(stderr, rounding)
         estimate, lower, upper = (
             value - evidence.reference for value in (estimate, lower, upper)
         )
         lower, upper = lower - rounding, upper + rounding
         log_normalizers = log_normalizers - evidence.reference
+
     return certificate._replace(
         estimate=estimate,
         stderr=stderr,
@@ -593,7 +626,7 @@ def _in_full(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificat
 
 
 def _rounding(evidence: Evidence, like: Array) -> Array:
-    """How far rounding of the energy's values may move log Z, in nats."""
+    """Largest error of log Z from rounding of the energy's values, in nats."""
     return (
         jnp.zeros_like(like)
         if evidence.magnitude is None
@@ -602,11 +635,12 @@ def _rounding(evidence: Evidence, like: Array) -> Array:
 
 
 def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
-    """Sizes of t statistics over islands, ``(num_statistics, *batch)``, and their
-    limits, for all elements together.
+    """Absolute t statistics over islands, and their limits.
 
-    Either of the first two may be passed by chance with probability ``means``, any of
-    the others with ``shares``.
+    The statistics are ``(num_statistics, *batch)``.  The limits are
+    Bonferroni-corrected for all batch elements: each of the first two statistics
+    exceeds its limit by chance with probability at most ``means``, and any of the
+    others with at most ``shares``.
     """
     num_others = max(drift.shape[1] - 2, 1)
     probability = np.array([means] * 2 + [shares / num_others] * (drift.shape[1] - 2))
@@ -620,7 +654,10 @@ def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
 
 
 def is_drift_suspicious(drift: Array) -> bool:
-    """Whether more moves should show if walkers drift; ``drift`` as in :class:`Evidence`."""
+    """Whether more moves are needed to tell if walkers drift.
+
+    ``drift`` is as in :class:`Evidence`.
+    """
     drifts, limits = _drifts(drift, MAX_SUSPICION / 2, MAX_SUSPICION / 2)
     return bool(jnp.any(~(drifts <= limits)))
 
@@ -628,10 +665,11 @@ def is_drift_suspicious(drift: Array) -> bool:
 def certify_bridges(
     reference: SiteCertificate, bridge: Bridge, tolerance: float
 ) -> SiteCertificate:
-    """Log Z at every draw: the reference's, plus the ratio, with both uncertainties."""
+    """Log Z at every draw: the reference's plus the log ratio, with both errors."""
+    # Estimate
     ratios = jnp.moveaxis(bridge.log_ratios, 1, 0)
-    # Both come from the same walkers: each island's product Ẑ_c R_c is unbiased, and
-    # their mean is what is estimated.
+    # Ẑ_c and R_c come from the same walkers: each island's product Ẑ_c R_c is unbiased,
+    # and the estimate is the mean of these products.
     at_reference = (reference.log_normalizers - reference.estimate)[:, None]
     islands = at_reference + ratios
     quantile = float(student_t.ppf(LIMIT_LEVEL, islands.shape[0] - 1))
@@ -640,12 +678,15 @@ def certify_bridges(
         ratios, jnp.broadcast_to(at_reference, ratios.shape)
     )
 
+    # Limits
     lower = estimate - quantile * stderr
     upper = reference.upper - reference.estimate + ratio + quantile * ratio_stderr
     lower, upper = jnp.minimum(lower, upper), jnp.maximum(upper, lower)
     one_sided = bool(jnp.any(jnp.isinf(reference.upper)))
     width = 2.0 * (estimate - lower) if one_sided else upper - lower
     what = "95% interval" if one_sided else "bracket"
+
+    # Flags
     ess, khat = (
         jnp.minimum(bridge.ess, reference.ess),
         jnp.maximum(bridge.khat, reference.khat),
@@ -660,7 +701,8 @@ def certify_bridges(
         tolerance,
         MORE_TEMPERATURES,
     )
-    # What is wrong at the reference is wrong everywhere.
+
+    # The reference's flags hold at every draw.
     inherited = tuple(f"at the draw in the middle: {flag}" for flag in reference.flags)
     certificate = SiteCertificate(
         estimate, stderr, lower, upper, ess, khat, islands, inherited + flags
@@ -677,23 +719,26 @@ def disagreement(
     num_comparisons: int,
     how: str,
 ) -> tuple[str, ...]:
-    """Flags where a draw's log Z from a bridge is not what annealing finds there, or
-    where that is flagged.
+    """Flags where a draw's bridged log Z disagrees with annealing to that draw alone.
+
+    The flags of the second certificate are included.
 
     Args:
-        bridged: Of all draws.
-        index: Which draw was annealed on its own.
-        alone: What that found.
-        num_comparisons: How many draws are compared; all together are flagged by chance
-            as rarely as one would be.
-        how: In what way the draw is out of the ordinary.
+        bridged: Certificate of all draws.
+        index: Index of the draw that was annealed to on its own.
+        alone: Certificate of that draw.
+        num_comparisons: Number of draws compared; the test is corrected for it.
+        how: Why this draw was chosen, for the message.
     """
+    # Test
     estimate, stderr = bridged.estimate[index], bridged.stderr[index]
     gap, error = jnp.abs(estimate - alone.estimate), jnp.hypot(stderr, alone.stderr)
     probability = MAX_DRIFT_PROBABILITY / (num_comparisons * max(gap.size, 1))
     limit = float(
         student_t.ppf(1.0 - 0.5 * probability, alone.log_normalizers.shape[0] - 1)
     )
+
+    # Message
     worst = int(np.argmax(np.ravel(np.asarray(gap / error))))
     found, told = (
         float(np.ravel(np.asarray(values))[worst])
@@ -702,13 +747,13 @@ def disagreement(
     where = f"at draw {index} ({how})"
     flags = _flag(
         ~(gap <= limit * error),
-        f"{where} annealing finds log Z = {found:.3f}, and the bridge from the draw in "
-        f"the middle {told:.3f}{{where}}: "
-        "the walkers of the draw in the middle miss part of the energy there. Estimate "
-        "log Z at such draws on their "
-        "own (without batch_ndims), in groups of draws that are alike, or fit closer "
+        f"{where} annealing finds log Z = {found:.3f}, and the bridge from the draw "
+        f"in the middle {told:.3f}{{where}}: the walkers of the draw in the middle "
+        "miss part of the energy there. Estimate log Z at such draws on their own "
+        "(without batch_ndims), in groups of draws that are alike, or fit closer "
         "draws.",
     )
+
     return flags + tuple(
         f"{where}, annealed on its own: {flag}" for flag in alone.flags
     )
@@ -731,8 +776,8 @@ def _flags_of_weights(
         )
         + _flag(
             ~(width <= tolerance),
-            f"the {what} is {_worst(width):.2g} nats wide{{where}}, over the tolerance "
-            f"of {tolerance:g}: {remedy}.",
+            f"the {what} is {_worst(width):.2g} nats wide{{where}}, over the "
+            f"tolerance of {tolerance:g}: {remedy}.",
         )
         + _flag(
             ~(khat <= MAX_KHAT),
@@ -747,15 +792,15 @@ def _flags_of_weights(
         + _flag(
             ~(acceptance >= MIN_ACCEPTANCE),
             f"only {float(jnp.min(acceptance)):.1%} of the moves were "
-            f"accepted{{where}}: lower the kernel's step_size, "
-            "or let it adapt (MALA()).",
+            f"accepted{{where}}: lower the kernel's step_size, or let it adapt "
+            "(MALA()).",
         )
     )
 
 
 @jax.jit
 def _t_statistic(values: Array) -> Array:
-    """Mean over islands by its standard error; 0 where nothing moves."""
+    """Mean over islands divided by its standard error; 0 where nothing moves."""
     error = jnp.std(values, axis=0, ddof=1) / jnp.sqrt(values.shape[0])
     return jnp.where(error == 0, 0.0, jnp.mean(values, axis=0) / error)
 

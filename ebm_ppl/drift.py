@@ -1,9 +1,9 @@
-"""Whether walkers stay what they were while they move on under the energy itself.
+"""Test for drift: walkers at equilibrium keep their statistics as they move further.
 
-What moves leave invariant, expectations do not change.  Means miss what few walkers do,
-so that the *shares* of walkers in both tails of many statistics are looked at: in a
-narrow neck or well that moves have just found, the gradient is large, the energy low,
-and a coordinate far from the others'.
+Moves under the energy leave it invariant, so the expectations of walkers at equilibrium
+do not change.  Means are insensitive to a few walkers, so the *shares* of walkers in
+both tails of many statistics are compared too: in a narrow neck or well that moves have
+just found, the gradient is large, the energy low, and some coordinate extreme.
 """
 
 import jax
@@ -21,13 +21,12 @@ NUM_DIRECTIONS = 4
 
 @jax.jit
 def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
-    """What moves changed, island by island; zero in expectation for walkers that were
-    the energy's.
+    """Changes of statistics per island, zero in expectation at equilibrium.
 
     Args:
-        site: The site whose energy the moves left invariant.
+        site: The site whose energy the moves leave invariant.
         before: Positions, ``(num_chains, num_walkers, *batch, *event)``.
-        after: The same walkers later.
+        after: Positions of the same walkers after the moves.
 
     Returns:
         ``(num_chains, num_statistics, *batch)``: the changes of mean ``|u|²`` and
@@ -41,28 +40,37 @@ def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
         jnp.stack([getattr(state, name) for state in states])
         for name in ("position", "potential", "grad")
     )
+
+    # Means
     event_axes = tuple(range(potential.ndim, position.ndim))
     radius = jnp.sqrt(jnp.sum(position**2, axis=event_axes))
     steepness = jnp.sum(grad**2, axis=event_axes)
     means = jnp.stack([jnp.mean(r[1] - r[0], axis=1) for r in (radius**2, radius)])
 
+    # Tail shares
     statistics = [radius[None], potential[None], steepness[None]]
     if event_axes:
         statistics.append(_projections(position.reshape(*potential.shape, -1)))
     else:
         statistics.append(position[None])
+
     shares = jnp.concatenate([_tail_shares(values) for values in statistics])
     return jnp.moveaxis(jnp.concatenate([means, shares]), 0, 1)
 
 
 def _projections(flat: Array) -> Array:
-    """Every coordinate and, in units of their spread, some directions: ``(num_projections, *flat.shape[:-1])``."""
+    """Every coordinate and some random directions, as ``(num_projections, ...)``.
+
+    Directions are taken of the coordinates in units of their spread; ``...`` is
+    ``flat.shape[:-1]``.
+    """
     coordinates = jnp.moveaxis(flat, -1, 0)
     num_coordinates = coordinates.shape[0]
     if num_coordinates == 1:
         return coordinates
+
     spread = jnp.std(flat, axis=(0, 1, 2))
-    # NumPy's numbers: the same whatever JAX's types and generators are.
+    # NumPy's generator: its numbers do not depend on JAX's dtypes or PRNG.
     numbers = np.random.default_rng(0).normal(size=(num_coordinates, NUM_DIRECTIONS))
     directions = jnp.asarray(numbers / np.linalg.norm(numbers, axis=0), flat.dtype)
     directed = (flat / jnp.where(spread > 0, spread, 1.0)) @ directions
@@ -70,10 +78,10 @@ def _projections(flat: Array) -> Array:
 
 
 def _tail_shares(values: Array) -> Array:
-    """Changes of the shares under and over the pooled quantiles, ``(2 k, num_chains,
-    *batch)``.
+    """Changes of the shares of walkers below and above the pooled quantiles.
 
-    ``values``: ``(k, 2, num_chains, num_walkers, *batch)``, before and after.
+    ``values`` is ``(k, 2, num_chains, num_walkers, *batch)``, before and after; the
+    result is ``(2 k, num_chains, *batch)``.
     """
     low, high = jnp.quantile(
         values,

@@ -1,9 +1,8 @@
-"""How much of a density lies where floating point cannot follow: beyond the last
-numbers near a support's end.
+"""Share of a density that lies beyond the range of floating point.
 
-``x = exp(u)`` ends at 1e-38 and 1e38, ``expit(u)`` at 1 − 1e-7.  Walkers take those for
-the support's ends.  Where a density falls off towards them no faster than what is in
-sight, the rest beyond them is not negligible.
+``x = exp(u)`` ends at 1e-38 and 1e38, ``expit(u)`` at 1 − 1e-7.  For walkers these are
+the ends of the support.  Where a density decays slowly towards them, the mass beyond
+them is not negligible.
 """
 
 from functools import partial
@@ -21,19 +20,19 @@ from numpyro.distributions.transforms import (
 
 from ebm_ppl.geometry import CholeskyAffine
 
-# Two zones before an edge, each so wide in u, or in units of the edge's u where that is
-# more (far edges matter where densities fall slowly): walkers in the inner over those
-# in the outer say how the density falls.
+# Width of each of two zones before an edge: absolute in u, or relative to the edge's u
+# where that is more (distant edges matter where densities decay slowly).  The ratio of
+# the numbers of walkers in the inner and in the outer zone estimates the decay.
 ZONE, RELATIVE_ZONE = 4.0, 0.2
-# Coordinates of a walker that are looked at, the largest in size.
+# Number of coordinates per walker that are checked, the largest in absolute value.
 NUM_COORDINATES = 8
-# With fewer walkers in the inner zone nothing is extrapolated.
+# With fewer walkers than this in the inner zone nothing is extrapolated.
 MIN_WALKERS = 5
 MAX_FACTOR = 100.0
 
 
 def has_edges(transform: Transform) -> bool:
-    """Whether coordinates may leave the range of floating point before they are infinite themselves."""
+    """Whether x can leave the range of floating point while u is still finite."""
     if isinstance(transform, IndependentTransform):
         return has_edges(transform.base_transform)
     if isinstance(transform, ComposeTransform):
@@ -45,16 +44,15 @@ def has_edges(transform: Transform) -> bool:
 
 @partial(jax.jit, static_argnames="batch_ndims")
 def share_beyond(transform: Transform, position: Array, batch_ndims: int) -> Array:
-    """The share of the density that lies beyond the edges, extrapolated from walkers
-    near them, ``batch``.
+    """Share of the density beyond the edges, ``batch``, from the walkers near them.
 
-    With shares a and b of walkers in the inner and the outer zone a density that keeps
-    falling like that has ``a ρ / (1 − ρ)``, ρ = a / b, beyond the edge.
+    With shares a and b of walkers in the inner and the outer zone, and geometric decay,
+    the share beyond the edge is ``a ρ / (1 − ρ)``, ρ = a / b.
 
     Args:
         transform: x = transform(u).
         position: Equally weighted u, ``(num_chains, num_walkers, *batch, *event)``.
-        batch_ndims: How many batch dimensions there are.
+        batch_ndims: Number of batch dimensions.
     """
     inner, both = (
         _count_near(transform, position, batch_ndims, zones) for zones in (1, 2)
@@ -70,7 +68,7 @@ def share_beyond(transform: Transform, position: Array, batch_ndims: int) -> Arr
 def _count_near(
     transform: Transform, position: Array, batch_ndims: int, num_zones: int
 ) -> Array:
-    """How many coordinates of all walkers are within so many zones of an edge, ``batch``."""
+    """Number of walkers' coordinates within ``num_zones`` of an edge, ``batch``."""
     lead = position.shape[: 2 + batch_ndims]
     flat = position.reshape(*lead, -1)
     num_looked_at = min(NUM_COORDINATES, flat.shape[-1])
@@ -83,13 +81,15 @@ def _count_near(
             num_zones * ZONE,
             jnp.abs(flat) * (1.0 / (1.0 - num_zones * RELATIVE_ZONE) - 1.0),
         )
+
         farther = flat + step * outwards
         first, second = (
             _flushed(transform(u.reshape(position.shape)))
             for u in (farther, farther + outwards)
         )
+
+        # Where x no longer changes with u, or is infinite, u is beyond the edge.
         event_axes = tuple(range(len(lead), first.ndim))
-        # Where x no longer follows u, or has become infinite, u is off the edge.
         return jnp.all(first == second, axis=event_axes) | ~jnp.all(
             jnp.isfinite(first), axis=event_axes
         )
@@ -99,5 +99,5 @@ def _count_near(
 
 
 def _flushed(value: Array) -> Array:
-    """Subnormal numbers as zeros, as processors treat them in some operations and not in others."""
+    """Subnormal numbers as zeros; processors flush them in some operations only."""
     return jnp.where(jnp.abs(value) < jnp.finfo(value.dtype).tiny, 0.0, value)

@@ -1,4 +1,7 @@
-"""Evidence about log Z at one energy site: annealing to it, back from it, and back from data."""
+"""Evidence about log Z at one energy site.
+
+It comes from annealing to the energy, back from it, and back from data rows.
+"""
 
 import math
 from collections.abc import Mapping
@@ -34,13 +37,13 @@ from ebm_ppl.poles import steepest_fall
 from ebm_ppl.reach import share_unreached
 
 NUM_START_DRAWS = 256
-# Walkers that seem to move on are given so many times the moves more.
+# Where walkers seem to drift, this many times the settling moves follow.
 MORE_MOVES = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How evidence is gathered."""
+    """Settings with which evidence is gathered."""
 
     method: str
     kernel: Kernel
@@ -53,13 +56,13 @@ class Plan:
 
 
 class Gathered(NamedTuple):
-    """What :func:`gather` found.
+    """Result of :func:`gather`.
 
     Attributes:
-        evidence: For the certificate.
+        evidence: Input of the certificate.
         forward: The forward pass's walkers.
-        position: Equally weighted ones at the energy, moved on there, ``(num_chains,
-            num_walkers, *batch, *event)``.
+        position: Equally weighted walkers, moved further under the energy itself,
+            ``(num_chains, num_walkers, *batch, *event)``.
         num_evaluations: Energy evaluations spent.
     """
 
@@ -77,12 +80,13 @@ def gather(
     rows: Array | None,
     progress: Progress | None = None,
 ) -> Gathered:
-    """The passes that the method asks for, and what walkers and data rows say about them."""
+    """Run the passes that the method needs, and check them by walkers and data rows."""
     key_forward, key_resample, key_settle, key_reverse, key_data = random.split(
         rng_key, 5
     )
     kernel, options = plan.kernel, plan.options
-    # A reverse pass from given draws needs the forward pass for its ladder alone.
+
+    # Forward pass; a reverse pass from given draws uses only its ladder.
     forward = anneal_site(
         key_forward,
         site,
@@ -97,24 +101,26 @@ def gather(
     num_walkers = plan.num_chains * plan.num_walkers
     per_pass = forward.ladder.betas.shape[0] * num_walkers * options.num_kernel_steps
     spent = per_pass + forward.num_pilot_evaluations
+
     if plan.method == "reverse" and _misses_part_of_the_start(site, key_data):
         raise ValueError(
             f"The energy of site '{site.name}' is infinite on part of its base's "
-            "support, where a reverse pass "
-            "never comes: 1/Ẑ would leave that part out. Use method='bracket' or "
-            "'forward', or a base with the smaller "
+            "support, where a reverse pass never comes: 1/Ẑ would leave that part "
+            "out. Use method='bracket' or 'forward', or a base with the smaller "
             "support."
         )
 
+    # Reverse pass
     position = (
         resampled(key_resample, forward)
         if samples is None
         else site.transform.inv(samples)
     )
     reverse = drift = unreached = None
+
     if plan.method != "forward":
         position, drift, num_moves = _settle(key_settle, site, plan, forward, position)
-        # The pass donates its starting points.
+        # A copy, because the pass donates its starting points.
         start = jnp.copy(position)
         backward = follow(
             key_reverse,
@@ -128,6 +134,8 @@ def gather(
         weights = forward.relative.log_normalizers if samples is None else None
         reverse = pass_of(backward.relative, backward.moves, weights)
         spent += per_pass + num_moves * num_walkers
+
+    # Data rows
     if rows is not None and plan.method != "reverse":
         unreached, more = share_unreached(
             key_data, site, forward, position, rows, kernel, options
@@ -145,25 +153,32 @@ def gather(
         math.prod(position.shape[2 + len(site.distribution.batch_shape) :])
         - steepest_fall(site, position),
     )
+
     return Gathered(evidence, forward, position, spent)
 
 
 def _settle(
     rng_key: Array, site: SiteAtParams, plan: Plan, forward: Annealed, position: Array
 ) -> tuple[Array, Array, int]:
-    """Walkers moved on under the energy, what that changed, and how many moves each made."""
+    """Move walkers further under the energy.
+
+    Returns:
+        Their positions, the changes of their statistics, and the moves per walker.
+    """
     step_size, num_moves = forward.ladder.step_sizes[-1], plan.num_settling_moves
     before, total = position, 0
+
     for key, factor in zip(random.split(rng_key), (1, MORE_MOVES), strict=True):
         position = settle(
             site, key, position, step_size, factor * num_moves, SETTLING_SCALES
         )
         total += factor * num_moves
         drift = changes(site, before, position)
-        # Where something seems to move, more moves show it, and bring the walkers
-        # nearer to where they belong.
+        # Where a drift is suspected, more moves tell whether it is real, and bring the
+        # walkers nearer to equilibrium.
         if not (plan.may_settle_longer and is_drift_suspicious(drift)):
             break
+
     return position, drift, total
 
 
@@ -178,7 +193,10 @@ def _misses_part_of_the_start(site: SiteAtParams, rng_key: Array) -> bool:
 
 
 def _share_beyond(rng_key: Array, site: SiteAtParams, position: Array) -> Array:
-    """Of the energy's density or of its start's, whichever loses more to the range of floating point."""
+    """Share of the density beyond the range of floating point.
+
+    The larger of the shares of the energy's density and of its start's.
+    """
     batch_shape = site.distribution.batch_shape
     if not has_edges(site.transform):
         return jnp.zeros(batch_shape)
@@ -190,7 +208,7 @@ def _share_beyond(rng_key: Array, site: SiteAtParams, position: Array) -> Array:
 
 @jax.jit
 def _magnitude(forward: Annealed) -> Array:
-    """How large the numbers are that the energy is computed as, ``batch``."""
+    """Absolute size of the energy's values, ``batch``."""
     ensemble = forward.relative
     weights = jax.nn.softmax(ensemble.log_weight, axis=1) / ensemble.log_weight.shape[0]
     potential = jnp.abs(ensemble.potential + forward.reference)
@@ -204,7 +222,7 @@ def given_samples(
     num_chains: int,
     num_walkers: int,
 ) -> Array:
-    """Draws of the model that a user gave for one site, checked.
+    """A user's draws of the model for one site, checked.
 
     Raises:
         ValueError: The site is missing, or the shape is not ``(num_chains, num_walkers,
@@ -215,6 +233,7 @@ def given_samples(
             f"samples has sites {sorted(samples)}; expected energy site '{site.name}' "
             "among them."
         )
+
     distribution = site.distribution
     given = jnp.asarray(samples[site.name], float)
     expected = (
@@ -226,15 +245,15 @@ def given_samples(
     if given.shape != expected:
         raise ValueError(
             f"samples['{site.name}'] has shape {given.shape}; expected (num_chains, "
-            "num_walkers, *batch_shape, "
-            f"*event_shape) = {expected}. Pass num_chains= and num_walkers=, or "
-            "reshape the draws."
+            f"num_walkers, *batch_shape, *event_shape) = {expected}. Pass num_chains= "
+            "and num_walkers=, or reshape the draws."
         )
+
     return given
 
 
 def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
-    """Data with every plate at its full size, or, where a batch came in from outside, as they came."""
+    """Data with every plate at full size, or as given if the caller passed a batch."""
     arguments = (bound.rng_key, bound.model, params, bound.arguments)
     full = observations(*arguments)
     try:
@@ -248,7 +267,11 @@ def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
 def data_rows(
     bound: BoundModel, params: Params, max_rows: int | None = None
 ) -> dict[str, Array]:
-    """The usable rows of every observed energy site, evenly at most ``max_rows``, ``(num_rows, *batch, *event)``."""
+    """The usable data rows of every observed energy site.
+
+    Rows are ``(num_rows, *batch, *event)``; of more than ``max_rows``, evenly spaced
+    ones are kept.
+    """
     rows = {}
     for name, found in _observed(bound, params).items():
         energy = unwrap(found.distribution)
@@ -258,11 +281,15 @@ def data_rows(
             or energy.support.is_discrete
         ):
             continue
+
+        # Rows
         own_shape = energy.batch_shape + energy.event_shape
         values = np.broadcast_to(
             np.asarray(found.value), found.distribution.shape()
         ).reshape(-1, *own_shape)
         num_rows = len(values)
+
+        # Usable ones
         checks = (
             np.isfinite(values),
             np.asarray(energy.support(values)),
@@ -271,10 +298,13 @@ def data_rows(
         values = values[
             np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)
         ]
+
+        # Thin
         if max_rows is not None and len(values) > max_rows:
             values = values[
                 np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))
             ]
         if len(values):
             rows[name] = jnp.asarray(values, float)
+
     return rows

@@ -1,4 +1,4 @@
-"""Langevin moves and the weight of the kernel that really runs.
+"""Langevin kernels and the log weights of their moves.
 
 A kernel moves walkers in coordinates u under a potential U(u) and returns the
 log-weight increment that keeps ``E[exp(A) f(u)]`` proportional to the integral of ``f
@@ -17,9 +17,9 @@ from jax.typing import ArrayLike
 
 
 class KernelState(NamedTuple):
-    """What the next move needs: the position, and the potential and its gradient there.
+    """Position of every walker, with the potential and its gradient there.
 
-    ``aux`` is any tree of per-walker values at the position; it follows the walker.
+    ``aux`` is any tree of per-walker values at the position, moved with the walker.
     """
 
     position: Array
@@ -33,7 +33,7 @@ Evaluate = Callable[[Array], KernelState]
 
 
 class KernelInfo(NamedTuple):
-    """What a move reports: the log-weight increment and the acceptance probability, per walker."""
+    """Log-weight increment and acceptance probability of a move, per walker."""
 
     log_weight: Array
     acceptance: Array
@@ -64,11 +64,10 @@ def _with_event_dims(value: Array, num_event_dims: int) -> Array:
 def log_transition_difference(
     current: KernelState, proposal: KernelState, step_size: Array
 ) -> Array:
-    """``α(x, y) − α(y, x)``: the log ratio ``exp(−U(y)) q(y→x) / exp(−U(x)) q(x→y)`` of
-    a Langevin step.
+    """Log Metropolis–Hastings ratio ``α(x, y) − α(y, x)`` of a Langevin step.
 
-    ``α(x, y) = U(x) + ½ (y − x)·∇U(x) + ¼ h ‖∇U(x)‖²`` (Carbone et al. 2023, Algorithm
-    1).
+    This is the log of ``exp(−U(y)) q(y→x) / exp(−U(x)) q(x→y)``, with ``α(x, y) = U(x)
+    + ½ (y − x)·∇U(x) + ¼ h ‖∇U(x)‖²`` (Carbone et al. 2023, Algorithm 1).
 
     Args:
         current: x with its potential and gradient.
@@ -86,8 +85,8 @@ def log_transition_difference(
 def _langevin_proposal(
     rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array
 ) -> KernelState:
-    # Drawn flat: the generator computes an index per dimension of the shape it is asked
-    # for.
+    # Drawn flat: the generator computes one index per dimension of the shape that it is
+    # given.
     noise = random.normal(
         rng_key, (state.position.size,), state.position.dtype
     ).reshape(state.position.shape)
@@ -98,11 +97,11 @@ def _langevin_proposal(
 
 @dataclass(frozen=True)
 class ULA:
-    """Unadjusted Langevin: ``y = x − h ∇U(x) + √(2h) ξ``, weighted by ``A += α(x, y) −
-    α(y, x)``.
+    """Unadjusted Langevin: ``y = x − h ∇U(x) + √(2h) ξ``.
 
     The kernel of Carbone et al. (2023), Algorithm 1.  Its bias is corrected by the
-    weights, so expectations belong to the *weighted* walkers.
+    weights, ``A += α(x, y) − α(y, x)``, so expectations are taken over *weighted*
+    walkers.
 
     Args:
         step_size: h, in squared units of the base-standard coordinates.  Kept fixed.
@@ -122,10 +121,10 @@ class ULA:
 
 @dataclass(frozen=True)
 class MALA:
-    """Metropolis-adjusted Langevin: the same proposal, accepted with ``min(1, exp(α(x,
-    y) − α(y, x)))``.
+    """Metropolis-adjusted Langevin: the proposal of :class:`ULA`, accepted or rejected.
 
-    It leaves exp(−U) invariant, so weights do not change in a move.  A proposal whose
+    The acceptance probability is ``min(1, exp(α(x, y) − α(y, x)))``.  The kernel leaves
+    exp(−U) invariant, so a move does not change the weights.  A proposal whose
     potential is not finite is rejected.
 
     Args:
@@ -144,10 +143,13 @@ class MALA:
         self, rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array
     ) -> tuple[KernelState, KernelInfo]:
         """Move every walker once; see the module's shapes."""
+        # Propose
         key_proposal, key_accept = random.split(rng_key)
         proposal = _langevin_proposal(key_proposal, state, evaluate, step_size)
         log_ratio = log_transition_difference(state, proposal, step_size)
         log_ratio = jnp.where(jnp.isfinite(proposal.potential), log_ratio, -jnp.inf)
+
+        # Accept
         log_uniform = jnp.log1p(
             -random.uniform(key_accept, log_ratio.shape, log_ratio.dtype)
         )
@@ -159,6 +161,7 @@ class MALA:
             state,
             proposal,
         )
+
         acceptance = jnp.where(
             jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0))
         )
@@ -166,7 +169,7 @@ class MALA:
 
 
 def initial_step_size(kernel: Kernel, dimension: int) -> float:
-    """The kernel's own step size, or the optimal scaling for a standard normal of ``dimension``."""
+    """The kernel's step size, or the optimum for a standard normal of ``dimension``."""
     return (
         1.36 * dimension ** (-1.0 / 3.0)
         if kernel.step_size is None
@@ -177,7 +180,7 @@ def initial_step_size(kernel: Kernel, dimension: int) -> float:
 def adapt_step_size(
     kernel: Kernel, step_size: Array, acceptance: Array, gain: ArrayLike = 0.05
 ) -> Array:
-    """One Robbins–Monro step on ``log h`` towards the kernel's target acceptance; constant gain."""
+    """One Robbins–Monro step of constant gain on ``log h`` to the target acceptance."""
     if kernel.target_acceptance is None:
         return step_size
     return step_size * jnp.exp(gain * (acceptance - kernel.target_acceptance))
@@ -191,7 +194,7 @@ def move(
     step_size: Array,
     num_steps: int,
 ) -> tuple[KernelState, KernelInfo]:
-    """Apply ``kernel`` ``num_steps`` times; log weights add up, acceptances are averaged."""
+    """Apply ``kernel`` ``num_steps`` times; sum log weights, average acceptances."""
     if num_steps == 1:
         return kernel.step(rng_key, state, evaluate, step_size)
 

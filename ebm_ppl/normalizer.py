@@ -1,4 +1,4 @@
-"""log Z of energies at fixed parameters: annealing in both directions, quadrature, enumeration."""
+"""log Z of energies at fixed parameters, by annealing, quadrature or enumeration."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -34,9 +34,9 @@ from ebm_ppl.pointwise import require_pointwise
 from ebm_ppl.resampling import systematic
 
 METHODS = ("bracket", "forward", "reverse", "quadrature", "enumeration")
-# Data rows that quadrature is checked at; where there are more, evenly spaced ones.
+# Data rows at which quadrature is checked; of more, evenly spaced ones.
 MAX_EXACT_ROWS = 4096
-# Moves under the energy itself: resampled copies part, and a drift shows.
+# Moves under the energy itself, which separate resampled copies and reveal a drift.
 NUM_SETTLING_MOVES = 1024
 
 
@@ -64,46 +64,46 @@ def log_normalizer(
     ``method``:
 
     - ``"bracket"``: annealed sequential Monte Carlo from the starting distribution to
-      the energy, whose Ẑ is unbiased, and back from draws of the model, whose 1/Ẑ is.
-      Walkers are fresh and follow a protocol that a pilot chose (temperatures by
+      the energy, with an unbiased Ẑ, and back from draws of the model, with an unbiased
+      1/Ẑ.  Walkers are fresh and follow a protocol that a pilot chose (temperatures by
       conditional ESS, step sizes by acceptance).  The reverse pass bounds log Z from
-      above as far as its starting draws are the model's: it takes ``samples``, or the
-      forward pass's endpoints, resampled and moved on.  Where the model holds data at
-      the site, rows that forward annealing does not reach are looked for.
-    - ``"forward"``, ``"reverse"``: one of the two.
+      above if its starting draws are the model's: ``samples``, or the forward pass's
+      endpoints, resampled and moved further.  Where the model has data at the site,
+      rows that forward annealing does not reach are searched for.
+    - ``"forward"``, ``"reverse"``: one of the two passes.
     - ``"quadrature"``: for one or two unconstrained dimensions; differentiable, so it
       may stand inside a model.
     - ``"enumeration"``: for finite discrete supports; differentiable too.
 
-    Whatever speaks against a result is in its ``flags``.  A far mode that neither
-    walkers nor data have seen cannot be noticed.
+    Every reason to doubt a result is in its ``flags``.  A distant mode that neither
+    walkers nor data have visited cannot be detected.
 
     Args:
-        rng_key: A JAX PRNG key; None will do for exact methods.
+        rng_key: A JAX PRNG key; may be None for exact methods.
         model: A NumPyro model with energy sites, or an :class:`EnergyDistribution`,
             whose site is then named 'x'.
-        params: Constrained parameters by site name, all that the model has, such as
+        params: All constrained parameters of the model by site name, such as
             ``fit.params``.
         args: The model's positional arguments; data at the energy sites may be left
             out.
         method: See above.
-        num_chains: Independent islands, at least 2; the standard error and its t
-            quantiles rest on them.
+        num_chains: Independent islands, at least 2, from which the standard error and
+            its t quantiles are computed.
         num_walkers: Walkers per island.
         num_temperatures: Rungs of each pass; None takes 32 times what the pilot needed.
         budget: Energy evaluations to spend on the walkers of all sites, instead of
-            ``num_temperatures``; the pilot and the data rows come on top.
+            ``num_temperatures``; the pilot and the data rows cost extra.
         num_kernel_steps: Moves per rung.
         kernel: :class:`MALA` or :class:`ULA`; None takes MALA with adapted steps.
         samples: Draws of the model by site name, ``(num_chains, num_walkers,
             *batch_shape, *event_shape)``, to start the reverse pass from.
-        num_points: Of the quadrature, per dimension; None takes 2,049 in one dimension,
+        num_points: Quadrature points per dimension; None takes 2,049 in one dimension,
             513 in two.
         tolerance: Widest bracket, in nats, that is certified.
         batch_ndims: Leading axes of ``params`` that are draws, as in
             ``numpyro.infer.log_likelihood``: 1 or 2 (chain, draw).  log Z is then found
             at the draw in the middle and bridged from there to every draw.
-        progress_bar: Show the temperatures done, once a second.
+        progress_bar: Show the number of temperatures done, after the first second.
         kwargs: The model's keyword arguments.
 
     Raises:
@@ -126,6 +126,7 @@ def log_normalizer(
     ):
         if value is not None and value < 1:
             raise ValueError(f"{option} = {value}; expected at least 1.")
+
     if budget is not None and num_temperatures is not None:
         raise ValueError(
             "Both budget and num_temperatures are given; expected one of them."
@@ -135,25 +136,30 @@ def log_normalizer(
             "method = 'reverse' with batch_ndims: bridges start from forward walkers; "
             "use 'bracket'."
         )
-    # Loops index what is substituted in them, which NumPy's arrays refuse under a
-    # trace.
+
+    # JAX arrays: loops in the model index parameters by a tracer, which NumPy arrays
+    # refuse.
     params = {} if params is None else jax.tree.map(jnp.asarray, dict(params))
     draws, lead = _flatten_draws(params, batch_ndims)
     one = params if draws is None else _draw_in_the_middle(draws)
     is_exact = method in ("quadrature", "enumeration")
     key_bind = random.key(0) if rng_key is None else rng_key
+
     bound, found = bind(key_bind, model, one, args, kwargs, compiled=not is_exact)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
     belongs_to: dict[str, Any] = {
         "params": params,
         "conditions": conditions(bound, one, found),
     }
+
+    # Exact methods
     if is_exact:
         seen = (
             {}
             if isinstance(model, EnergyDistribution)
             else data_rows(bound, one, MAX_EXACT_ROWS)
         )
+
         exact = {}
         for name, distribution in found.items():
             at_site = seen.get(name)
@@ -166,6 +172,7 @@ def log_normalizer(
                     )
                 )
             )
+
         if isinstance(model, EnergyDistribution):
             marks = {"x": fingerprint(model)}
         else:
@@ -173,11 +180,14 @@ def log_normalizer(
                 bound, first, {name: _few(points) for name, points in seen.items()}
             )
         return _collect(exact, lead, method, fingerprints=marks, **belongs_to)
+
+    # Plan
     if rng_key is None:
         raise ValueError(
             f"method = {method!r} is stochastic; expected a PRNG key such as "
             "jax.random.key(0)."
         )
+
     num_settling_moves = NUM_SETTLING_MOVES
     if budget is not None:
         per_move = num_chains * num_walkers * len(found)
@@ -187,9 +197,10 @@ def log_normalizer(
         if num_temperatures < 2:
             raise ValueError(
                 f"budget = {budget} pays for {num_temperatures} temperatures of "
-                f"{num_chains} x {num_walkers} walkers; "
-                "expected at least 2. Spend more, or take fewer walkers."
+                f"{num_chains} x {num_walkers} walkers; expected at least 2. Spend "
+                "more, or take fewer walkers."
             )
+
     plan = Plan(
         method,
         MALA() if kernel is None else kernel,
@@ -200,9 +211,12 @@ def log_normalizer(
         num_settling_moves,
         may_settle_longer=budget is None,
     )
+
+    # Anneal
     rows = data_rows(bound, one)
     sites, num_evaluations, keys = {}, 0, random.split(rng_key, len(found))
     visited = {}
+
     for index, (name, distribution) in enumerate(found.items()):
         if distribution.support.is_discrete:
             raise ValueError(
@@ -210,6 +224,7 @@ def log_normalizer(
                     distribution.base, name, "annealing, which moves by Langevin steps,"
                 )
             )
+
         transform = standardizing_transform(starting_distribution(distribution, name))
         site = SiteAtParams(name, bound, one, transform)
         key_site, key_resample, key_settle, key_bridge = random.split(keys[index], 4)
@@ -218,6 +233,7 @@ def log_normalizer(
             if samples is None
             else given_samples(site, samples, num_chains, num_walkers)
         )
+
         with tqdm(
             desc=f"log Z[{name}]",
             unit="temperature",
@@ -232,16 +248,18 @@ def log_normalizer(
                 rows.get(name),
                 partial(_report, bar, method),
             )
+
         sites[name] = certify(found_here.evidence, tolerance)
         num_evaluations += found_here.num_evaluations
 
-        # Where walkers and data are, whoever takes this log Z must have the same
-        # energy.
+        # Fingerprints at the walkers and the data: a model that uses this log Z must
+        # have the same energy there.
         walkers = transform(found_here.forward.ensemble.position)
         visited[name] = _few(walkers.reshape(-1, *walkers.shape[2:]))
         if name in rows:
             visited[name] = jnp.concatenate([visited[name], _few(rows[name])])
 
+        # Bridge to the draws
         if draws is not None:
             forward = found_here.forward
             step_size = forward.ladder.step_sizes[-1]
@@ -252,11 +270,13 @@ def log_normalizer(
                 step_size,
                 NUM_SETTLING_MOVES,
             )
+
             reference = Reference(site, sites[name], position, step_size)
             sites[name], spent = bridge_to_draws(
                 key_bridge, reference, draws, plan, tolerance, rows.get(name)
             )
             num_evaluations += spent + NUM_SETTLING_MOVES * num_chains * num_walkers
+
     marks = fingerprints(bound, first, visited)
     return _collect(
         sites,
@@ -269,13 +289,16 @@ def log_normalizer(
 
 
 def _few(points: Array) -> Array:
-    """As many points as a fingerprint keeps of one kind, evenly."""
+    """Evenly spaced points, as many as a fingerprint keeps of one kind."""
     num = min(len(points), points_kept(points.shape[1:]))
     return points[np.linspace(0, len(points) - 1, num).astype(int)]
 
 
 def _spread(num_moves: int, method: str, num_kernel_steps: int) -> tuple[int, int]:
-    """How many temperatures a pass gets, and how many settling moves (no more than that), out of a walker's moves."""
+    """Split a walker's moves into temperatures per pass and settling moves.
+
+    There are no more settling moves than temperatures.
+    """
     if method == "forward":
         return num_moves // num_kernel_steps, 0
     num_temperatures = num_moves // (2 * num_kernel_steps + 1)
@@ -287,15 +310,15 @@ def _spread(num_moves: int, method: str, num_kernel_steps: int) -> tuple[int, in
 def _flatten_draws(
     params: Params, batch_ndims: int
 ) -> tuple[Params | None, tuple[int, ...]]:
-    """Draws with one leading axis, and the axes that they had."""
+    """Draws with one leading axis, and the sizes of their original leading axes."""
     if batch_ndims == 0:
         return None, ()
     leads = {jnp.shape(leaf)[:batch_ndims] for leaf in jax.tree.leaves(params)}
     if len(leads) != 1 or len(lead := leads.pop()) != batch_ndims:
         raise ValueError(
             f"params should be draws with {batch_ndims} leading axes (batch_ndims), "
-            "the same for every parameter; "
-            f"found shapes {jax.tree.map(jnp.shape, params)}."
+            "the same for every parameter; found shapes "
+            f"{jax.tree.map(jnp.shape, params)}."
         )
     return jax.tree.map(
         lambda leaf: jnp.reshape(leaf, (-1, *jnp.shape(leaf)[batch_ndims:])), params
@@ -303,7 +326,7 @@ def _flatten_draws(
 
 
 def _draw_in_the_middle(draws: Params) -> Params:
-    """The draw nearest to the mean, every coordinate in units of its spread."""
+    """The draw nearest to the mean, with coordinates in units of their spread."""
 
     def distance(leaf: Array) -> Array:
         flat = leaf.reshape(leaf.shape[0], -1)
@@ -323,7 +346,7 @@ def _collect(
     method: str,
     **options: Any,
 ) -> LogNormalizer:
-    """Give the draws' axis back the shape that the draws had."""
+    """Collect the sites, with the draws' original leading axes restored."""
     if lead:
         for name, site in sites.items():
             arrays = {
@@ -331,6 +354,7 @@ def _collect(
                 for column, value in site._asdict().items()
                 if column not in ("flags", "log_normalizers")
             }
+
             islands = site.log_normalizers
             sites[name] = site._replace(
                 **arrays,
@@ -338,6 +362,7 @@ def _collect(
                     islands.shape[0], *lead, *islands.shape[2:]
                 ),
             )
+
     return LogNormalizer.from_sites(sites, method, batch_ndims=len(lead), **options)
 
 
@@ -373,7 +398,7 @@ def _exactly_at_draws(
     num_points: int | None,
     rows: Array | None,
 ) -> Exact:
-    """One exact log Z per draw; NaN, and a flag, where it cannot be told."""
+    """One exact log Z per draw; NaN and a flag where it could not be computed."""
 
     @jax.jit
     def at_draws(

@@ -1,4 +1,4 @@
-"""Fresh walkers of an energy site at given parameters: exact draws of its start, annealed to the energy."""
+"""Fresh walkers of an energy site: exact draws of its start, annealed to the energy."""
 
 import math
 import time
@@ -42,8 +42,8 @@ from ebm_ppl.weights import ess_fraction
 NUM_PILOT_WALKERS = 256
 MAX_PILOT_RUNGS = 1000
 SECONDS_PER_PIECE = 0.5
-# One step size is refused in places much narrower than itself, so that nothing seems to
-# move into them. Half of the moves take full steps: resampled copies must part as well.
+# Moves into places much narrower than the step size are rejected, so smaller steps are
+# taken too. Half of the moves take full steps, to separate resampled copies.
 SETTLING_SCALES = (1.0, 1 / 4, 1.0, 1 / 16, 1.0, 1 / 64)
 
 Progress = Callable[[int, int], object]
@@ -51,14 +51,14 @@ Progress = Callable[[int, int], object]
 
 
 class Annealed(NamedTuple):
-    """Where a ladder led.
+    """Walkers at the end of a ladder.
 
     Attributes:
-        relative: The walkers at the ladder's end, as if the energy were lower by
+        relative: The walkers, with potentials and log normalisers of the energy minus
             ``reference``.
         ladder: The ladder that they followed.
-        moves: What the moves amounted to.
-        reference: What the site's ``reference`` was, ``batch``.
+        moves: Statistics of the moves.
+        reference: The site's ``reference`` during the run, ``batch``.
         num_pilot_evaluations: Energy evaluations of the pilot that chose the ladder.
     """
 
@@ -70,7 +70,7 @@ class Annealed(NamedTuple):
 
     @property
     def ensemble(self) -> Ensemble:
-        """The walkers at the ladder's end, weights and potentials those of the energy itself."""
+        """The walkers, with potentials and log normalisers of the energy itself."""
         return _absolute(self.relative, self.reference)
 
 
@@ -89,12 +89,11 @@ def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
 )
 @dataclass(frozen=True)
 class SiteAtParams:
-    """One energy site of a model at fixed (unconstrained) parameters, in coordinates
-    ``transform``.
+    """One energy site of a model at fixed unconstrained parameters.
 
-    ``reference``, of the batch shape, is subtracted from the energy along the path:
-    sums of log weights then hold numbers as small as the energy's variation, whatever
-    constant it contains.
+    ``transform`` maps positions to values.  ``reference``, of the batch shape, is
+    subtracted from the energy along the path: sums of log weights are then as small as
+    the energy's variation, whatever constant it contains.
     """
 
     name: str
@@ -105,22 +104,23 @@ class SiteAtParams:
 
     @property
     def distribution(self) -> EnergyDistribution:
-        """The energy distribution, rebuilt inside whatever trace asks."""
+        """The energy distribution, rebuilt in the current trace."""
         return self.bound.energies(self.params)[self.name]
 
     @property
     def dimension(self) -> int:
-        """Number of event dimensions' elements."""
+        """Number of elements of an event."""
         return math.prod(self.distribution.event_shape)
 
     def path(self) -> Path:
-        """From the starting distribution to the energy."""
+        """The path from the starting distribution to the energy."""
         distribution, reference = self.distribution, self.reference
         path = annealing_path(
             distribution, starting_distribution(distribution, self.name), self.transform
         )
         if reference is None:
             return path
+
         return path._replace(
             difference=lambda position: path.difference(position) - reference
         )
@@ -143,27 +143,27 @@ def anneal_site(
     num_temperatures: int | None,
     progress: Progress | None = None,
 ) -> Annealed:
-    """Fresh walkers at the site's parameters, from exact draws of its starting
-    distribution.
+    """Fresh walkers at the site's parameters, from exact draws of its start.
 
-    A pilot decides the temperatures and step sizes; where the starting distribution
-    already is the energy (conditional ESS over 0.9999) there is nothing to anneal.
+    A pilot chooses the temperatures and step sizes.  Where the starting distribution
+    already is the energy (ESS fraction over 0.9999), nothing is annealed.
 
     Args:
         rng_key: A JAX PRNG key.
         site: The site.
         kernel: How walkers move.
-        options: How many moves a temperature gets, and when islands resample.
-        num_chains: Islands.
+        options: See :class:`AnnealingOptions`.
+        num_chains: Number of islands.
         num_walkers: Walkers per island.
-        num_temperatures: Rungs; None takes 32 times the number the pilot needed, at
-            least 128.
-        progress: Called with the number of temperatures just done and of all, about
-            twice a second.
+        num_temperatures: Number of rungs; None takes 32 times the number the pilot
+            needed, at least 128.
+        progress: Called about twice a second with the number of temperatures done since
+            the last call, and the total.
     """
     key_pilot, key_start, key_run = random.split(rng_key, 3)
     at_start, level = _at_start(site, key_pilot)
     site = replace(site, reference=level)
+
     if bool(at_start):
         step_size = jnp.full(
             site.distribution.batch_shape, initial_step_size(kernel, site.dimension)
@@ -171,9 +171,10 @@ def anneal_site(
         ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
         trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
         return Annealed(ensemble, trivial, unmoved(step_size), level, NUM_PILOT_WALKERS)
+
+    # Pilot
     pilot, level = _pilot(site, kernel, options, key_pilot)
-    # Where the energy's walkers are, and not where the base's are: there D may be
-    # larger by far.
+    # Take the reference at the energy's walkers: at the base's, D may be far larger.
     site = replace(site, reference=site.reference + level)
     rungs = int(pilot.num_rungs)
     if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
@@ -182,10 +183,14 @@ def anneal_site(
                 site, key_pilot, pilot.ladder.betas[rungs - 1], rungs
             )
         )
+
+    # Ladder
     if num_temperatures is None:
         # Powers of two, so that a few compiled lengths serve every call.
         num_temperatures = max(128, 2 ** math.ceil(math.log2(32 * rungs)))
     ladder = _refine(pilot, num_temperatures)
+
+    # Anneal
     start = draw(site, key_start, (num_chains, num_walkers))
     annealed = follow(key_run, site, kernel, options, ladder, start, progress)
     per_rung = options.num_kernel_steps + NUM_SETTLING_MOVES
@@ -203,13 +208,14 @@ def follow(
     position: Array,
     progress: Progress | None = None,
 ) -> Annealed:
-    """Walkers at ``position``, draws under U at ``ladder.start``, carried along the
-    ladder in compiled pieces.
+    """Carry walkers along a ladder in compiled pieces.
 
-    ``position`` is donated.
+    They start at ``position``, which holds draws under U at ``ladder.start`` and is
+    donated.
     """
     climb, total = _begin(site, position, ladder.start), ladder.betas.shape[0]
     done, length = 0, total if progress is None else 1
+
     while done < total:
         length = min(length, total - done)
         began = time.perf_counter()
@@ -217,10 +223,11 @@ def follow(
             site, kernel, options, rng_key, climb, ladder, done, done + length
         )
         done += length
+
         if progress is not None:
             jax.block_until_ready(climb)
             progress(length, total)
-            # The first piece compiles and says nothing about speed.
+            # The first piece includes compilation, so its time gives no speed.
             length = (
                 16
                 if done == 1
@@ -228,6 +235,7 @@ def follow(
                     1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began))
                 )
             )
+
     moves = climb.moves._replace(acceptance=climb.moves.acceptance / total)
     reference = (
         jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
@@ -236,7 +244,7 @@ def follow(
 
 
 def resampled(rng_key: Array, annealed: Annealed) -> Array:
-    """Positions with equal weights: every island resampled by its weights, copies next to each other."""
+    """Equally weighted positions: every island resampled, with copies adjacent."""
     ensemble = annealed.relative
     everywhere = jnp.ones(ensemble.log_normalizer.shape, bool)
     return resample_islands(rng_key, ensemble, everywhere, systematic).position
@@ -251,7 +259,10 @@ def settle(
     num_moves: int,
     scales: tuple[float, ...] = (1.0,),
 ) -> Array:
-    """Move walkers on under the energy itself, by MALA whose steps are ``step_size`` times the ``scales`` in turn."""
+    """Move walkers under the energy itself by MALA.
+
+    Step sizes are ``step_size`` times each of ``scales`` in turn.
+    """
     evaluate = partial(evaluate_at, site.distribution, site.transform)
     factors = jnp.asarray(scales, step_size.dtype)
 
@@ -270,31 +281,29 @@ def _why_annealing_stopped(
     if num_nan:
         return (
             f"The energy of site '{site.name}' is NaN at {num_nan} of "
-            f"{difference.size} draws of its base (or start), "
-            "at the given parameters. Make it finite, or +inf, over the whole support: "
-            "guard logarithms and roots, or "
-            "choose a base with the energy's own support."
+            f"{difference.size} draws of its base (or start), at the given parameters. "
+            "Make it finite, or +inf, over the whole support: guard logarithms and "
+            "roots, or choose a base with the energy's own support."
         )
+
     return (
         f"Annealing walkers of energy site '{site.name}' from its base to the given "
-        "parameters stopped at inverse "
-        f"temperature {float(beta):.3g} after {rungs} temperatures. The energy is far "
-        "from the base, or not bounded "
-        "below: rescale it, start from smaller parameters (a last layer of zeros "
-        "starts at the base itself), or name a "
-        "closer start=."
+        f"parameters stopped at inverse temperature {float(beta):.3g} after {rungs} "
+        "temperatures. The energy is far from the base, or not bounded below: rescale "
+        "it, start from smaller parameters (a last layer of zeros starts at the base "
+        "itself), or name a closer start=."
     )
 
 
 @jax.jit
 def _at_start(site: SiteAtParams, rng_key: Array) -> tuple[Array, Array]:
-    """Whether the starting distribution already is the energy, and the level of D there."""
+    """Whether the starting distribution already is the energy, and the level of D."""
     difference = site.path().difference(site.draw(rng_key, (1, NUM_PILOT_WALKERS)))
     return jnp.all(ess_fraction(-difference, axis=1) > 0.9999), _level(difference)
 
 
 def _level(difference: Array) -> Array:
-    """Median over walkers of what is finite, ``batch``; 0 where nothing is."""
+    """Median over walkers of the finite values, ``batch``; 0 where there are none."""
     level = jnp.nanmedian(
         jnp.where(jnp.isfinite(difference), difference, jnp.nan), axis=(0, 1)
     )
@@ -305,12 +314,13 @@ def _level(difference: Array) -> Array:
 def _pilot(
     site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_key: Array
 ) -> tuple[Pilot, Array]:
-    """The protocol, and the level of D where it leads."""
+    """The pilot run, and the level of D at its final walkers."""
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (1, NUM_PILOT_WALKERS))
     step_size = jnp.full(
         site.distribution.batch_shape, initial_step_size(kernel, site.dimension)
     )
+
     pilot = run_pilot(
         kernel,
         key_run,

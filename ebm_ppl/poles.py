@@ -1,9 +1,9 @@
-"""Points at which an energy falls like ``a log r``: with a near the dimension d mass
-hides there, over it it diverges.
+"""Poles of an energy: points near which it falls like ``a log r``.
 
-The mass within r of such a point goes as ``r^(d − a)``.  Walkers never come nearer to
-it than their steps are long, and nothing drifts at the distances that they know.
-Descending the energy from the lowest walkers finds the point.
+The mass within r of such a point scales as ``r^(d − a)`` in d dimensions: with a near d
+walkers miss it, and with a over d the integral diverges.  Walkers come no nearer to the
+point than a step length, and show no drift at the distances they visit.  Descending the
+energy from the lowest walkers finds the point.
 """
 
 import itertools
@@ -20,20 +20,22 @@ from ebm_ppl.kernels import KernelState
 from ebm_ppl.placement import SiteAtParams
 
 NUM_STARTS, NUM_STEPS, NUM_DIRECTIONS = 8, 200, 8
-# Distances at which the energy is looked at, in units of the walkers' spread, each a
+# Distances at which the energy is evaluated, in units of the walkers' spread, each a
 # hundredth of the one before: a narrow well is flat at some of them, a pole at none.
 RADII = (1e-1, 1e-3, 1e-5)
 
 
 @jax.jit
 def steepest_fall(site: SiteAtParams, position: Array) -> Array:
-    """How many nats U falls per e-fold of distance to the lowest points nearby,
-    ``batch``: a at a pole, else near 0.
+    """Nats that U falls per e-fold of distance to the lowest points nearby, ``batch``.
+
+    This is a at a pole, and near 0 elsewhere.
 
     Args:
         site: The site.
         position: Walkers at the energy, ``(num_chains, num_walkers, *batch, *event)``.
     """
+    # Lowest walkers
     flat = position.reshape(-1, *position.shape[2:])
     potential = potential_at(site.distribution, site.transform, flat)
     event_axes = tuple(range(potential.ndim, flat.ndim))
@@ -43,16 +45,19 @@ def steepest_fall(site: SiteAtParams, position: Array) -> Array:
         jnp.mean(jnp.var(flat, axis=0), axis=tuple(axis - 1 for axis in event_axes))
     )
 
+    # Descend
     centre = _descend(
         site, start, jnp.broadcast_to(RADII[0] * spread, lowest.shape), event_axes
     )
 
-    # NumPy's numbers: the same whatever JAX's types and generators are.
+    # NumPy's generator: its numbers do not depend on JAX's dtypes or PRNG.
     numbers = np.random.default_rng(0).normal(
         size=(NUM_DIRECTIONS, *(flat.shape[axis] for axis in event_axes))
     )
     lengths = np.sqrt((numbers**2).sum(tuple(range(1, numbers.ndim)), keepdims=True))
     directions = jnp.asarray(numbers / lengths, flat.dtype)
+
+    # Slope
     around = [
         _at_distance(site, centre, radius * spread, directions, event_axes)
         for radius in RADII
@@ -71,7 +76,7 @@ def _with_event(values: Array, event_axes: tuple[int, ...]) -> Array:
 def _descend(
     site: SiteAtParams, start: Array, step: Array, event_axes: tuple[int, ...]
 ) -> Array:
-    """Steps down the slope whose length follows their success."""
+    """Gradient descent whose step grows on success and halves on failure."""
     evaluate = partial(evaluate_at, site.distribution, site.transform)
 
     def body(_: int, carry: tuple[KernelState, Array]) -> tuple[KernelState, Array]:
@@ -81,6 +86,7 @@ def _descend(
         proposal = evaluate(
             state.position - _with_event(length, event_axes) * state.grad
         )
+
         is_lower = proposal.potential < state.potential
 
         def choose(new: Array, old: Array) -> Array:
@@ -104,12 +110,13 @@ def _at_distance(
     directions: Array,
     event_axes: tuple[int, ...],
 ) -> Array:
-    """Mean potential at points around, ``(num_starts, *batch)``."""
+    """Mean potential at points around each centre, ``(num_starts, *batch)``."""
     num_batch_dims = centre.ndim - 1 - len(event_axes)
     offsets = directions.reshape(
         len(directions), 1, *(1,) * num_batch_dims, *directions.shape[1:]
     )
     points = centre + _with_event(radius, event_axes) * offsets
+
     potential = potential_at(
         site.distribution, site.transform, points.reshape(-1, *points.shape[2:])
     )

@@ -1,11 +1,10 @@
-"""Data rows where annealing from the base does not lead: a mode that log Z lacks.
+"""Data rows that annealing from the base does not reach: modes missing from log Z.
 
-A trajectory that ends at x and is followed back to the base weighs, on average, ``q(x)
-/ (base(x) exp(−E(x)))``, where q is the density of forward annealing's unweighted
-endpoints; times Ẑ this is about 1 wherever annealing leads.  Rows move on under the
-energy first: a plain outlier comes back to the others, a row in a mode of its own stays
-there.  One trajectory is noisy, so rows that weigh little are tried again, many times
-each.
+A trajectory from x back to the base has mean weight ``q(x) / (base(x) exp(−E(x)))``,
+where q is the density of forward annealing's unweighted endpoints; times Ẑ this is
+about 1 wherever annealing leads.  Rows first move under the energy: a plain outlier
+returns to the others, a row in a mode of its own stays there.  A single trajectory is
+noisy, so rows of low weight are repeated many times.
 """
 
 import jax
@@ -22,11 +21,11 @@ NUM_ROWS = 256
 NUM_ROW_MOVES = 256
 NUM_SUSPECTS = 8
 NUM_REPEATS = NUM_ROWS // NUM_SUSPECTS
-# A single trajectory that weighs less than exp(−5) casts doubt on its row: one in 150
-# of an honest row's, by Markov's inequality, if weights were as likely to be so small
-# as so large.
+# A row is suspect if its single trajectory has a weight under exp(−5).  Of a row that
+# annealing reaches that is about one trajectory in 150, by Markov's inequality, if
+# weights are as likely to be that small as that large.
 SUSPECT_NATS = 5.0
-# A thousand walkers then come there less than once.
+# At a mean weight under exp(−7), a thousand walkers come there less than once.
 UNREACHED_NATS = 7.0
 
 
@@ -39,12 +38,12 @@ def share_unreached(
     kernel: Kernel,
     options: AnnealingOptions,
 ) -> tuple[Array, int]:
-    """Share of the rows looked at where annealing does not lead; 0 where repeats do not
-    confirm a single one.
+    """Share of the checked rows that annealing does not reach.
 
-    A row is confirmed where the mean weight of its repeats is under exp(−7) and *each*
-    of them under the median of trajectories that start from the model's own walkers: by
-    chance 2^−32 for a row that is like these, however noisy.
+    It is 0 unless repeats confirm at least one row.  A row is confirmed where the mean
+    weight of its repeats is under exp(−7) and *each* of them is under the median of
+    trajectories that start from the model's own walkers.  A row that is like these
+    walkers is confirmed by chance with probability 2^−32, however noisy the weights.
 
     Args:
         rng_key: A JAX PRNG key.
@@ -54,11 +53,12 @@ def share_unreached(
             *batch, *event)``.
         rows: All usable data rows, ``(num_rows, *batch, *event)``.
         kernel: How trajectories move.
-        options: How often; they do not resample.
+        options: How many moves a temperature gets; trajectories do not resample.
 
     Returns:
-        The share, ``batch``, and how many energy evaluations it took.
+        The share, ``batch``, and the number of energy evaluations.
     """
+    # Rows
     key_pick, key_first, key_again, key_null = random.split(rng_key, 4)
     positions = site.transform.inv(rows)
     num_looked_at = min(rows.shape[0], NUM_ROWS)
@@ -73,6 +73,7 @@ def share_unreached(
     def weigh(key: Array, position: Array) -> Array:
         return _weights_back(key, site, forward, position, kernel, options)
 
+    # One trajectory each
     ratios = weigh(key_first, chosen)
     per_pass = NUM_ROWS * (
         forward.ladder.betas.shape[0] * options.num_kernel_steps + NUM_ROW_MOVES
@@ -81,47 +82,54 @@ def share_unreached(
     if not bool(jnp.any(ratios < -SUSPECT_NATS)):
         return jnp.zeros(ratios.shape[1:]), spent
 
+    # Repeats
     repeats = weigh(key_again, _suspects(ratios, chosen))
     usual = weigh(key_null, flat)
     return _confirmed(ratios[:num_looked_at], repeats, usual), spent + 2 * per_pass
 
 
 def choose_rows(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
-    """:data:`NUM_ROWS` of the rows, ``(NUM_ROWS, *batch, *event)``; all of them, in
-    turn, where there are no more.
+    """Choose :data:`NUM_ROWS` of the rows, ``(NUM_ROWS, *batch, *event)``.
 
-    Of more, a quarter each are those where the energy is lowest, those where the
-    starting density is, those farthest from all walkers, and an even spread.
+    Fewer rows are repeated in turn.  Of more rows, a quarter each are those of lowest
+    energy, those of lowest starting density, those farthest from all walkers, and
+    evenly spaced ones.
     """
     num_rows = positions.shape[0]
     if num_rows <= NUM_ROWS:
         return positions[jnp.arange(NUM_ROWS) % num_rows]
-    # A few compiled lengths serve all data.
+
+    # Padded to NUM_ROWS times a power of two: a few compiled lengths serve all data.
     padded = NUM_ROWS * 2 ** max(0, (-(-num_rows // NUM_ROWS) - 1).bit_length())
     scores = _scores(site, positions[jnp.arange(padded) % num_rows], walkers)[
         :, :num_rows
     ]
+
     quarter = NUM_ROWS // 4
     extreme = lax.top_k(jnp.moveaxis(scores, 1, -1), quarter)[1]
     even = jnp.linspace(0, num_rows - 1, NUM_ROWS - 3 * quarter).astype(int)
     even = jnp.broadcast_to(even, (*extreme.shape[1:-1], even.shape[0]))
     chosen = jnp.moveaxis(jnp.concatenate([*extreme, even], axis=-1), -1, 0)
+
     return _take(positions, chosen)
 
 
 @jax.jit
 def _scores(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
-    """Three reasons to look at a row, larger for more: ``(3, num_rows, *batch)``."""
+    """Three scores by which rows are chosen, ``(3, num_rows, *batch)``."""
     path = site.path()
 
     def of_chunk(chunk: Array) -> Array:
         start = path.start(chunk[None])[0]
         batch_ndims = start.ndim - 1
+
+        # Squared distances
         rows, there = (
             u.reshape(*u.shape[: 1 + batch_ndims], -1) for u in (chunk, walkers)
         )
         products = jnp.einsum("n...d,m...d->nm...", rows, there)
         squares = jnp.sum(rows**2, -1)[:, None] + jnp.sum(there**2, -1)[None]
+
         scores = jnp.stack(
             [
                 -(start + path.difference(chunk[None])[0]),
@@ -138,7 +146,7 @@ def _scores(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
 
 @jax.jit
 def _take(positions: Array, indices: Array) -> Array:
-    """Whole events by one index per row and batch element."""
+    """Gather whole events by one index per row and batch element."""
     num_event_dims = positions.ndim - indices.ndim
     return jnp.take_along_axis(
         positions, indices.reshape(indices.shape + (1,) * num_event_dims), axis=0
@@ -147,7 +155,7 @@ def _take(positions: Array, indices: Array) -> Array:
 
 @jax.jit
 def _suspects(ratios: Array, positions: Array) -> Array:
-    """The rows that weigh least, each :data:`NUM_REPEATS` times."""
+    """The rows of lowest weight, each :data:`NUM_REPEATS` times."""
     lowest = lax.top_k(-jnp.moveaxis(ratios, 0, -1), NUM_SUSPECTS)[1]
     return jnp.repeat(
         _take(positions, jnp.moveaxis(lowest, -1, 0)), NUM_REPEATS, axis=0
@@ -160,8 +168,8 @@ def _confirmed(ratios: Array, repeats: Array, usual: Array) -> Array:
     rarely = logsumexp(repeats, axis=1) - jnp.log(NUM_REPEATS) < -UNREACHED_NATS
     otherwise = jnp.max(repeats, axis=1) < jnp.median(usual, axis=0)
     confirmed = jnp.any(rarely & otherwise, axis=0)
-    # The suspects themselves are among the rows that weigh little, or the first look
-    # was a stroke of luck.
+    # At least one row: the first trajectory of a confirmed row may have had a large
+    # weight by luck.
     share = jnp.maximum(
         jnp.mean(ratios < -UNREACHED_NATS, axis=0), 1.0 / ratios.shape[0]
     )
@@ -176,12 +184,16 @@ def _weights_back(
     kernel: Kernel,
     options: AnnealingOptions,
 ) -> Array:
-    """Log weight times Ẑ of one trajectory back from every position, ``(num_rows, *batch)``."""
+    """Log of weight times Ẑ of one trajectory back from every row.
+
+    The result is ``(num_rows, *batch)``.
+    """
     key_settle, key_back = random.split(rng_key)
     step_size = forward.ladder.step_sizes[-1]
     settled = settle(
         site, key_settle, position[None], step_size, NUM_ROW_MOVES, SETTLING_SCALES
     )
+
     alone = options._replace(ess_threshold=0.0)
     back = follow(key_back, site, kernel, alone, forward.ladder.reverse(), settled)
     ratios = back.relative.log_weight[0] + _log_normalizer(forward)

@@ -1,8 +1,8 @@
-"""Resampling schemes: ``(rng_key, log_weights) -> ancestor indices``, sorted,
-duplicates adjacent.
+"""Resampling schemes: ``(rng_key, log_weights) -> ancestor indices``.
 
-Any function of that signature can be given as ``resampling=``.  The indices' expected
-counts must be proportional to the weights: then the estimate of Z stays unbiased.
+Indices are sorted, so duplicates are adjacent.  Any function of that signature can be
+given as ``resampling=``.  The indices' expected counts must be proportional to the
+weights, so that the estimate of Z stays unbiased.
 """
 
 from typing import Protocol
@@ -21,8 +21,8 @@ class Resampling(Protocol):
 @jax.jit
 def _invert_cdf(log_weights: Array, sorted_uniforms: Array) -> Array:
     # A parallel float32 cumsum is not monotone to the last bit, so a walker of zero
-    # weight could own a sliver of [0, 1): give it its predecessor's value exactly, and
-    # never step past the last walker of positive weight.
+    # weight could be selected.  It gets exactly its predecessor's value instead, and no
+    # index exceeds the last walker of positive weight.
     weights = jnp.exp(log_weights - jnp.max(log_weights))
     alive = weights > 0
     cumulative = jnp.where(alive, jnp.cumsum(weights), -jnp.inf)
@@ -35,13 +35,14 @@ def _invert_cdf(log_weights: Array, sorted_uniforms: Array) -> Array:
 
 
 def systematic(rng_key: Array, log_weights: Array) -> Array:
-    """Systematic resampling (Carpenter, Clifford and Fearnhead 1999): one uniform, N
-    evenly spaced points.
+    """Systematic resampling: one uniform, N evenly spaced points.
+
+    Source: Carpenter, Clifford and Fearnhead (1999).
 
     Args:
         rng_key: A JAX PRNG key.
-        log_weights: Unnormalised, shape ``(num_walkers,)``; −inf is never selected, in
-            float32 either.
+        log_weights: Unnormalised, shape ``(num_walkers,)``; −inf is never selected, not
+            even in float32.
 
     Returns:
         Ancestor indices, shape ``(num_walkers,)``, sorted.
@@ -52,6 +53,9 @@ def systematic(rng_key: Array, log_weights: Array) -> Array:
 
 
 def multinomial(rng_key: Array, log_weights: Array) -> Array:
-    """Multinomial resampling: N independent draws, sorted.  Same arguments as :func:`systematic`."""
+    """Multinomial resampling: N independent draws, sorted.
+
+    Arguments are those of :func:`systematic`.
+    """
     uniforms = jnp.sort(random.uniform(rng_key, log_weights.shape, log_weights.dtype))
     return _invert_cdf(log_weights, uniforms)

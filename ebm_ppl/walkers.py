@@ -1,4 +1,4 @@
-"""The walkers of one energy site: their weights, gradient and log Z, and the switch between parameters."""
+"""The walkers of one energy site, and their reweighting at new parameters."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,8 +29,9 @@ from ebm_ppl.weights import (
 )
 @dataclass(frozen=True)
 class Walkers:
-    """The walkers of one energy site.  Held-out islands are the last
-    ``num_holdout_chains``.
+    """The walkers of one energy site.
+
+    Held-out islands are the last ``num_holdout_chains``.
 
     Attributes:
         ensemble: Positions (base-standard coordinates), potentials, log weights and
@@ -38,8 +39,8 @@ class Walkers:
         step_size: Langevin step h, of the site's batch shape.
         transform: The map T from positions to values, frozen at the initial parameters.
         gradient: ∇θ log Z from the training islands, a tree like the parameters; None
-            where the site has a batch shape, whose normalisers enter the loss one by
-            one.
+            where the site has a batch shape, since each log normaliser then enters the
+            loss separately.
     """
 
     ensemble: Ensemble
@@ -50,7 +51,7 @@ class Walkers:
 
     @property
     def values(self) -> Array:
-        """Walkers x, of shape ``(num_chains, num_walkers, *batch_shape, *event_shape)``."""
+        """Walkers x, ``(num_chains, num_walkers, *batch_shape, *event_shape)``."""
         return self.transform(self.ensemble.position)
 
     @property
@@ -60,23 +61,23 @@ class Walkers:
 
     @property
     def num_training_chains(self) -> int:
-        """How many islands enter the gradient."""
+        """Number of islands that enter the gradient."""
         return self.ensemble.log_weight.shape[0] - self.num_holdout_chains
 
     def log_normalizer(self) -> tuple[Array, Array]:
-        """Held-out log Z and its jackknife standard error, each of the site's batch shape."""
+        """Held-out log Z and its jackknife standard error, each of the batch shape."""
         return jackknife_log_mean_exp(
             self.ensemble.log_normalizers[self.num_training_chains :]
         )
 
     def held_out(self) -> Pass:
-        """What the held-out islands say about log Z."""
+        """The held-out islands as a :class:`Pass`, for the certificate."""
         split = self.num_training_chains
         ensemble = jax.tree.map(lambda leaf: leaf[split:], self.ensemble)
         return pass_of(ensemble, unmoved(jnp.ones(self.log_weight.shape[2:])))
 
     def training_log_normalizer(self) -> Array:
-        """Log Z as the training islands claim it: biased by every update they made."""
+        """Log Z from the training islands, biased because they drive the updates."""
         islands = self.ensemble.log_normalizers[: self.num_training_chains]
         return (
             islands[0]
@@ -85,14 +86,14 @@ class Walkers:
         )
 
     def ess(self) -> tuple[Array, Array]:
-        """ESS fraction of the training and of the held-out islands, each of the site's batch shape."""
+        """ESS fractions of training and held-out islands, each of the batch shape."""
         split = self.num_training_chains
         return pooled_ess_fraction(self.log_weight[:split]), pooled_ess_fraction(
             self.log_weight[split:]
         )
 
     def is_usable(self) -> Array:
-        """Whether every island has a finite log Ẑ and the gradient is finite: a NaN weight spoils both."""
+        """Whether the gradient and the log Ẑ of every island are finite."""
         usable = jnp.all(jnp.isfinite(self.ensemble.log_normalizers))
         return (
             usable
@@ -104,7 +105,10 @@ class Walkers:
 def training_mean_potential(
     walkers: Walkers, distribution: EnergyDistribution
 ) -> Array:
-    """``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands at fixed walkers and weights; −∇ of it is ∇log Z."""
+    """Mean potential ``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands.
+
+    Walkers and weights are held fixed, so its negative gradient is ∇θ log Z.
+    """
     split = walkers.num_training_chains
     weight = jax.nn.softmax(walkers.log_weight[:split], axis=1) / split
     potential = distribution.potential(
@@ -125,35 +129,41 @@ def initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
 
 
 def merge_islands(value: Array) -> Array:
-    """``(num_chains, num_walkers, ...)`` to ``(num_chains * num_walkers, ...)``."""
+    """Merge the axes ``(num_chains, num_walkers)`` of an array into one."""
     return value.reshape(-1, *value.shape[2:])
 
 
 def switch(
     bound: BoundModel, name: str, params: Params, walkers: Walkers
 ) -> tuple[Walkers, KernelState, Array]:
-    """``A += U_θ(X) − U_θ'(X)`` at fixed X; one forward pass gives the weights, ∇ₓ for
-    the move and ∇θ log Z.
+    """Reweight walkers at new parameters: ``A += U_θ(X) − U_θ'(X)`` at fixed X.
 
-    Returns the reweighted walkers, their kernel state under θ' (islands merged) and the
-    training islands' conditional ESS.
+    One forward pass gives the weights, ∇ₓ for the move and ∇θ log Z.
+
+    Returns:
+        The reweighted walkers, their kernel state under θ' (islands merged) and the
+        training islands' conditional ESS.
     """
     ensemble, split = walkers.ensemble, walkers.num_training_chains
 
     def potential_of(params: Params, position: Array) -> Array:
         return potential_at(bound.energies(params)[name], walkers.transform, position)
 
-    # One leading dimension for every island's walkers: XLA reduces and stores three
-    # dimensions less well.
+    # Evaluate; islands are merged into one leading dimension, because XLA reduces and
+    # stores three dimensions less well.
     position = merge_islands(ensemble.position)
     potential, pull = jax.vjp(potential_of, params, position)
     (_, grad) = pull(jnp.ones_like(potential))
     evaluated = KernelState(position, potential, grad)
+
+    # Reweight
     potential = potential.reshape(ensemble.potential.shape)
     alive = ensemble.log_weight > -jnp.inf
     increment = jnp.where(alive, ensemble.potential - potential, -jnp.inf)
     log_weight = jnp.where(alive, ensemble.log_weight + increment, -jnp.inf)
     ess = conditional_ess_fraction(ensemble.log_weight[:split], increment[:split])
+
+    # Gradient
     gradient = walkers.gradient
     if gradient is not None:
         weight = jax.nn.softmax(log_weight[:split], axis=1) / split
@@ -162,5 +172,6 @@ def switch(
                 jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])])
             )
         )
+
     ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
     return replace(walkers, ensemble=ensemble, gradient=gradient), evaluated, ess

@@ -1,8 +1,8 @@
 """Log weights: means, effective sample sizes and the jackknife of a log-mean-exp.
 
-Everything stays in log space and holds in float32.  ``axis`` is the walker axis
-throughout.  Each is jitted: called outside a jitted function it would else compile one
-program per operation.
+Everything stays in log space and is stable in float32.  ``axis`` is the walker axis
+throughout.  Every function is jitted, since outside a jitted caller JAX would compile
+one program per operation.
 """
 
 import math
@@ -16,7 +16,7 @@ from jax.nn import logsumexp
 
 @partial(jax.jit, static_argnames="axis")
 def log_mean_exp(log_weights: Array, axis: int = -1) -> Array:
-    """Return ``log(mean(exp(log_weights)))`` along ``axis``; −inf where every weight is zero."""
+    """Return ``log(mean(exp(log_weights)))`` along ``axis``; −inf if no weight > 0."""
     return logsumexp(log_weights, axis=axis) - jnp.log(log_weights.shape[axis])
 
 
@@ -26,8 +26,8 @@ def ess_fraction(log_weights: Array, axis: int = -1) -> Array:
 
     Kong (1992).  NaN where every weight is zero.
     """
-    # Normalised first: the difference of two logsumexps loses digits where log weights
-    # are large.
+    # Normalised first: the difference of two logsumexps loses digits if log weights are
+    # large.
     weights = jax.nn.softmax(log_weights, axis=axis)
     return 1.0 / (log_weights.shape[axis] * jnp.sum(weights**2, axis=axis))
 
@@ -45,11 +45,11 @@ def pooled_ess_fraction(log_weights: Array) -> Array:
 
 @jax.jit
 def conditional_ess_fraction(log_weights: Array, log_increments: Array) -> Array:
-    """Conditional ESS of an increment, ``(Σ w e^Δ)² / Σ w e^{2Δ}`` with ``Σ w = 1``, in
-    (0, 1].
+    """Conditional ESS of an increment, ``(Σ w e^Δ)² / Σ w e^{2Δ}``, in (0, 1].
 
-    Zhou, Johansen and Aston (2016), eq. 3.16.  Both arguments have shape ``(num_chains,
-    num_walkers, ...)``; islands count equally, whatever their normaliser.
+    Here ``Σ w = 1`` (Zhou, Johansen and Aston 2016, eq. 3.16).  Both arguments have
+    shape ``(num_chains, num_walkers, ...)``; islands count equally, whatever their
+    normaliser.
     """
     weights = jax.nn.softmax(log_weights, axis=1) / log_weights.shape[0]
     log_increments = jnp.where(weights > 0, log_increments, -jnp.inf)
@@ -63,13 +63,13 @@ def conditional_ess_fraction(log_weights: Array, log_increments: Array) -> Array
 def jackknife_log_mean_exp(
     log_values: Array, log_weights: Array | None = None
 ) -> tuple[Array, Array]:
-    """Bias-corrected log of a (weighted) mean of ``exp(log_values)`` over axis 0, and
-    its standard error.
+    """Bias-corrected log of the mean of ``exp(log_values)``, and its standard error.
 
-    Each ``exp(log_values[c])`` is an independent unbiased estimate of Z; the log of
-    their mean is biased by ``−½ Var``, which the jackknife (Quenouille 1956, Tukey
-    1958) removes to first order.  The average of ``log_values`` itself would keep a
-    bias of ``−½ Var`` of a *single* island however many there are.
+    The mean is over axis 0, weighted if ``log_weights`` is given.  Each
+    ``exp(log_values[c])`` is an independent unbiased estimate of Z; the log of their
+    mean is biased by ``−½ Var``, which the jackknife (Quenouille 1956, Tukey 1958)
+    removes to first order.  The average of ``log_values`` itself would keep a bias of
+    ``−½ Var`` of a *single* island, however many islands there are.
 
     Args:
         log_values: Shape ``(num_islands, ...)``, at least two islands.
@@ -80,8 +80,9 @@ def jackknife_log_mean_exp(
         ``(estimate, stderr)``, each of shape ``(...)``.
     """
     num = log_values.shape[0]
-    # The jackknife subtracts numbers close to each other: without their common size
-    # nothing is lost in float32.
+
+    # The jackknife subtracts numbers close to each other: subtracting their maximum
+    # first keeps float32 precise.
     size = jnp.max(log_values, axis=0)
     size = jnp.where(jnp.isfinite(size), size, 0.0)
     log_values = log_values - size
@@ -94,6 +95,7 @@ def jackknife_log_mean_exp(
             weights, axis=-log_values.ndim
         )
 
+    # Jackknife
     leave_one_out = log_mean(left_out)
     centre = leave_one_out.mean(axis=0)
     estimate = size + num * log_mean(jnp.zeros((), bool)) - (num - 1) * centre
@@ -103,12 +105,12 @@ def jackknife_log_mean_exp(
 
 @jax.jit
 def pareto_khat(log_weights: Array) -> Array:
-    """Shape k̂ of the generalised Pareto distribution fitted to the largest weights
-    along axis 0.
+    """Shape k̂ of a generalised Pareto distribution fitted to the largest weights.
 
-    The tail holds ``3√n`` weights (a fifth of them under 226); the fit is that of Zhang
-    and Stephens (2009) with the prior of Vehtari, Simpson, Gelman, Yao and Gabry
-    (2024), who show that above 0.7 an average of these weights cannot be trusted.
+    Weights lie along axis 0.  The tail holds ``3√n`` weights (a fifth of n for n under
+    226); the fit is that of Zhang and Stephens (2009) with the prior of Vehtari,
+    Simpson, Gelman, Yao and Gabry (2024), who show that above 0.7 an average of these
+    weights cannot be trusted.
 
     Args:
         log_weights: Shape ``(n, ...)``.
@@ -120,11 +122,14 @@ def pareto_khat(log_weights: Array) -> Array:
     num = log_weights.shape[0]
     if num < 25:
         return jnp.full(log_weights.shape[1:], jnp.nan)
+
+    # Tail
     num_tail = math.ceil(3 * math.sqrt(num)) if num > 225 else num // 5
     largest = jnp.sort(log_weights, axis=0)[-num_tail - 1 :]
-    # In units of the largest weight: no exponential overflows.
+    # In units of the largest weight, so that no exponential overflows.
     weights = jnp.exp(largest - largest[-1])
     exceedances = (weights[1:] - weights[0]).reshape(num_tail, -1)
+
     khat = jax.vmap(_generalized_pareto_shape, in_axes=1)(exceedances)
     return khat.reshape(log_weights.shape[1:])
 
@@ -133,8 +138,9 @@ def _generalized_pareto_shape(sorted_values: Array) -> Array:
     num = sorted_values.shape[0]
     num_grid = 30 + math.isqrt(num)
     largest, quartile = sorted_values[-1], sorted_values[int(num / 4 + 0.5) - 1]
-    # The grid is b = 1/largest − c/(3 quartile); 1 − b x is taken without subtracting
-    # nearly equal numbers.
+
+    # The grid is b = 1/largest − c/(3 quartile); 1 − b x is computed without
+    # subtracting nearly equal numbers.
     offsets = (jnp.sqrt(num_grid / (jnp.arange(1, num_grid + 1) - 0.5)) - 1.0) / (
         3.0 * quartile
     )
@@ -144,7 +150,9 @@ def _generalized_pareto_shape(sorted_values: Array) -> Array:
             jnp.log((1.0 - sorted_values / largest) + sorted_values * offset)
         )
 
+    # Posterior mean over the grid
     shapes = jax.vmap(mean_log)(offsets)
     profile = num * (jnp.log((offsets - 1.0 / largest) / shapes) - shapes - 1.0)
     shape = mean_log(jnp.sum(jax.nn.softmax(profile) * offsets))
+
     return jnp.where(largest > 1e-4, (num * shape + 10 * 0.5) / (num + 10), -jnp.inf)
