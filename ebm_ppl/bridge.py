@@ -76,6 +76,8 @@ def bridge_to_draws(
         A certificate whose arrays have the draws' axis first, and the number of energy
         evaluations.
     """
+    key_bridge, key_alone = random.split(rng_key)
+
     # Temperatures
     site, position, options = reference.site, reference.position, plan.options
     level, variance = _level_and_variance(site, position, draws)
@@ -94,7 +96,7 @@ def bridge_to_draws(
         level,
         reference.step_size,
         islands,
-        rng_key,
+        key_bridge,
         plan.kernel,
         options,
         num_temperatures,
@@ -113,7 +115,7 @@ def bridge_to_draws(
     flags, spent = certificate.flags, num_draws * per_draw
     for index, how in unlike.items():
         alone, more = _alone(
-            random.fold_in(rng_key, index), site, draws, index, plan, tolerance, rows
+            random.fold_in(key_alone, index), site, draws, index, plan, tolerance, rows
         )
         # Flags of one draw come before those of all.
         flags = disagreement(certificate, index, alone, len(unlike), how) + flags

@@ -32,8 +32,6 @@ MIN_TURNOVER = 1.0
 # and mean |u|, and in all tail shares together.
 MAX_DRIFT_PROBABILITY = 0.003
 MAX_SHIFT_PROBABILITY = 0.005
-# Largest probability that walkers at equilibrium are given extra moves to make sure.
-MAX_SUSPICION = 0.05
 # Largest share of the density beyond the range of floating point that is only added to
 # the upper limit; more is flagged.
 MAX_BEYOND = 0.02
@@ -653,12 +651,15 @@ def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
     )
 
 
-def is_drift_suspicious(drift: Array) -> bool:
+def is_drift_suspicious(drift: Array, probability: float) -> bool:
     """Whether more moves are needed to tell if walkers drift.
 
-    ``drift`` is as in :class:`Evidence`.
+    Args:
+        drift: As in :class:`Evidence`.
+        probability: False alarm rate at equilibrium of each of three tests: of mean
+            ``|u|²``, of mean ``|u|``, and of all tail shares together.
     """
-    drifts, limits = _drifts(drift, MAX_SUSPICION / 2, MAX_SUSPICION / 2)
+    drifts, limits = _drifts(drift, probability, probability)
     return bool(jnp.any(~(drifts <= limits)))
 
 

@@ -37,8 +37,10 @@ from ebm_ppl.poles import steepest_fall
 from ebm_ppl.reach import share_unreached
 
 NUM_START_DRAWS = 256
-# Where walkers seem to drift, this many times the settling moves follow.
-MORE_MOVES = 3
+# Settling goes on while a drift is suspected: multiples of the settling moves, and the
+# probability at which each test of a drift asks for the next stage.  On a narrow ridge
+# walkers spread so slowly that only the sum of all stages shows it.
+SETTLING_STAGES = ((1, 0.1), (1, 0.02), (2, 0.0))
 
 
 @dataclass(frozen=True)
@@ -168,15 +170,17 @@ def _settle(
     step_size, num_moves = forward.ladder.step_sizes[-1], plan.num_settling_moves
     before, total = position, 0
 
-    for key, factor in zip(random.split(rng_key), (1, MORE_MOVES), strict=True):
+    keys = random.split(rng_key, len(SETTLING_STAGES))
+    for key, (factor, suspicion) in zip(keys, SETTLING_STAGES, strict=True):
         position = settle(
             site, key, position, step_size, factor * num_moves, SETTLING_SCALES
         )
         total += factor * num_moves
         drift = changes(site, before, position)
-        # Where a drift is suspected, more moves tell whether it is real, and bring the
-        # walkers nearer to equilibrium.
-        if not (plan.may_settle_longer and is_drift_suspicious(drift)):
+
+        # More moves tell whether a suspected drift is real, and bring the walkers
+        # nearer to equilibrium.
+        if not (plan.may_settle_longer and is_drift_suspicious(drift, suspicion)):
             break
 
     return position, drift, total
