@@ -37,8 +37,8 @@ from numpyro.contrib.module import flax_module
 from optdigits import dequantise, gaussian
 
 import ebm_ppl as ebm
-from ebm_ppl.model import Arguments
-from ebm_ppl.training import _chunk
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.loop import run_chunk
 
 NUM_CHAINS, NUM_HOLDOUT = 16, 4
 NUM_TRAINING = NUM_CHAINS - NUM_HOLDOUT
@@ -454,9 +454,9 @@ def prepare(problem, num_walkers):
         state,
         jax.jit(backend.update).lower(state, data),
         jax.jit(hand_step).lower(to_hand(state), data),
-        lambda state, num_steps: _chunk(backend, state, arguments, num_steps),
+        lambda state, num_steps: run_chunk(backend, state, arguments, num_steps),
         lambda state, num_steps: hand_scan(state, data, num_steps),
-        lambda num_steps: _chunk.lower(backend, state, arguments, num_steps),
+        lambda num_steps: run_chunk.lower(backend, state, arguments, num_steps),
         lambda num_steps: hand_scan.lower(to_hand(state), data, num_steps),
     )
 

@@ -14,8 +14,9 @@ from numpyro.distributions.transforms import (
     biject_to,
 )
 
-from ebm_ppl.distribution import unchecked_log_prob
-from ebm_ppl.model import Arguments, BoundModel
+from ebm_ppl.energy.supports import unchecked_log_prob
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.programs.arguments import Arguments
 
 
 def truth_by_sums(target):

@@ -27,7 +27,7 @@ import numpy as np
 from jax import lax, random
 
 import ebm_ppl as ebm
-from ebm_ppl.score import Pair
+from ebm_ppl.generators.scores.base import Pair
 
 NUM_PAIRS = 100
 NUM_SETTLING = 400

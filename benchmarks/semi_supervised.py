@@ -46,7 +46,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.semi_supervised import LabelSpreading
 
 import ebm_ppl as ebm
-from ebm_ppl.geometry import standardizing_transform
+from ebm_ppl.energy.coordinates import standardizing_transform
 
 FIRST_DRAW = 100
 WEIGHT_DECAYS = {f"net, decay {decay:g}": decay for decay in (0.0, 1.0, 5.0, 20.0)}

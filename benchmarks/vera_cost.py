@@ -32,9 +32,9 @@ from jax.scipy.linalg import solve_triangular
 from jax.scipy.stats import norm
 
 import ebm_ppl as ebm
-from ebm_ppl.model import Arguments
-from ebm_ppl.score import Pair
-from ebm_ppl.training import _chunk
+from ebm_ppl.generators.scores.base import Pair
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.loop import run_chunk
 
 NUM_LATENTS, NUM_DRAWS, NUM_MOVES = tables.NUM_LATENTS, 64, 40
 GAMMA, BOUND_MEMORY = 1.0, 100
@@ -309,7 +309,7 @@ def main():
     walkers = random.normal(random.key(2), (NUM_DRAWS, table.x.shape[1]))
     pcd = (params, OPTIM.init(params), walkers, jnp.zeros(()), random.key(3))
 
-    package_loop = lambda carry, length: _chunk(backend, carry, arguments, length)  # noqa: E731
+    package_loop = lambda carry, length: run_chunk(backend, carry, arguments, length)  # noqa: E731
     hand_loop, pcd_loop = (
         scanned(partial(hand_step, problem)),
         scanned(partial(pcd_step, problem)),

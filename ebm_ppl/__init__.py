@@ -1,26 +1,32 @@
-"""Energies inside NumPyro models: declared, fitted and exported with their normalisers."""
+"""Energy-based models in NumPyro: declared, fitted, exported with their normalisers."""
 
-from ebm_ppl.arviz import to_arviz
-from ebm_ppl.certificate import LogNormalizer
-from ebm_ppl.distribution import EnergyDistribution
+from ebm_ppl.backends.jarzynski.backend import Jarzynski
+from ebm_ppl.backends.jarzynski.state import JarzynskiState
+from ebm_ppl.backends.vera.backend import VERA
+from ebm_ppl.backends.vera.latent import latent_model
+from ebm_ppl.backends.vera.state import VERAState
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.errors import (
     NonFiniteError,
     UncertifiedNormalizerError,
     UnknownNormalizerError,
 )
-from ebm_ppl.generator import standardized_normal
-from ebm_ppl.jarzynski import Jarzynski, JarzynskiState
-from ebm_ppl.kernels import MALA, ULA
-from ebm_ppl.normalized import normalized
-from ebm_ppl.normalizer import log_normalizer
-from ebm_ppl.plots import plot_energies, plot_energy_surface, plot_training
-from ebm_ppl.refinement import latent_model
-from ebm_ppl.resampling import multinomial, systematic
-from ebm_ppl.sampling import sample
-from ebm_ppl.score import HMCScore, ImportanceScore, VariationalScore
-from ebm_ppl.training import Fit
-from ebm_ppl.vera import VERA, VERAState
-from ebm_ppl.walkers import Walkers
+from ebm_ppl.export.arviz import to_arviz
+from ebm_ppl.export.plots import plot_energies
+from ebm_ppl.export.surface import plot_energy_surface
+from ebm_ppl.export.training_panels import plot_training
+from ebm_ppl.generators.normal import standardized_normal
+from ebm_ppl.generators.scores.hmc import HMCScore
+from ebm_ppl.generators.scores.importance import ImportanceScore
+from ebm_ppl.generators.scores.variational import VariationalScore
+from ebm_ppl.kernels.langevin import MALA, ULA
+from ebm_ppl.normalizer.estimate import log_normalizer
+from ebm_ppl.normalizer.known import normalized
+from ebm_ppl.smc.resampling import multinomial, systematic
+from ebm_ppl.training.fit import Fit
+from ebm_ppl.walkers.draws import sample
+from ebm_ppl.walkers.state import Walkers
 
 __version__ = "0.1.0"
 

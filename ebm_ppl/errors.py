@@ -1,11 +1,12 @@
 """Errors that name the site, what was found and what to write instead."""
 
+import inspect
 import sys
 from typing import Any
 
 
 class UnknownNormalizerError(NotImplementedError):
-    """A normalised number was asked of an energy whose normaliser is not known.
+    """A normalised quantity was asked of an energy with an unknown normaliser.
 
     Subclasses :class:`NotImplementedError`, so NumPyro's initialisation strategies fall
     back as they do for any distribution that cannot be sampled.
@@ -13,7 +14,7 @@ class UnknownNormalizerError(NotImplementedError):
 
 
 class UncertifiedNormalizerError(ValueError):
-    """A log Z was to be used as known, but the checks that come with it say that it may be wrong."""
+    """A log Z was to be used as known, but its checks say that it may be wrong."""
 
 
 class NonFiniteError(FloatingPointError):
@@ -31,12 +32,12 @@ class NonFiniteError(FloatingPointError):
 
 
 def find_site_name(distribution: Any, unwrap: Any) -> str | None:
-    """Name of the sample site whose (unwrapped) distribution is ``distribution``, from
-    the callers' frames.
+    """Name of the sample site of an (unwrapped) distribution, from the callers' frames.
 
-    ``Distribution.log_prob`` is not told its site, but NumPyro's loops hold the site's
-    message in a local variable when they call it, and this package's a dict of
-    distributions by site name.  Only used to word an error, never to compute.
+    ``Distribution.log_prob`` does not know its site, but NumPyro's loops hold the
+    site's message in a local variable when they call it, and this package's loops hold
+    a dict of distributions by site name.  Used only for error messages, never to
+    compute.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -48,9 +49,11 @@ def find_site_name(distribution: Any, unwrap: Any) -> str | None:
                 and unwrap(value.get("fn")) is distribution
             ):
                 return value["name"]
+
             for name, candidate in value.items():
                 if candidate is distribution and isinstance(name, str):
                     return name
+
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
@@ -58,3 +61,13 @@ def find_site_name(distribution: Any, unwrap: Any) -> str | None:
 def at_site(name: str | None) -> str:
     """``" at site 'x'"``, or nothing where the name is unknown."""
     return f" at site '{name}'" if name else ""
+
+
+def level_of_caller() -> int:
+    """The ``stacklevel`` with which a warning points outside of this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(
+        f"{__package__}."
+    ):
+        frame, level = frame.f_back, level + 1
+    return level

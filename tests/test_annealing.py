@@ -11,8 +11,8 @@ from jax import random
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
-from ebm_ppl.annealing import Ensemble, resample_islands
-from ebm_ppl.weights import ess_fraction, log_mean_exp
+from ebm_ppl.smc.ensemble import Ensemble, resample_islands
+from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
 
 T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
 
@@ -138,7 +138,7 @@ def test_start_is_used_exactly_where_it_is_the_energy():
 
 
 def test_an_energy_that_annealing_cannot_reach_is_refused(monkeypatch):
-    monkeypatch.setattr("ebm_ppl.placement.MAX_PILOT_RUNGS", 3)
+    monkeypatch.setattr("ebm_ppl.walkers.placement.MAX_PILOT_RUNGS", 3)
     far = ebm.EnergyDistribution(lambda v: 100 * (v - 5.0) ** 2, dist.Normal(0, 1))
     with pytest.raises(
         ValueError, match=r"site 'x'.* stopped at inverse temperature .* closer start="

@@ -19,7 +19,7 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
-from ebm_ppl import training
+from ebm_ppl.training import loop
 
 pytestmark = pytest.mark.xdist_group("conformance")
 
@@ -350,7 +350,7 @@ def bars(monkeypatch):
         made.append(Bar(**options))
         return made[-1]
 
-    monkeypatch.setattr(training, "tqdm", tqdm)
+    monkeypatch.setattr(loop, "tqdm", tqdm)
     return made
 
 
@@ -363,13 +363,13 @@ def default_interrupt():
 
 def test_progress_is_fed_once_per_chunk(trained, bars, monkeypatch):
     chunks = []
-    compiled = training._chunk
+    compiled = loop.run_chunk
 
     def chunk(*args):
         chunks.append(1)
         return compiled(*args)
 
-    monkeypatch.setattr(training, "_chunk", chunk)
+    monkeypatch.setattr(loop, "run_chunk", chunk)
     trained.backend.run(random.key(1), 100, X, init_state=trained.state)
     (bar,) = bars
     assert (bar.total, bar.disable) == (100, False)

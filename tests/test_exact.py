@@ -16,7 +16,8 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import norm
 
 import ebm_ppl as ebm
-from ebm_ppl.exact import enumeration, quadrature
+from ebm_ppl.exact.enumeration import enumeration
+from ebm_ppl.exact.quadrature import quadrature
 
 NORMAL = dist.Normal(0.0, 1.0)
 FLAT = dist.ImproperUniform(constraints.real, (), ())

@@ -15,7 +15,7 @@ from numpyro.contrib.module import flax_module
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
-from ebm_ppl.generator import inspect_generator
+from ebm_ppl.generators.inspection import inspect_generator
 
 LOC, SCALE_TRIL = jnp.array([1.0, -2.0]), jnp.array([[2.0, 0.0], [0.5, 0.3]])
 BASES = {

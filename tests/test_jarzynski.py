@@ -13,9 +13,10 @@ from jax import random
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
-from ebm_ppl.distribution import potential_at
-from ebm_ppl.model import Arguments, BoundModel
-from ebm_ppl.weights import conditional_ess_fraction
+from ebm_ppl.energy.start import potential_at
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.smc.weights import conditional_ess_fraction
 
 T3_999 = (
     10.2  # Student t, 3 degrees of freedom, 99.9% on either side: four held-out islands

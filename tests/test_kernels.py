@@ -8,13 +8,9 @@ import pytest
 from jax import random
 
 from ebm_ppl import MALA, ULA
-from ebm_ppl.kernels import (
-    KernelState,
-    initial_step_size,
-    log_transition_difference,
-    move,
-)
-from ebm_ppl.weights import ess_fraction
+from ebm_ppl.kernels.base import KernelState, initial_step_size, move
+from ebm_ppl.kernels.langevin import log_transition_difference
+from ebm_ppl.smc.weights import ess_fraction
 
 
 def skewed(u):

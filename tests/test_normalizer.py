@@ -16,10 +16,12 @@ from scipy.stats import binom, norm
 from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
-from ebm_ppl import placement
-from ebm_ppl.annealing import Moves
-from ebm_ppl.certificate import Evidence, Pass, certify
-from ebm_ppl.weights import jackknife_log_mean_exp, pareto_khat
+from ebm_ppl.normalizer.certify import certify
+from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.smc.ensemble import Moves
+from ebm_ppl.smc.passes import Pass
+from ebm_ppl.smc.weights import jackknife_log_mean_exp, pareto_khat
+from ebm_ppl.walkers import follow
 
 pytestmark = pytest.mark.xdist_group("normalizer")
 
@@ -443,14 +445,14 @@ def test_pieces_do_not_matter(skewed, monkeypatch):
     """A pass runs in pieces that take a certain time, so of any length, to the same
     end: here of one temperature."""
     lengths = []
-    compiled = placement._climb
+    compiled = follow.advance_climb
 
     def counted(*arguments):
         lengths.append(arguments[-1] - arguments[-2])
         return compiled(*arguments)
 
-    monkeypatch.setattr(placement, "_climb", counted)
-    monkeypatch.setattr(placement, "SECONDS_PER_PIECE", 1e-9)
+    monkeypatch.setattr(follow, "advance_climb", counted)
+    monkeypatch.setattr(follow, "SECONDS_PER_PIECE", 1e-9)
     log_z = estimate(quartic(SKEWED), method="forward")
     assert sum(lengths) == 64
     assert lengths.count(1) >= 47

@@ -15,7 +15,9 @@ from jax import random
 from matplotlib.contour import QuadContourSet
 
 import ebm_ppl as ebm
-from ebm_ppl.plots import plot_energies, plot_energy_surface, plot_training
+from ebm_ppl.export.plots import plot_energies
+from ebm_ppl.export.surface import plot_energy_surface
+from ebm_ppl.export.training_panels import plot_training
 
 RNG = np.random.default_rng(0)
 FRESH = RNG.bit_generator.state
@@ -607,7 +609,7 @@ def test_a_surface_that_is_finite_nowhere():
 
 def test_importing_plots_does_not_import_matplotlib():
     code = (
-        "import sys, ebm_ppl.plots; print(sorted({'arviz', 'xarray', 'matplotlib'} & "
+        "import sys, ebm_ppl.export.plots; print(sorted({'arviz', 'xarray', 'matplotlib'} & "
         "set(sys.modules)))"
     )
     result = subprocess.run(

@@ -11,7 +11,10 @@ import pytest
 from jax import random
 from jax.flatten_util import ravel_pytree
 
-from ebm_ppl.score import HMCScore, ImportanceScore, Pair, VariationalScore
+from ebm_ppl.generators.scores.base import Pair
+from ebm_ppl.generators.scores.hmc import HMCScore
+from ebm_ppl.generators.scores.importance import ImportanceScore
+from ebm_ppl.generators.scores.variational import VariationalScore
 
 pytestmark = pytest.mark.xdist_group("score")
 

@@ -24,7 +24,8 @@ from numpyro.infer.autoguide import AutoDelta, AutoNormal
 from numpyro.infer.util import log_density
 
 import ebm_ppl as ebm
-from ebm_ppl.model import Arguments, BoundModel
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.programs.arguments import Arguments
 
 # The problem of design.md, section 1: E(x) = ½λx² with a flat base, λ ~ Gamma(2, 2).
 X = np.random.default_rng(0).normal(size=40) * 0.7

@@ -17,8 +17,8 @@ from numpyro.distributions import constraints
 from numpyro.infer import Predictive
 
 import ebm_ppl as ebm
-from ebm_ppl.geometry import standardizing_transform
-from ebm_ppl.vera import _penalized
+from ebm_ppl.backends.vera.penalty import with_penalty
+from ebm_ppl.energy.coordinates import standardizing_transform
 
 BASE = dist.Normal(0, 1).expand([2]).to_event(1)
 # Skewed and correlated data of unequal scales.
@@ -111,6 +111,7 @@ def change_per_update(built, steps, *, generator_side):
     )
 
 
+@pytest.mark.filterwarnings("ignore:entropy_weight")
 @pytest.mark.parametrize(
     ("program", "entropy_weight"), [(generator, 1.0), (generator, 0.3), (flow, 0.3)]
 )
@@ -236,7 +237,7 @@ def test_the_gradient_penalty_is_in_base_standard_coordinates(name):
     base = BASES[name]
     x = base.sample(random.key(3), (20,))
     plain = ebm.EnergyDistribution(partial(cubic, 0.7), base)
-    penalized = _penalized(plain, standardizing_transform(base), 0.3)
+    penalized = with_penalty(plain, standardizing_transform(base), 0.3)
     added = penalized.energy(x) - plain.energy(x)
     np.testing.assert_allclose(
         added, 0.5 * 0.3 * squared_slope(base, 0.7, x), rtol=1e-3
@@ -319,6 +320,7 @@ def test_maximum_likelihood_of_a_gaussian(program, importance_weights):
     )
 
 
+@pytest.mark.filterwarnings("ignore:entropy_weight")
 def test_an_entropy_weight_draws_the_generator_to_the_tempered_energy():
     """exp(−U/λ) has λ times the variance of exp(−U)."""
     rate = optax.cosine_decay_schedule(0.03, 1_500, 0.02)
@@ -435,6 +437,7 @@ def test_draws_that_leave_the_support_stop_the_run():
         built.run(random.key(0), 500, DATA, progress_bar=False)
 
 
+@pytest.mark.filterwarnings("ignore:entropy_weight")
 def test_a_run_goes_on_with_its_own_generator(fit):
     other = ebm.VERA(model, lambda: generator(), optax.adam(0.01), optax.adam(0.01))
     with pytest.raises(ValueError, match="another generator"):
@@ -471,6 +474,7 @@ def test_a_scale_at_its_bound_is_named():
         built.run(random.key(0), 600, DATA, init_params=at, progress_bar=False)
 
 
+@pytest.mark.filterwarnings("ignore:entropy_weight")
 def test_a_collapsing_generator_is_named():
     """Next to no entropy, and a well that is as deep as one can go."""
 

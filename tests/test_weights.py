@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax import random
 
-from ebm_ppl.weights import (
+from ebm_ppl.smc.weights import (
     conditional_ess_fraction,
     ess_fraction,
     jackknife_log_mean_exp,

@@ -13,19 +13,19 @@ from scipy.stats import binom
 from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
-from ebm_ppl.annealing import AnnealingOptions, Moves
-from ebm_ppl.certificate import (
-    Evidence,
-    Pass,
-    certify,
-    is_drift_suspicious,
-)
-from ebm_ppl.drift import changes
-from ebm_ppl.edges import share_beyond
-from ebm_ppl.geometry import standardizing_transform
-from ebm_ppl.inspection import bind
-from ebm_ppl.placement import SiteAtParams, anneal_site
-from ebm_ppl.reach import NUM_ROWS, choose_rows
+from ebm_ppl.energy.coordinates import standardizing_transform
+from ebm_ppl.model.binding import bind
+from ebm_ppl.normalizer.certify import certify
+from ebm_ppl.normalizer.drift import changes
+from ebm_ppl.normalizer.edges import share_beyond
+from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.flags import is_drift_suspicious
+from ebm_ppl.normalizer.reach import NUM_ROWS, choose_rows
+from ebm_ppl.smc.annealing import AnnealingOptions
+from ebm_ppl.smc.ensemble import Moves
+from ebm_ppl.smc.passes import Pass
+from ebm_ppl.walkers.placement import anneal_site
+from ebm_ppl.walkers.site import SiteAtParams
 
 pytestmark = pytest.mark.xdist_group("annealing_sees")
 

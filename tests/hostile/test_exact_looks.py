@@ -15,7 +15,9 @@ from scipy.special import gammaln, i0, logsumexp
 from scipy.stats import norm
 
 import ebm_ppl as ebm
-from ebm_ppl.exact import MAX_WITHOUT_SLOPE, enumeration, quadrature
+from ebm_ppl.exact.enumeration import enumeration
+from ebm_ppl.exact.quadrature import quadrature
+from ebm_ppl.exact.verdict import MAX_WITHOUT_SLOPE
 
 NORMAL = dist.Normal(0.0, 1.0)
 FLAT = dist.ImproperUniform(constraints.real, (), ())

@@ -15,8 +15,8 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
-from ebm_ppl.inspection import unmasked, unmasked_rows
-from ebm_ppl.names import distinct, labels
+from ebm_ppl.export.names import distinct, labels
+from ebm_ppl.model.masks import unmasked, unmasked_rows
 
 pytestmark = pytest.mark.xdist_group("arviz")
 

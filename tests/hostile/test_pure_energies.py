@@ -19,8 +19,8 @@ from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS, log_likelihood
 
 import ebm_ppl as ebm
-from ebm_ppl.pointwise import require_pointwise
-from ebm_ppl.snapshot import snapshot
+from ebm_ppl.energy.pointwise import require_pointwise
+from ebm_ppl.programs.snapshot import snapshot
 
 X = (np.random.default_rng(0).normal(size=40) * 0.7).astype(np.float32)
 NORMAL = dist.Normal(0.0, 1.0)

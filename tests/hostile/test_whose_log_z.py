@@ -18,7 +18,7 @@ from numpyro.infer import MCMC, NUTS, DiscreteHMCGibbs, MixedHMC, log_likelihood
 from numpyro.infer.hmc import HMC
 
 import ebm_ppl as ebm
-from ebm_ppl.distribution import fingerprint
+from ebm_ppl.energy.fingerprint import fingerprint
 
 NORMAL = dist.Normal(0.0, 1.0)
 COINS = dist.Bernoulli(0.5).expand([4]).to_event(1)

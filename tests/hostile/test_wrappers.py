@@ -19,7 +19,8 @@ from numpyro.distributions import constraints
 from numpyro.infer import SVI, Predictive, Trace_ELBO, log_likelihood
 
 import ebm_ppl as ebm
-from ebm_ppl.arguments import Arguments, content, is_numeric
+from ebm_ppl.programs.arguments import Arguments, is_numeric
+from ebm_ppl.programs.equality import content
 
 X = np.random.default_rng(0).normal(size=20).astype(np.float32)
 NORMAL = dist.Normal(0, 1)

@@ -1,0 +1,1 @@
+"""Weighted walkers (Carbone et al. 2023)."""

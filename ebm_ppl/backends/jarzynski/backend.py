@@ -1,0 +1,303 @@
+"""The Jarzynski backend: walkers whose weights follow the parameters.
+
+Carbone, Hua, Coste and Vanden-Eijnden (NeurIPS 2023), Algorithms 1–4, with two
+additions: some islands are held out of the gradient, so that log Z does not inherit the
+noise it was trained on, and updates are scaled so that the conditional ESS of a
+parameter step stays near a target.
+"""
+
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, random
+
+from ebm_ppl.backends.jarzynski.control import controlled_switch, negative_log_joint
+from ebm_ppl.backends.jarzynski.options import check_options
+from ebm_ppl.backends.jarzynski.placement import place_walkers
+from ebm_ppl.backends.jarzynski.state import JarzynskiState, without_ensembles
+from ebm_ppl.backends.jarzynski.warnings import (
+    warn_where_log_z_drifted,
+    warn_where_training_left_held_out,
+)
+from ebm_ppl.kernels.base import Kernel
+from ebm_ppl.kernels.langevin import MALA
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.inspection import inspect_model
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.smc.annealing import AnnealingOptions
+from ebm_ppl.smc.resampling import Resampling, systematic
+from ebm_ppl.training.backend import Backend, Finite
+from ebm_ppl.training.fit import Fit
+from ebm_ppl.training.optimizers import check_on_params, updates_of
+from ebm_ppl.walkers.moves import move_walkers, resample_or_return
+from ebm_ppl.walkers.state import Walkers
+
+
+@dataclass(frozen=True, eq=False)
+class Jarzynski(Backend):
+    r"""Maximum likelihood (or MAP) for energies, by walkers with Jarzynski weights.
+
+    One update, with log weights A, islands c and training islands T:
+
+    1. gradient of NumPyro's negative log joint, where :math:`\nabla\log Z =
+       -\frac{1}{|T|}\sum_{c\in T}\sum_i w_{ci}\nabla_\theta U_\theta(X_{ci})`,
+       :math:`w_c = \mathrm{softmax}(A_c)`; an optax update gives θ';
+    2. switch: :math:`A_i \mathrel{+}= U_\theta(X_i) - U_{\theta'}(X_i)`;
+    3. move under θ' with ``kernel``, whose own weight is added;
+    4. islands whose ESS is under ``ess_threshold`` resample.
+
+    The loss is a sum, as in SVI (a plate's scale included), so rates of plain gradient
+    descent are N times smaller than for a mean loss.
+
+    Args:
+        model: A NumPyro model with one or more observed :class:`EnergyDistribution`
+            sites.  Parameters are its ``param`` sites and its unobserved global sample
+            sites (fitted by MAP, in the convention of ``AutoDelta``).
+        optim: An optax gradient transformation, applied to unconstrained parameters.
+            Its update receives ``value=loss`` if it accepts that argument.
+        kernel: :class:`MALA` or :class:`ULA` (the paper's).
+        num_chains: Islands, held-out ones included.
+        num_walkers: Walkers per island.
+        num_holdout_chains: Islands that never enter a gradient, a step size or the
+            update control; log Z is estimated from them.  At least 2; under 4 the
+            standard error is unreliable, and a warning is given.
+        num_kernel_steps: Moves per update.
+        ess_target: Target for the conditional ESS (cESS) of a switch over the training
+            islands.  An update with a lower one is scaled once by
+            ``√((1−target)/(1−cESS))``; the scale recovers by 1% a step.  None disables
+            the control.
+        ess_threshold: ESS fraction under which an island resamples.
+        resampling: :func:`systematic`, :func:`multinomial`, or any function of that
+            signature.
+        num_temperatures: Temperatures of the annealing from the start to the energy at
+            the initial parameters, where the two differ.  None takes 32 times the
+            number that a pilot run needed, at least 128.
+
+    Raises:
+        ValueError: An option out of range, such as too few walkers or islands.
+        TypeError: ``optim`` is not an optax gradient transformation, or searches along
+            the loss.
+
+    Source: Carbone, Hua, Coste and Vanden-Eijnden (2023), Algorithms 1–4.
+    """
+
+    model: Model
+    optim: optax.GradientTransformation
+    _: KW_ONLY
+    kernel: Kernel = field(default_factory=MALA)
+    num_chains: int = 16
+    num_walkers: int = 64
+    num_holdout_chains: int = 4
+    num_kernel_steps: int = 1
+    ess_target: float | None = 0.99
+    ess_threshold: float = 0.5
+    resampling: Resampling = systematic
+    num_temperatures: int | None = None
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def _start(
+        self, rng_key: Array, arguments: Arguments, init_params: Params | None
+    ) -> JarzynskiState:
+        """Walkers of every site, annealed to the initial parameters where needed."""
+        key_model, key_walkers, key_next = random.split(rng_key, 3)
+        found = inspect_model(key_model, self.model, arguments, init_params=init_params)
+        check_on_params("optim", self.optim, found.params)
+        bound = BoundModel(self.model, found.transforms, key_model, arguments)
+
+        walkers = {}
+        for index, name in enumerate(found.energies):
+            walkers[name] = self._place(
+                random.fold_in(key_walkers, index),
+                name,
+                bound,
+                found.params,
+                num_chains=self.num_chains,
+                num_temperatures=self.num_temperatures,
+            )
+
+        return JarzynskiState(
+            params=found.params,
+            transforms=found.transforms,
+            optim_state=self.optim.init(found.params),
+            walkers=walkers,
+            update_scale=jnp.ones(()),
+            rng_key=key_next,
+        )
+
+    def update(
+        self, state: JarzynskiState, *args: Any, **kwargs: Any
+    ) -> tuple[JarzynskiState, dict[str, Any]]:
+        """One training step; see :class:`Backend`.
+
+        One body: the four words of the algorithm, in order.
+        """
+        key_model, key_move, key_resample, key_next = random.split(state.rng_key, 4)
+        bound = BoundModel(
+            self.model, state.transforms, key_model, Arguments(args, kwargs)
+        )
+
+        # Gradient
+        loss, grads = jax.value_and_grad(
+            partial(negative_log_joint, bound, state.walkers)
+        )(state.params)
+        updates, optim_state = updates_of(
+            self.optim, grads, state.optim_state, state.params, loss
+        )
+
+        # Switch
+        scale, params, walkers, evaluated = controlled_switch(
+            bound,
+            state.params,
+            state.walkers,
+            updates,
+            state.update_scale,
+            self.ess_target,
+        )
+
+        # Move
+        walkers, acceptance = move_walkers(
+            self.kernel,
+            key_move,
+            bound.energies(params),
+            walkers,
+            evaluated,
+            self.num_kernel_steps,
+        )
+
+        grad_norm, ess = (
+            optax.tree.norm(grads),
+            {n: w.ess() for n, w in walkers.items()},
+        )
+        finite = Finite(
+            {name: w.is_usable() for name, w in walkers.items()},
+            {
+                "loss": jnp.isfinite(loss),
+                "gradient": jnp.isfinite(grad_norm)
+                & jnp.isfinite(optax.tree.norm(params)),
+            },
+        )
+
+        # Resample, or return to the whole old state where a number is not finite
+        walkers, resampled = resample_or_return(
+            key_resample,
+            finite.everywhere(),
+            walkers,
+            state.walkers,
+            self.ess_threshold,
+            self.resampling,
+        )
+        new = JarzynskiState(
+            params, state.transforms, optim_state, walkers, scale, key_next
+        )
+        new = _where(finite.everywhere(), new, state)
+
+        log_z = {name: w.log_normalizer() for name, w in walkers.items()}
+        info = {
+            "loss": loss,
+            "ess": {name: pair[0] for name, pair in ess.items()},
+            "ess_holdout": {name: pair[1] for name, pair in ess.items()},
+            "log_normalizer": {name: pair[0] for name, pair in log_z.items()},
+            "log_normalizer_stderr": {name: pair[1] for name, pair in log_z.items()},
+            "log_normalizer_training": {
+                name: w.training_log_normalizer() for name, w in walkers.items()
+            },
+            "update_scale": scale,
+            "resampled": resampled,
+            "acceptance": acceptance,
+            "grad_norm": grad_norm,
+            "finite": finite,
+        }
+        return new, info
+
+    def _check_fit(self, fit: Fit, init_state: JarzynskiState) -> None:
+        warn_where_training_left_held_out(fit)
+
+    def refresh(
+        self,
+        rng_key: Array,
+        state: JarzynskiState,
+        *args: Any,
+        num_temperatures: int = 1000,
+        **kwargs: Any,
+    ) -> JarzynskiState:
+        """Re-anchor log Z by fresh held-out islands at the current parameters.
+
+        They are annealed from the start.
+
+        Long runs need it: held-out weights keep log Z unbiased, but their variance
+        grows.  A warning says where the running value had gone further astray than its
+        standard error allows.
+
+        Args:
+            rng_key: A JAX PRNG key.
+            state: Any state; it is not changed.
+            args: The model's positional arguments.
+            num_temperatures: Temperatures of the annealing, with ``num_kernel_steps``
+                moves at each.
+            kwargs: The model's keyword arguments.
+        """
+        bound = BoundModel(
+            self.model, state.transforms, rng_key, Arguments(args, kwargs)
+        )
+        walkers = {}
+        for index, (name, old) in enumerate(state.walkers.items()):
+            fresh = self._place(
+                random.fold_in(rng_key, index),
+                name,
+                bound,
+                state.params,
+                num_chains=self.num_holdout_chains,
+                num_temperatures=num_temperatures,
+                transform=old.transform,
+            )
+
+            split = old.num_training_chains
+            ensemble = jax.tree.map(
+                lambda kept, new, split=split: jnp.concatenate([kept[:split], new]),
+                old.ensemble,
+                fresh.ensemble,
+            )
+            walkers[name] = replace(old, ensemble=ensemble)
+            warn_where_log_z_drifted(name, old, walkers[name])
+        return replace(state, walkers=walkers)
+
+    def _place(
+        self,
+        rng_key: Array,
+        name: str,
+        bound: BoundModel,
+        params: Params,
+        **options: Any,
+    ) -> Walkers:
+        return place_walkers(
+            rng_key,
+            name,
+            bound,
+            params,
+            self.kernel,
+            AnnealingOptions(
+                self.num_kernel_steps, self.ess_threshold, self.resampling
+            ),
+            num_walkers=self.num_walkers,
+            num_holdout_chains=self.num_holdout_chains,
+            **options,
+        )
+
+
+def _where(is_new: Array, new: JarzynskiState, old: JarzynskiState) -> JarzynskiState:
+    """The new state or the old one; the ensembles of ``new`` are selected already."""
+    chosen = jax.tree.map(
+        partial(jnp.where, is_new), without_ensembles(new), without_ensembles(old)
+    )
+    walkers = {
+        name: replace(w, ensemble=new.walkers[name].ensemble)
+        for name, w in chosen.walkers.items()
+    }
+    return replace(chosen, walkers=walkers)

@@ -1,0 +1,97 @@
+"""The state of the Jarzynski backend."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+from jax import Array
+from numpyro.distributions.transforms import Transform
+
+from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.model.program import Params
+from ebm_ppl.normalizer.certify import certify
+from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.walkers.state import Walkers
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "params",
+        "transforms",
+        "optim_state",
+        "walkers",
+        "update_scale",
+        "rng_key",
+    ],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class JarzynskiState:
+    """Everything that the next update needs.
+
+    Attributes:
+        params: Unconstrained parameters by site name; see ``get_params`` for their
+            values.
+        transforms: Unconstrained to constrained, by site name.
+        optim_state: The optax state.
+        walkers: One :class:`Walkers` per energy site.
+        update_scale: Factor on the optimiser's update, in (0, 1]; see ``ess_target``.
+        rng_key: The key of the next update.
+    """
+
+    params: Params
+    transforms: dict[str, Transform]
+    optim_state: Any
+    walkers: dict[str, Walkers]
+    update_scale: Array
+    rng_key: Array
+
+    def constrained_params(self) -> Params:
+        """Values at the model's ``param`` and unobserved sample sites."""
+        return {
+            name: self.transforms[name](value) for name, value in self.params.items()
+        }
+
+    def log_normalizer(self, tolerance: float = 1.0) -> LogNormalizer:
+        """The running log Z of the held-out islands, for monitoring a run.
+
+        The estimate is unbiased at any time, but its variance grows with the run.  A
+        flag is set where the 95% interval is wider than ``tolerance`` (nats);
+        :meth:`Jarzynski.refresh` re-anchors the estimate.  It is never certified: a
+        mode of the data that no walker has found would go unnoticed.
+        :func:`ebm_ppl.log_normalizer` checks for that.
+        """
+        remedy = (
+            "re-anchor it with Jarzynski.refresh(...), or estimate it afresh with "
+            "ebm_ppl.log_normalizer(...)"
+        )
+        sites = {
+            name: certify(Evidence(w.held_out()), tolerance, remedy, is_running=True)
+            for name, w in self.walkers.items()
+        }
+
+        unchecked = (
+            "the running value is not held against the data, nor bounded from above: "
+            "use ebm_ppl.log_normalizer."
+        )
+        sites = {
+            name: site._replace(flags=(*site.flags, unchecked))
+            for name, site in sites.items()
+        }
+
+        return LogNormalizer.from_sites(
+            sites, "held-out islands", params=self.constrained_params()
+        )
+
+
+def without_ensembles(state: JarzynskiState) -> JarzynskiState:
+    """The same state without its walkers, which are large."""
+    return replace(
+        state,
+        walkers={
+            name: replace(w, ensemble=None)  # type: ignore[arg-type]
+            for name, w in state.walkers.items()
+        },
+    )

@@ -1,0 +1,1 @@
+"""A generator in place of Markov chains (Grathwohl et al. 2021)."""

@@ -1,0 +1,85 @@
+"""The state of the VERA backend."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array, random
+from numpyro.distributions.transforms import Transform
+
+from ebm_ppl.generators.program import Generator
+from ebm_ppl.model.program import Params
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "params",
+        "transforms",
+        "optim_state",
+        "generator",
+        "generator_params",
+        "generator_optim_state",
+        "score_state",
+        "standardizer",
+        "log_normalizer_bound",
+        "rng_key",
+    ],
+    meta_fields=["entropy_weight"],
+)
+@dataclass(frozen=True)
+class VERAState:
+    """Everything that the next update needs.
+
+    Attributes:
+        params: Unconstrained parameters of the model, by site name.
+        transforms: Unconstrained to constrained, by site name.
+        optim_state: State of the model's optimiser.
+        generator: The generator as functions.
+        generator_params: The generator's unconstrained parameters φ.
+        generator_optim_state: State of the generator's optimiser.
+        score_state: State of the score estimator.
+        standardizer: The map from base-standard coordinates to x, frozen at the initial
+            parameters.
+        log_normalizer_bound: Running mean of ``E_q[−U] + H(q)``.
+        rng_key: The key of the next update.
+        entropy_weight: λ; the generator approximates exp(−U/λ).
+    """
+
+    params: Params
+    transforms: dict[str, Transform]
+    optim_state: Any
+    generator: Generator
+    generator_params: Params
+    generator_optim_state: Any
+    score_state: Any
+    standardizer: Transform
+    log_normalizer_bound: Array
+    rng_key: Array
+    entropy_weight: float
+
+    def draws(self, rng_key: Array, num_draws: int) -> tuple[Array, Array]:
+        """Draws ``(z, x)`` of the generator.
+
+        Shapes: ``(num_draws, num_latents)`` and ``(num_draws, *event_shape)``.
+        """
+        return self.generator.draws(
+            self.generator_params, random.split(rng_key, num_draws)
+        )
+
+    def constrained_generator_params(self) -> Params:
+        """Constrained values at the generator's ``param`` sites.
+
+        ``numpyro.infer.Predictive`` takes them as ``params``.
+        """
+        return self.generator.constrain(self.generator_params)
+
+
+class GeneratorProgress(NamedTuple):
+    """The part of the state that the generator's steps carry."""
+
+    params: Params
+    optim_state: Any
+    score_state: Any
+    bound: Array

@@ -1,0 +1,1 @@
+"""Energies as distributions, and what tells one energy from another."""

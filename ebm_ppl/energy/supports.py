@@ -1,0 +1,87 @@
+"""Properties of supports and base distributions that need no energy."""
+
+import numpyro
+import numpyro.distributions as dist
+from jax import Array, random
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import (
+    IdentityTransform,
+    IndependentTransform,
+    Transform,
+    biject_to,
+)
+
+
+def is_improper(base: dist.Distribution) -> bool:
+    """Whether a base is, under any wrapper, an ``ImproperUniform`` or masked."""
+    while hasattr(base, "base_dist"):
+        if isinstance(base, dist.MaskedDistribution) and base._mask is not True:
+            return True
+        base = base.base_dist
+    return isinstance(base, dist.ImproperUniform)
+
+
+def same_support(one: constraints.Constraint, other: constraints.Constraint) -> bool:
+    """Whether two constraints are the same but for event dims; False if unknown."""
+    while isinstance(one, constraints.independent):
+        one = one.base_constraint
+    while isinstance(other, constraints.independent):
+        other = other.base_constraint
+    return one is other
+
+
+def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
+    """``base.log_prob`` without NumPyro's support checks.
+
+    Every level of a nested distribution would repeat them.
+    """
+    with numpyro.validation_enabled(False):
+        return base.log_prob(value)
+
+
+def bijector_of(base: dist.Distribution) -> Transform:
+    """NumPyro's bijection from unconstrained space onto a base's support.
+
+    Raises:
+        NotImplementedError: NumPyro has none.
+    """
+    try:
+        return biject_to(base.support)
+    except NotImplementedError as error:
+        inner = base
+        while isinstance(
+            inner,
+            dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution,
+        ):
+            inner = inner.base_dist
+        raise NotImplementedError(
+            f"A {type(inner).__name__} has support {base.support}, which NumPyro "
+            "cannot map the whole space onto, so walkers and quadrature have no "
+            "coordinates there. Take a base over the real line, a half-line, an "
+            "interval or a simplex, and write the energy of x there."
+        ) from error
+
+
+def points_in_support(
+    base: dist.Distribution, rng_key: Array, num_points: int
+) -> Array:
+    """Scattered points of a base's support, ``(num_points, *batch, *event)``.
+
+    A continuous base need not have a sampler.
+    """
+    if base.support.is_discrete:
+        return base.sample(rng_key, (num_points,))
+
+    transform = bijector_of(base)
+    shape = transform.inverse_shape(base.batch_shape + base.event_shape)
+    key_scale, key_points = random.split(rng_key)
+
+    # Scales at which a bijector's values still differ from the support's ends, and far
+    # larger ones where the support has no ends.
+    inner = transform
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    reach = 1e4 if isinstance(inner, IdentityTransform) else 3.0
+
+    scales = reach ** random.uniform(key_scale, (num_points, *(1,) * len(shape)))
+    return transform(scales * random.normal(key_points, (num_points, *shape)))

@@ -1,0 +1,1 @@
+"""log Z by quadrature and by enumeration."""

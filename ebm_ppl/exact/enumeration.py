@@ -1,0 +1,99 @@
+"""Sums over all states of a finite support."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.nn import logsumexp
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.states import states
+from ebm_ppl.energy.supports import unchecked_log_prob
+from ebm_ppl.exact.verdict import MAX_ROUNDING, Exact, accuracy, rounding_flag
+
+
+def enumeration(
+    distribution: EnergyDistribution, name: str | None = None
+) -> tuple[Array, tuple[str, ...]]:
+    """Estimate and flags of :func:`total`."""
+    found = total(distribution, name)
+    return found.estimate, found.flags
+
+
+def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:
+    """Log Z as a sum over every state of a finite support.
+
+    Args:
+        distribution: An energy over a finite discrete support, such as
+            ``dist.Bernoulli(0.5).expand([16]).to_event(1)``, ``dist.Multinomial(3,
+            probs)``, or a bijection of one.
+        name: The site's name, for messages.
+
+    Raises:
+        ValueError: The support is not finite, or has more than 2²² states.
+    """
+    every = states(distribution.base, name)
+
+    # With unequal bounds, states outside some elements' support have no mass there and
+    # are not evaluated.
+    event_dims = tuple(range(every.ndim - len(distribution.event_shape), every.ndim))
+    inside = jnp.broadcast_to(
+        distribution.support(every), every.shape[: every.ndim - len(event_dims)]
+    )
+    first = jnp.argmax(inside, axis=0)
+    valid = jnp.take_along_axis(
+        every, first.reshape(1, *first.shape, *(1,) * len(event_dims)), axis=0
+    )
+    every = jnp.where(
+        inside.reshape(*inside.shape, *(1,) * len(event_dims)), every, valid
+    )
+
+    energies = distribution.factor_energies(every).values()
+    log_base = unchecked_log_prob(distribution.base, every)
+    log_value = jnp.where(inside, log_base - sum(energies), -jnp.inf)
+    log_z = _log_sum(log_value)
+
+    weight = jnp.exp(log_value - log_z)
+    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
+    eps = float(jnp.finfo(log_z.dtype).eps)
+    rounding = eps * (
+        jnp.sum(jnp.where(weight > 0, weight * magnitude, 0.0), axis=0) + jnp.abs(log_z)
+    )
+    rounding = lax.stop_gradient(rounding)
+    error = jnp.where(rounding > accuracy(), rounding, 0.0)
+
+    if isinstance(log_z, jax.core.Tracer):
+        is_good = jnp.isfinite(log_z) & (rounding <= MAX_ROUNDING)
+        return Exact(jnp.where(is_good, log_z, jnp.nan), error, ())
+    if not bool(jnp.all(jnp.isfinite(log_z))):
+        return Exact(
+            log_z,
+            error,
+            ("the sum is not finite: check that the energy is finite on its support.",),
+        )
+
+    worst = float(jnp.max(rounding))
+    return Exact(
+        log_z,
+        error,
+        () if worst <= MAX_ROUNDING else (rounding_flag(worst, log_z.dtype),),
+    )
+
+
+def _log_sum(log_value: Array) -> Array:
+    """``logsumexp`` over the first axis, in two stages.
+
+    Rounding grows with the number of terms of one sum.
+    """
+    count = log_value.shape[0]
+    width = 2 ** math.ceil(math.log2(max(count, 1)) / 2)
+    missing = -count % width
+    padded = jnp.pad(
+        log_value,
+        ((0, missing), *((0, 0),) * (log_value.ndim - 1)),
+        constant_values=-jnp.inf,
+    )
+    return logsumexp(
+        logsumexp(padded.reshape(-1, width, *log_value.shape[1:]), axis=1), axis=0
+    )

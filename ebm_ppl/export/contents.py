@@ -1,0 +1,201 @@
+"""What an export holds and what it is called."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import random
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.fingerprint import require_same_energy
+from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.energy.pointwise import require_pointwise
+from ebm_ppl.export.attributes import ATTRIBUTES, SHARED, STATISTICS
+from ebm_ppl.export.groups import Naming, Variable
+from ebm_ppl.export.names import Dimensions, distinct, labels
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.data import Observation, observations
+from ebm_ppl.model.program import Model
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.fit import Fit
+
+GIVEN = "given to to_arviz"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an export holds, and what it is called."""
+
+    rng_key: jax.Array
+    params: Mapping[str, Any]
+    data: dict[str, Observation]
+    energies: dict[str, EnergyDistribution]
+    draws: Mapping[str, Any]
+    naming: Naming
+    event_dims: dict[str, tuple[str, ...]]
+    parameters: dict[str, Variable]
+
+
+def contents_of(
+    source: Fit | Mapping[str, Any],
+    model: Model,
+    arguments: Arguments,
+    log_normalizer: LogNormalizer | None,
+    draws: Mapping[str, Any] | None,
+    dims: Mapping[str, Sequence[str]] | None,
+) -> Contents:
+    """Run the model at the source's (first) parameters, check it, and name everything."""
+    is_fit, history = isinstance(source, Fit), {}
+    rng_key: jax.Array = random.key(0)
+    if isinstance(source, Fit):
+        rng_key, params, history = source.state.rng_key, source.params, source.history
+    else:
+        params = dict(source)
+        _check_posterior(_leaves(params))
+    one = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf) if is_fit else jnp.asarray(leaf)[0, 0], params
+    )
+
+    key_model, key_resample = random.split(rng_key)
+    data = observations(key_model, model, one, arguments)
+    bound = BoundModel(model, {}, key_model, arguments)
+    energies = bound.energies(one)
+    for name, energy in energies.items():
+        require_pointwise(name, energy)
+    if log_normalizer is not None:
+        _check_belongs(log_normalizer, energies, params)
+        for name, expected in log_normalizer.fingerprints.items():
+            require_same_energy(name, energies[name], expected)
+
+    leaves = _leaves(params)
+    naming = _naming(energies, data, leaves, history, dims)
+    event_dims = {name: naming.event(name, found) for name, found in data.items()}
+    parameters = _parameters(leaves, naming, num_draw_dims=0 if is_fit else 2)
+    _check_draws(draws or {}, data)
+    return Contents(
+        key_resample,
+        params,
+        data,
+        energies,
+        draws or {},
+        naming,
+        event_dims,
+        parameters,
+    )
+
+
+def _naming(
+    energies: Mapping[str, EnergyDistribution],
+    data: Mapping[str, Observation],
+    leaves: Mapping[str, Any],
+    history: Mapping[str, Any],
+    dims: Mapping[str, Sequence[str]] | None,
+) -> Naming:
+    variables = distinct([*data, *energies, *leaves])
+    stems = {
+        name: [
+            *ATTRIBUTES,
+            *STATISTICS,
+            *history,
+            *(f"energy_{factor}" for factor in named_factors(energy).values()),
+        ]
+        for name, energy in energies.items()
+    }
+    ends = labels(list(energies), stems, [*SHARED, *ATTRIBUTES, *STATISTICS, *history])
+    plates = [
+        dim for found in data.values() for dim in found.dims if isinstance(dim, str)
+    ]
+    return Naming(variables, ends, Dimensions(variables, plates, dims))
+
+
+def named_factors(energy: EnergyDistribution) -> dict[str, str]:
+    """Names of an energy's factors in the export."""
+    return distinct(energy.factors, ())
+
+
+def _check_belongs(
+    log_normalizer: LogNormalizer, energies: dict[str, Any], params: Mapping[str, Any]
+) -> None:
+    """A log Z is of use for its own sites and parameters only."""
+    for name in energies:
+        if name not in log_normalizer.estimate:
+            raise ValueError(
+                f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the "
+                f"model has energy site '{name}'; estimate it with "
+                "ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
+            )
+
+    for name in set(log_normalizer.params) | set(params):
+        ours, theirs = (
+            jax.tree.leaves(where.get(name))
+            for where in (params, log_normalizer.params)
+        )
+        same = len(ours) == len(theirs) and all(
+            np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-8)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+
+        if not same:
+            raise ValueError(
+                f"log_normalizer belongs to other parameters: '{name}' differs. "
+                "Estimate it at these: ebm_ppl.log_normalizer(rng_key, model, "
+                "fit.params, ...), or with batch_ndims=2 at draws (chain, draw)."
+            )
+
+
+def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by site name, or, of a tree, by that of every leaf."""
+    return {
+        name + jax.tree_util.keystr(path): leaf
+        for name, tree in params.items()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _parameters(
+    leaves: Mapping[str, Any], naming: Naming, num_draw_dims: int
+) -> dict[str, Variable]:
+    """Parameters as variables.
+
+    Their ``dims`` are checked in exports that have no group for them, too.
+    """
+    return {
+        naming.variables[name]: (
+            (
+                *("chain", "draw")[:num_draw_dims],
+                *naming.dimensions.of(
+                    name, np.ndim(leaf) - num_draw_dims, "a value of parameter"
+                ),
+            ),
+            np.array(leaf),
+        )
+        for name, leaf in leaves.items()
+    }
+
+
+def _check_posterior(leaves: Mapping[str, Any]) -> None:
+    leads = {name: np.shape(leaf)[:2] for name, leaf in leaves.items()}
+    if len(set(leads.values())) > 1 or any(len(lead) < 2 for lead in leads.values()):
+        shapes = {name: np.shape(leaf) for name, leaf in leaves.items()}
+        raise ValueError(
+            f"Posterior draws have shapes {shapes}; expected (chain, draw, ...), the "
+            "same two for all, as from mcmc.get_samples(group_by_chain=True)."
+        )
+
+
+def _check_draws(draws: Mapping[str, Any], data: Mapping[str, Observation]) -> None:
+    for name, values in draws.items():
+        if name not in data:
+            raise ValueError(
+                f"draws names site '{name}', where no data are; expected some of "
+                f"{sorted(data)}."
+            )
+        event, found = data[name].distribution.event_shape, np.shape(values)
+        if len(found) < 2 + len(event) or found[len(found) - len(event) :] != event:
+            raise ValueError(
+                f"draws['{name}'] has shape {found}; expected (chain, draw, ...) and "
+                f"last the event shape {event}."
+            )

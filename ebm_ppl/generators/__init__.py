@@ -1,0 +1,1 @@
+"""Generator programs and the scores of their densities."""

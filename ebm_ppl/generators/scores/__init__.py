@@ -1,0 +1,1 @@
+"""Estimators of the score of a generator's density."""

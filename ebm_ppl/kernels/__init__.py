@@ -1,0 +1,1 @@
+"""Markov kernels that know their own log weights."""

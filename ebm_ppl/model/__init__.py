@@ -1,0 +1,1 @@
+"""NumPyro models with energies: run, bound to data, inspected."""

@@ -1,0 +1,178 @@
+"""A model at fixed parameters."""
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import Array, random
+from jax.tree_util import Partial
+from numpyro import handlers
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.pointwise import doubt_of, in_company, require_no_rows
+from ebm_ppl.energy.start import check_start_covers
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.repeatable import check_repeatable, energies_at_points
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.programs.snapshot import snapshot
+
+
+def _energy_alone(distribution: EnergyDistribution) -> None:
+    """The model of a bare distribution; one function, so that equal shapes share executables."""
+    numpyro.sample("x", distribution)
+
+
+def bind(
+    rng_key: Array,
+    model: Model | EnergyDistribution,
+    params: Params,
+    args: tuple,
+    kwargs: dict,
+    *,
+    compiled: bool = True,
+) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
+    """A model on its data, and its energies at ``params``.
+
+    A bare distribution becomes the model of a site 'x'.
+
+    ``compiled=False`` evaluates a bare distribution as it stands, which may be traced.
+
+    Raises:
+        ValueError: Parameters that are missing or unknown, or no energy site.
+    """
+    if isinstance(model, dist.Distribution) and not isinstance(
+        model, EnergyDistribution
+    ):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a NumPyro model, or the "
+            "EnergyDistribution itself, without wrappers: .expand, .mask and "
+            ".to_event belong inside a model, transforms inside the energy's base."
+        )
+
+    if isinstance(model, EnergyDistribution):
+        if params or args or kwargs:
+            raise ValueError(
+                "A bare EnergyDistribution holds its parameters; expected no params "
+                f"and no arguments, found {sorted(params)}, {len(args)} arguments and "
+                f"{sorted(kwargs)}."
+            )
+
+        check_start_covers(model, "x")
+        require_no_rows("x", model, traced=compiled)
+        frozen = _with_present_content(model)
+        bound = BoundModel(_energy_alone, {}, rng_key, Arguments((frozen,)))
+        company = (
+            energies_at_points(bound, {}, rng_key)[1]["x"]
+            if compiled
+            else in_company(model)
+        )
+        doubt_of("x", model, company)
+        return bound, {"x": frozen}
+
+    bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
+    found = check_params(bound, params)
+    if not found:
+        raise ValueError(
+            "The model has no energy site: declare one with numpyro.sample('x', "
+            "EnergyDistribution(...))."
+        )
+    for name, distribution in found.items():
+        check_start_covers(distribution, name)
+    return bound, found
+
+
+def _with_present_content(distribution: EnergyDistribution) -> EnergyDistribution:
+    """The same distribution, different as a pytree once an object inside has changed."""
+    frozen = copy.copy(distribution)
+    frozen.factors = {
+        name: Partial(snapshot(factor.func), *factor.args, **factor.keywords)
+        for name, factor in distribution.factors.items()
+    }
+    return frozen
+
+
+def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribution]:
+    """Refuse parameters that do not decide the energies alone.
+
+    Those that the model does not have, and lacks, are named.
+
+    Returns:
+        The energies, by site.
+
+    Raises:
+        ValueError: The message names them.
+    """
+    # Loops index what is substituted in them, which NumPy's arrays refuse under a
+    # trace.
+    params = jax.tree.map(jnp.asarray, params)
+    recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
+    trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
+        *bound.arguments.args, **bound.arguments.kwargs
+    )
+    # Data are not parameters: fixed, they would leave the likelihood.
+    for name, distribution in recorder.found.items():
+        require_no_rows(name, distribution)
+
+    unknown = {
+        name
+        for name in params
+        if name not in trace or trace[name].get("is_observed") or name in recorder.found
+    }
+    missing = {name for name, site in trace.items() if site["type"] == "param"} - set(
+        params
+    )
+    if unknown or missing:
+        raise ValueError(
+            f"params lacks {sorted(missing)} and holds {sorted(unknown)}, which the "
+            "model does not have; expected every parameter of the model by its site's "
+            "name, such as fit.params."
+        )
+
+    check_repeatable(bound.rng_key, bound, params, recorder.found)
+    _check_given(conditions(bound, params, recorder.found), recorder.unobserved)
+    return recorder.found
+
+
+def conditions(
+    bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]
+) -> dict[str, tuple[str, ...]]:
+    """The energy sites whose values every site's energy depends on.
+
+    Args:
+        bound: The model.
+        params: Its parameters.
+        found: The energies there.
+    """
+    depends: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
+    if len(found) < 2:
+        return depends
+
+    key = random.fold_in(bound.rng_key, 1)
+    first, _ = energies_at_points(bound, params, key)
+    for moved in found:
+        other, _ = energies_at_points(bound, params, key, moved)
+        for name in set(found) - {moved}:
+            if not np.array_equal(
+                np.asarray(first[name]), np.asarray(other[name]), equal_nan=True
+            ):
+                depends[name] += (moved,)
+    return depends
+
+
+def _check_given(depends: dict[str, tuple[str, ...]], unobserved: list[str]) -> None:
+    """A log Z, and draws, of a site that depends on another's value need that value."""
+    for name, others in depends.items():
+        for other in others:
+            if other in unobserved:
+                raise ValueError(
+                    f"The energy at site '{name}' depends on the value of energy site "
+                    f"'{other}', which has none here. Its log Z and its draws are "
+                    f"those at one value of '{other}': call with data at '{other}' (or "
+                    f"first draw '{other}' from a model of it alone, and give a draw "
+                    "as its data)."
+                )

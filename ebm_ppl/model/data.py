@@ -1,0 +1,69 @@
+"""Observed values of a model, and what they were observed under."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpyro.distributions as dist
+from jax import Array
+from numpyro import handlers
+
+from ebm_ppl.energy.distribution import unwrap
+from ebm_ppl.model.handlers import EnergySites, FullPlates
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.programs.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Data at one observed site: value, leading dimensions and distribution.
+
+    A dimension is a plate's name, or, without a plate, its place among the
+    distribution's own.
+    """
+
+    value: Array
+    dims: tuple[str | int, ...]
+    distribution: dist.Distribution
+
+
+def observations(
+    rng_key: Array,
+    model: Model,
+    params: Params,
+    arguments: Arguments,
+    *,
+    full_plates: bool = True,
+) -> dict[str, Observation]:
+    """Data at the observed sample sites, auxiliary ones left out.
+
+    By default every plate has its full size.
+    """
+    with FullPlates() if full_plates else nullcontext():
+        recorder = EnergySites(handlers.seed(model, rng_key))
+        trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
+            *arguments.args, **arguments.kwargs
+        )
+
+    found = {}
+    for name, site in trace.items():
+        auxiliary = site["type"] != "sample" or site["infer"].get("is_auxiliary", False)
+        if auxiliary or not site["is_observed"] or isinstance(site["fn"], dist.Unit):
+            continue
+        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
+        num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
+        energy = unwrap(site["fn"])
+
+        # Dimensions that are the energy's own are counted as on the walkers.
+        own = (
+            0
+            if energy is None
+            else len((*energy.batch_shape, *energy.event_shape))
+            - len(site["fn"].event_shape)
+        )
+        shared = num_batch_dims - own
+        dims = tuple(
+            plates.get(k - num_batch_dims, k - shared) for k in range(num_batch_dims)
+        )
+        found[name] = Observation(site["value"], dims, site["fn"])
+    return found

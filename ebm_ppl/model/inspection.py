@@ -1,0 +1,177 @@
+"""What a model holds, and every reason why it could not be fitted."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from numpyro import handlers
+from numpyro.distributions.transforms import Transform
+from numpyro.infer.util import transform_fn
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.pointwise import require_no_rows
+from ebm_ppl.energy.start import check_start_covers, starting_distribution
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.masks import unmasked
+from ebm_ppl.model.parameters import (
+    check_init_params,
+    initial_value,
+    parameters_of,
+    run_once,
+)
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.repeatable import check_repeatable
+from ebm_ppl.programs.arguments import Arguments
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Initial parameters (unconstrained), their transforms, and the energy sites."""
+
+    params: Params
+    transforms: dict[str, Transform]
+    energies: dict[str, EnergyDistribution]
+
+
+def inspect_model(
+    rng_key: Array,
+    model: Model,
+    arguments: Arguments,
+    *,
+    init_params: Params | None = None,
+) -> Inspection:
+    """Run the model once on its data, check it, and find parameters and energy sites.
+
+    Args:
+        rng_key: A JAX PRNG key, for initial values and subsampling.
+        model: A NumPyro model.
+        arguments: What to call it with.
+        init_params: Constrained values for any ``param`` or sample site, instead of its
+            initial value.
+
+    Raises:
+        ValueError: Every ill-posed model; the message names the site, what was found
+            and what to write.
+    """
+    init_params = {} if init_params is None else dict(init_params)
+    args, kwargs = arguments.args, arguments.kwargs
+    recorder = EnergySites(handlers.seed(model, rng_key))
+    with_initial = handlers.substitute(recorder, substitute_fn=initial_value)
+    if init_params:
+        check_init_params(init_params, partial(run_once, with_initial, args, kwargs))
+    trace = run_once(handlers.substitute(with_initial, data=init_params), args, kwargs)
+    if not recorder.found:
+        raise ValueError(
+            "The model has no energy site. Declare one: numpyro.sample('x', "
+            "ebm_ppl.EnergyDistribution(energy, base), obs=x); a model without "
+            "energies is fitted by numpyro.infer.SVI."
+        )
+
+    for name in recorder.unobserved:
+        raise ValueError(
+            f"Energy site '{name}' is not observed. Fitting needs data there: pass "
+            "obs= (not obs_mask=, which turns rows into latents; use handlers.mask to "
+            "leave rows out). A latent energy with fixed parameters is an energy "
+            "prior: give it log_normalizer= and use NUTS."
+        )
+
+    values, transforms = parameters_of(trace)
+    for name, distribution in recorder.found.items():
+        _check_energy_site(name, distribution, trace)
+    params = jax.tree.map(
+        lambda value: jnp.asarray(value, jnp.result_type(value)),
+        transform_fn(transforms, values, invert=True),
+    )
+    check_repeatable(
+        rng_key,
+        BoundModel(model, transforms, rng_key, arguments),
+        params,
+        recorder.found,
+    )
+    return Inspection(params, transforms, recorder.found)
+
+
+def _check_energy_site(
+    name: str, distribution: EnergyDistribution, trace: dict[str, dict]
+) -> None:
+    """Refuse an energy site, or data at it, that cannot be fitted.
+
+    One body: the checks, in the order in which they are told.
+    """
+    site = trace[name]
+    wrapped = site["fn"]
+    value = site["value"]
+    starting_distribution(distribution, name)
+    if distribution.support.is_discrete:
+        raise ValueError(
+            f"Energy site '{name}' has a discrete support ({distribution.support}); "
+            "Langevin walkers need a continuous one. Choose a continuous base, or "
+            "dequantise the data."
+        )
+
+    if distribution.log_normalizer is not None:
+        raise ValueError(
+            f"Energy site '{name}' already has a log_normalizer, so its density is "
+            "normalised: fit it with numpyro.infer.SVI or MCMC, or leave "
+            "log_normalizer out to have it estimated."
+        )
+
+    if jnp.shape(value) != wrapped.shape():
+        raise ValueError(
+            f"Data at energy site '{name}' has shape {jnp.shape(value)}; expected "
+            f"{wrapped.shape()}: plates and batch shape {wrapped.batch_shape}, event "
+            f"shape {wrapped.event_shape} from the base. Reshape the data, or "
+            ".expand/.to_event the base."
+        )
+
+    check_start_covers(distribution, name)
+    require_no_rows(name, distribution)
+    own_dims = len(distribution.batch_shape)
+    for frame in site["cond_indep_stack"]:
+        size = trace[frame.name]["args"][0]
+        if -frame.dim <= own_dims and frame.size != size:
+            raise ValueError(
+                f"Energy site '{name}' has one normaliser per row of plate "
+                f"'{frame.name}', which is subsampled: walkers of absent rows could "
+                "not follow. Drop subsample_size, or give the base no batch shape "
+                "(one shared Z)."
+            )
+
+    if isinstance(value, jax.core.Tracer):
+        return
+    _refuse_rows(
+        name,
+        wrapped,
+        np.isfinite(np.asarray(value)),
+        "is NaN or infinite",
+        "Drop or impute those rows, or exclude them with handlers.mask and fill in "
+        "any finite value.",
+    )
+
+    _refuse_rows(
+        name,
+        wrapped,
+        np.asarray(distribution.support(value)),
+        f"lies outside the base's support ({distribution.support})",
+        "Choose a base whose support holds the data, or transform the data into it.",
+    )
+
+
+def _refuse_rows(
+    name: str, wrapped: Any, good: np.ndarray, finding: str, remedy: str
+) -> None:
+    """Raise where any element of an unmasked row is not ``good``."""
+    counts = unmasked(wrapped)
+    bad = ~good.reshape((*counts.shape, -1)).all(-1) & counts
+    bad = bad.any(tuple(range(len(wrapped.batch_shape), bad.ndim)))
+    if bad.any():
+        first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
+        raise ValueError(
+            f"Data at energy site '{name}' {finding} in {int(bad.sum())} of {bad.size} "
+            f"rows (first: row {first}). {remedy}"
+        )

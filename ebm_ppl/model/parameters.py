@@ -1,0 +1,151 @@
+"""The sites of a model, their initial values and transforms."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import Transform, biject_to
+from numpyro.infer import init_to_median
+
+from ebm_ppl.energy.distribution import unwrap
+from ebm_ppl.model.program import Params
+
+_median = init_to_median(num_samples=15)
+
+
+def initial_value(site: dict) -> Array | None:
+    """The initial value of a site without one."""
+    return None if site["value"] is not None else _median(site)
+
+
+def run_once(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:
+    """Trace one run; a plate without rows is refused by name."""
+    try:
+        return handlers.trace(model).get_trace(*args, **kwargs)
+    except AssertionError as error:
+        if "size of plate should be positive" not in str(error):
+            raise
+        name = _local_of_last_frame(error, "name")
+        raise ValueError(
+            f"Plate '{name}' has size 0: there are no rows to fit. Check the data that "
+            "the model was given; leave a plate without rows out of the model."
+        ) from error
+
+
+def _local_of_last_frame(error: BaseException, variable: str) -> Any:
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback.tb_frame.f_locals.get(variable) if traceback is not None else None
+
+
+def parameters_of(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]:
+    """Values of a trace's parameters and latents, and their transforms."""
+    values: Params = {}
+    transforms: dict[str, Transform] = {}
+    for name, site in trace.items():
+        if site["type"] == "mutable":
+            raise ValueError(
+                f"Site '{name}' is mutable state (batch norm, running statistics): the "
+                "energy would change with every call and walkers' weights would be "
+                "wrong. Use a net without state, such as layer norm."
+            )
+
+        if site["type"] == "param":
+            constraint = site["kwargs"].get("constraint", constraints.real)
+            values[name] = as_real(name, site["value"], constraint)
+            transforms[name] = biject_to(constraint)
+        elif (
+            site["type"] == "sample"
+            and not site["is_observed"]
+            and unwrap(site["fn"]) is None
+        ):
+            _check_latent(name, site)
+            values[name] = site["value"]
+            transforms[name] = biject_to(site["fn"].support)
+
+    if not values:
+        raise ValueError(
+            "The model has no parameters to fit: no numpyro.param, module or "
+            "unobserved sample site."
+        )
+    return values, transforms
+
+
+def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
+    """The initial value of a parameter; a whole number becomes a float.
+
+    What no gradient can move is refused.
+
+    Raises:
+        ValueError: Parameters over integers, or a tree with leaves that are not real
+            numbers.
+    """
+    if constraint.is_discrete:
+        raise ValueError(
+            f"Parameter '{name}' has the discrete constraint {constraint}; gradients "
+            f"need a continuous one. Write numpyro.param('{name}', ..., "
+            "constraint=constraints.positive) for example, or pass it as an argument."
+        )
+
+    is_leaf = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
+    if is_leaf and jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        return jnp.asarray(value, jnp.result_type(float))
+
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(
+                f"Parameter '{name}'{jax.tree_util.keystr(path)} starts at {dtype} "
+                "values; expected floats, which a gradient can move: "
+                f"numpyro.param('{name}', 1.0). What is not to be learned is no "
+                "parameter."
+            )
+    return value
+
+
+def check_init_params(
+    init_params: Params, run_without: Callable[[], dict[str, dict]]
+) -> None:
+    """Given values must have names that the model has, and its shapes."""
+    try:
+        trace = run_without()
+    except Exception:
+        # The model may need the values that it was given.  If not, it fails with them
+        # too, and says why.
+        return
+
+    unknown = set(init_params) - set(trace)
+    if unknown:
+        raise ValueError(
+            f"init_params names {sorted(unknown)}, which the model does not have."
+        )
+
+    for name, given in init_params.items():
+        found, expected = (
+            jax.tree.map(jnp.shape, value) for value in (given, trace[name]["value"])
+        )
+        if found != expected:
+            raise ValueError(
+                f"init_params['{name}'] has shape {found}; expected {expected}, as the "
+                "model has it."
+            )
+
+
+def _check_latent(name: str, site: dict) -> None:
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"Latent site '{name}' is discrete; beside an energy its gradient is not "
+            "defined. Marginalise it by hand (logsumexp over its values inside the "
+            "energy), or observe it."
+        )
+    if site["cond_indep_stack"]:
+        plates = ", ".join(frame.name for frame in site["cond_indep_stack"])
+        raise ValueError(
+            f"Latent site '{name}' is local to plate {plates}. This backend fits "
+            "global sites only (MAP): move it out of the plate, or marginalise it."
+        )

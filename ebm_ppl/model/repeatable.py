@@ -1,0 +1,127 @@
+"""Whether a model gives the same energies each time that it runs."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from numpyro.distributions import constraints
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.fingerprint import Fingerprint, fingerprint
+from ebm_ppl.energy.pointwise import Company, in_company, require_equal
+from ebm_ppl.energy.supports import points_in_support
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.program import Params
+
+
+@jax.jit
+def _moved(rng_key: Array, params: Params) -> Params:
+    """Parameters up to a tenth larger, which keeps signs; zeros up to a tenth."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = random.split(rng_key, len(leaves))
+    steps = [
+        0.1 * random.uniform(key, jnp.shape(leaf))
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    moved = [
+        leaf + (jnp.where(leaf == 0, 1.0, leaf) * step).astype(jnp.result_type(leaf))
+        for leaf, step in zip(leaves, steps, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def check_repeatable(
+    rng_key: Array,
+    bound: BoundModel,
+    params: Params,
+    found: dict[str, EnergyDistribution],
+) -> None:
+    """An energy must be one function of its parameters alone.
+
+    Not of a random key, nor of the rows of a mini-batch.
+
+    ``found`` are the energies at ``params``.
+    """
+    key_params, key_start, key_other = random.split(rng_key, 3)
+    # A last layer of zeros would hide what the layers before it do.
+    original, params = params, _moved(key_params, params)
+    first, companies = energies_at_points(bound, params, key_start)
+    second, _ = energies_at_points(replace(bound, rng_key=key_other), params, key_start)
+    may_move = any(_has_parameters(energy.support) for energy in found.values())
+    agree = _supports_agree(bound, original, params, key_start) if may_move else {}
+    for name, inside in agree.items():
+        if not bool(inside):
+            raise ValueError(
+                f"The support of the base at site '{name}' changes with the "
+                "parameters: walkers cannot follow it, and ∇log Z lacks what the "
+                "moving boundary adds. Fix the base's support, or rescale x to a "
+                "fixed one."
+            )
+
+    for name, values in first.items():
+        if not np.array_equal(
+            np.asarray(values), np.asarray(second[name]), equal_nan=True
+        ):
+            raise ValueError(
+                f"The energy at site '{name}' changes with the random key. Either it "
+                "is stochastic (dropout: switch it off, deterministic=True), or it "
+                "depends on a latent site that has no value here, or on the rows of a "
+                "subsampled plate (then give the base their batch shape, without "
+                "subsampling): walkers need one energy per parameter value."
+            )
+
+    # Last: what changes by chance changes in other company too.
+    for name, company in companies.items():
+        require_equal(name, found[name], company)
+
+
+def _has_parameters(support: constraints.Constraint) -> bool:
+    try:
+        return bool(jax.tree.leaves(support))
+    except NotImplementedError:  # a constraint of the user's own that does not say
+        return True
+
+
+@partial(jax.jit, static_argnames=("moved",))
+def energies_at_points(
+    bound: BoundModel, params: Params, rng_key: Array, moved: str | None = None
+) -> tuple[dict[str, Array], dict[str, Company]]:
+    """Potentials at scattered points, and energies of few points in other company."""
+    found = bound.energies(params, moved)
+    values = {}
+    for name, energy in found.items():
+        points = points_in_support(energy.base, rng_key, 8)
+        values[name] = energy.potential(points)
+        if energy.start is not None:
+            values[name] = jnp.stack([values[name], energy.start.log_prob(points)])
+    return values, {name: in_company(energy) for name, energy in found.items()}
+
+
+@jax.jit
+def fingerprints(
+    bound: BoundModel, params: Params, more: dict[str, Array]
+) -> dict[str, Fingerprint]:
+    """What tells the model's energies from others, by site.
+
+    ``more`` holds further points, by site.
+    """
+    return {
+        name: fingerprint(energy, more.get(name))
+        for name, energy in bound.energies(params).items()
+    }
+
+
+@jax.jit
+def _supports_agree(
+    bound: BoundModel, params: Params, moved: Params, rng_key: Array
+) -> dict[str, Array]:
+    """Whether points of either support lie in the other, by site."""
+    there = bound.energies(moved)
+    return {
+        name: jnp.all(there[name].support(points_in_support(energy.base, rng_key, 64)))
+        & jnp.all(energy.support(points_in_support(there[name].base, rng_key, 64)))
+        for name, energy in bound.energies(params).items()
+    }

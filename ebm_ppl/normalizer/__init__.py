@@ -1,0 +1,1 @@
+"""log Z estimated, bounded, certified, and put into models."""

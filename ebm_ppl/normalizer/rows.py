@@ -1,0 +1,110 @@
+"""The data rows, and the draws, that a user gave for one site."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ebm_ppl.energy.distribution import unwrap
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.data import Observation, observations
+from ebm_ppl.model.masks import unmasked
+from ebm_ppl.model.program import Params
+from ebm_ppl.walkers.site import SiteAtParams
+
+
+def given_samples(
+    site: SiteAtParams,
+    samples: Mapping[str, ArrayLike],
+    num_chains: int,
+    num_walkers: int,
+) -> Array:
+    """A user's draws of the model for one site, checked.
+
+    Raises:
+        ValueError: The site is missing, or the shape is not ``(num_chains, num_walkers,
+            *batch, *event)``.
+    """
+    if site.name not in samples:
+        raise ValueError(
+            f"samples has sites {sorted(samples)}; expected energy site '{site.name}' "
+            "among them."
+        )
+
+    distribution = site.distribution
+    given = jnp.asarray(samples[site.name], float)
+    expected = (
+        num_chains,
+        num_walkers,
+        *distribution.batch_shape,
+        *distribution.event_shape,
+    )
+    if given.shape != expected:
+        raise ValueError(
+            f"samples['{site.name}'] has shape {given.shape}; expected (num_chains, "
+            f"num_walkers, *batch_shape, *event_shape) = {expected}. Pass num_chains= "
+            "and num_walkers=, or reshape the draws."
+        )
+
+    return given
+
+
+def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
+    """Data with every plate at full size, or as given if the caller passed a batch."""
+    arguments = (bound.rng_key, bound.model, params, bound.arguments)
+    full = observations(*arguments)
+    try:
+        for found in full.values():
+            np.broadcast_shapes(jnp.shape(found.value), found.distribution.shape())
+    except ValueError:
+        return observations(*arguments, full_plates=False)
+    return full
+
+
+def data_rows(
+    bound: BoundModel, params: Params, max_rows: int | None = None
+) -> dict[str, Array]:
+    """The usable data rows of every observed energy site.
+
+    Rows are ``(num_rows, *batch, *event)``; of more than ``max_rows``, evenly spaced
+    ones are kept.
+    """
+    rows = {}
+    for name, found in _observed(bound, params).items():
+        energy = unwrap(found.distribution)
+        if (
+            energy is None
+            or isinstance(found.value, jax.core.Tracer)
+            or energy.support.is_discrete
+        ):
+            continue
+
+        # Rows
+        own_shape = energy.batch_shape + energy.event_shape
+        values = np.broadcast_to(
+            np.asarray(found.value), found.distribution.shape()
+        ).reshape(-1, *own_shape)
+        num_rows = len(values)
+
+        # Usable ones
+        checks = (
+            np.isfinite(values),
+            np.asarray(energy.support(values)),
+            unmasked(found.distribution),
+        )
+        values = values[
+            np.all([check.reshape(num_rows, -1).all(1) for check in checks], axis=0)
+        ]
+
+        # Thin
+        if max_rows is not None and len(values) > max_rows:
+            values = values[
+                np.unique(np.linspace(0, len(values) - 1, max_rows).astype(int))
+            ]
+        if len(values):
+            rows[name] = jnp.asarray(values, float)
+
+    return rows

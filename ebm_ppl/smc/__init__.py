@@ -1,0 +1,1 @@
+"""Annealed sequential Monte Carlo: weights, islands, paths and passes."""

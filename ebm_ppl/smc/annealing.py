@@ -1,0 +1,203 @@
+"""Annealed sequential Monte Carlo from a tractable distribution to an energy.
+
+The path is ``U_β = U_start + β D`` with ``D = U − U_start``, β from 0 to 1, in the
+walkers' coordinates u.  A *pilot* ensemble chooses the temperatures and the step sizes;
+fresh islands then follow that fixed protocol.  So each island's Ẑ is unbiased, with its
+ESS-triggered resampling too (Neal 2001; Del Moral, Doucet and Jasra 2006).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+from jax.typing import ArrayLike
+
+from ebm_ppl.kernels.base import Kernel, KernelState, move
+from ebm_ppl.smc.ensemble import Ensemble, Moves, resample_islands
+from ebm_ppl.smc.path import Ladder, Path, at_temperature, evaluate_path
+from ebm_ppl.smc.resampling import Resampling
+from ebm_ppl.smc.weights import ess_fraction
+
+# Pilot moves per temperature: enough to stay near equilibrium and to settle the step
+# size.
+NUM_SETTLING_MOVES = 20
+
+
+def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensemble:
+    # A difference of +inf (outside the energy's domain) means weight zero; 0 · inf must
+    # not become NaN.
+    return ensemble._replace(
+        log_weight=ensemble.log_weight
+        - jnp.where(beta_step != 0, beta_step * state.aux[1], 0.0)
+    )
+
+
+class Climb(NamedTuple):
+    """State of a run along a ladder between two temperatures.
+
+    Attributes:
+        ensemble: The walkers and their weights.
+        state: Their potentials and gradients, those of U_start and D in ``aux``.
+        moves: Sums of the statistics over the temperatures so far.
+    """
+
+    ensemble: Ensemble
+    state: KernelState
+    moves: Moves
+
+
+def begin_climb(path: Path, position: Array, beta: Array) -> Climb:
+    """Equally weighted walkers at ``position`` under U_β.
+
+    ``position`` is ``(num_chains, num_walkers, *batch, *event)``.
+    """
+    state = evaluate_path(path, position, beta)
+    zeros = jnp.zeros_like(state.potential)
+    return Climb(
+        Ensemble(position, state.potential, zeros, zeros[:, 0]),
+        state,
+        Moves(zeros[0, 0], zeros[0, 0]),
+    )
+
+
+def advance(
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    ensemble: Ensemble,
+    state: KernelState,
+    beta: Array,
+    beta_step: Array,
+    step_size: Array,
+    options: "AnnealingOptions",
+) -> tuple[Ensemble, KernelState, Moves]:
+    """Resample where the ESS is low, reweight, and move under U_β.
+
+    Resampling comes first: after the last temperature it would only replace weights by
+    duplicate walkers.
+    """
+    key_resample, key_move = random.split(rng_key)
+    evaluate = partial(evaluate_path, path, beta=beta)
+
+    # Resample
+    low = ess_fraction(ensemble.log_weight, axis=1) < options.ess_threshold
+
+    def resample() -> tuple[Ensemble, KernelState]:
+        resampled = resample_islands(key_resample, ensemble, low, options.resampling)
+        return resampled, evaluate(resampled.position)
+
+    ensemble, state = lax.cond(
+        jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta))
+    )
+
+    # Reweight
+    ensemble, before = _reweight(ensemble, state, beta_step), state.position
+
+    # Move
+    state, info = move(
+        kernel, key_move, state, evaluate, step_size, options.num_kernel_steps
+    )
+    ensemble = ensemble._replace(
+        position=state.position,
+        potential=state.potential,
+        # A walker of weight zero stays at zero, wherever it moves.
+        log_weight=jnp.where(
+            ensemble.log_weight == -jnp.inf,
+            -jnp.inf,
+            ensemble.log_weight + info.log_weight,
+        ),
+    )
+
+    return (
+        ensemble,
+        state,
+        Moves(jnp.mean(info.acceptance, axis=(0, 1)), _turnover(before, state)),
+    )
+
+
+def _turnover(before: Array, state: KernelState) -> Array:
+    """Mean squared jump over the walkers' variance, ``batch``; 0 if nothing moves."""
+    event_axes = tuple(range(state.potential.ndim - 2, state.position.ndim - 2))
+    jump = jnp.sum(
+        jnp.mean((state.position - before) ** 2, axis=(0, 1)), axis=event_axes
+    )
+    spread = jnp.sum(jnp.var(state.position, axis=(0, 1)), axis=event_axes)
+    return jnp.where(jump > 0, jump / spread, 0.0)
+
+
+class AnnealingOptions(NamedTuple):
+    """Moves per temperature, and when and how islands resample."""
+
+    num_kernel_steps: int
+    ess_threshold: float
+    resampling: Resampling
+
+
+def climb(
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    climb: Climb,
+    ladder: Ladder,
+    options: AnnealingOptions,
+    first: ArrayLike,
+    last: ArrayLike,
+) -> Climb:
+    """Carry walkers over the temperatures ``first`` to ``last − 1`` of a fixed ladder.
+
+    Args:
+        kernel: Any kernel; its own log weights are added.
+        rng_key: A JAX PRNG key, the same for all pieces of one run.
+        path: U_start and D.
+        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or
+            returned by the previous piece.
+        ladder: From :func:`refine_ladder`, or its reverse.
+        options: See :class:`AnnealingOptions`.
+        first: Index of the first temperature; may be traced.
+        last: Index after the last temperature; may be traced.
+    """
+    steps = jnp.diff(ladder.betas, prepend=ladder.start)
+
+    def body(rung: Array, climb: Climb) -> Climb:
+        ensemble, state, moves = advance(
+            kernel,
+            random.fold_in(rng_key, rung),
+            path,
+            climb.ensemble,
+            climb.state,
+            ladder.betas[rung],
+            steps[rung],
+            ladder.step_sizes[rung],
+            options,
+        )
+        return Climb(ensemble, state, jax.tree.map(jnp.add, climb.moves, moves))
+
+    return lax.fori_loop(first, last, body, climb)
+
+
+def anneal(
+    kernel: Kernel,
+    rng_key: Array,
+    path: Path,
+    position: Array,
+    ladder: Ladder,
+    options: AnnealingOptions,
+) -> tuple[Ensemble, Moves]:
+    """Carry walkers along a whole ladder with :func:`climb`.
+
+    ``position`` holds exact draws at ``ladder.start``.
+
+    Returns:
+        The ensemble at the ladder's end and the statistics of the moves.
+    """
+    start, num_temperatures = (
+        begin_climb(path, position, ladder.start),
+        ladder.betas.shape[0],
+    )
+    end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)
+
+    return end.ensemble, end.moves._replace(
+        acceptance=end.moves.acceptance / num_temperatures
+    )

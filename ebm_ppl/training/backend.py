@@ -1,0 +1,150 @@
+"""The base class of backends: initial state, pure update and the training run."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ebm_ppl.model.program import Params
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.fit import Fit
+from ebm_ppl.training.loop import run
+
+
+class Finite(NamedTuple):
+    """Where a step was finite.
+
+    Attributes:
+        sites: By energy site.
+        parts: By part of the algorithm, the keys of :attr:`Backend.parts`.
+    """
+
+    sites: dict[str, Array]
+    parts: dict[str, Array]
+
+    def everywhere(self) -> Array:
+        """Whether all of the step was finite."""
+        return jnp.all(jnp.stack([*self.sites.values(), *self.parts.values()]))
+
+
+class Backend(ABC):
+    """A training algorithm: subclasses write :meth:`_start` and :meth:`update`.
+
+    States are frozen dataclasses, registered as pytrees, with fields ``params``
+    (unconstrained), ``transforms`` and ``rng_key``.
+    """
+
+    parts: ClassVar[dict[str, str]] = {
+        "loss": "the loss over the data",
+        "gradient": "the gradient",
+    }
+    """Parts of a step that may fail to be finite, in words."""
+
+    @abstractmethod
+    def _start(
+        self, rng_key: Array, arguments: Arguments, init_params: Params | None
+    ) -> Any:
+        """The first state, checked on the data."""
+
+    @abstractmethod
+    def update(
+        self, state: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """One training step; pure, so it can be jitted and scanned over batches.
+
+        Args:
+            state: From :meth:`init` or the last update.
+            args: The model's positional arguments, such as a batch.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            The next state and a dict of diagnostics, the keys of ``Fit.history``.  If
+            anything in the step is not finite, the old state is kept whole and
+            ``info["finite"]`` says where.
+        """
+
+    def _resume(self, state: Any) -> Any:
+        """A given state with this backend's own settings in it."""
+        return state
+
+    def _check_fit(self, fit: Fit, init_state: Any) -> None:
+        """Warn of what a finished run shows."""
+        return
+
+    def init(
+        self,
+        rng_key: Array,
+        *args: Any,
+        init_params: Params | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Check the model on its data and make the first state.
+
+        Args:
+            rng_key: A JAX PRNG key.
+            args: The model's positional arguments.
+            init_params: Constrained values for any parameter, instead of the model's
+                own initial value.
+            kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: A model, a generator or data that cannot be fitted; the message
+                names the site and the remedy.
+        """
+        state = self._start(rng_key, Arguments(args, kwargs), init_params)
+        return jax.tree.map(_as_strong_array, state)
+
+    def run(
+        self,
+        rng_key: Array,
+        num_steps: int,
+        *args: Any,
+        progress_bar: bool = True,
+        init_state: Any | None = None,
+        init_params: Params | None = None,
+        **kwargs: Any,
+    ) -> Fit:
+        """Train for ``num_steps`` updates; Ctrl-C returns what was reached.
+
+        Args:
+            rng_key: A JAX PRNG key; unused with ``init_state``, which carries its own.
+            num_steps: Number of updates.
+            args: The model's positional arguments.
+            progress_bar: Show the loss and diagnostics, once per chunk of steps.
+            init_state: Continue from here exactly as if the run had not stopped; it
+                stays usable.
+            init_params: Constrained initial values, instead of the model's own.
+            kwargs: The model's keyword arguments.
+
+        Raises:
+            NonFiniteError: A step gave a NaN or an infinity; its ``fit`` holds the last
+                good state.
+        """
+        if init_state is None:
+            init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+        init_state = self._resume(init_state)
+
+        fit = run(
+            self,
+            init_state,
+            num_steps,
+            Arguments(args, kwargs),
+            progress_bar=progress_bar,
+        )
+        self._check_fit(fit, init_state)
+        return fit
+
+    def get_params(self, state: Any) -> Params:
+        """Constrained values at the model's ``param`` and unobserved sample sites."""
+        return {
+            name: state.transforms[name](value) for name, value in state.params.items()
+        }
+
+
+def _as_strong_array(leaf: Any) -> Array:
+    """Arrays of fixed type, so that the second update finds the first one's program."""
+    if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return leaf
+    return lax.convert_element_type(leaf, jnp.result_type(leaf))

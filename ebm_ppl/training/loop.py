@@ -1,0 +1,163 @@
+"""The one training loop: compiled chunks of updates, progress without a sync per step."""
+
+import time
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from tqdm.auto import tqdm
+
+from ebm_ppl.errors import NonFiniteError
+from ebm_ppl.model.program import Params
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.programs.snapshot import Snapshot, snapshot
+from ebm_ppl.training.fit import Fit
+from ebm_ppl.training.messages import (
+    deferred_interrupt,
+    non_finite_message,
+    progress_text,
+)
+
+MAX_CHUNK = 1024
+
+SECONDS_PER_CHUNK = 0.5
+
+
+class Steps(Protocol):
+    """What the loop needs of a backend."""
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Parts of a step that may fail to be finite, in words."""
+        ...
+
+    def update(
+        self, state: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """The state after one step, and what the history records of it."""
+        ...
+
+    def get_params(self, state: Any) -> Params:
+        """Parameters as users see them, on their own supports."""
+        ...
+
+
+def run(
+    backend: Steps,
+    init_state: Any,
+    num_steps: int,
+    arguments: Arguments,
+    *,
+    progress_bar: bool,
+) -> Fit:
+    """Run ``num_steps`` updates from ``init_state``, which is copied once.
+
+    Later buffers are donated.
+
+    Ctrl-C ends the run at the next chunk's end and returns what was reached; a second
+    one interrupts at once.
+
+    Raises:
+        NonFiniteError: A step was not finite.  Its ``fit`` holds the state before that
+            step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps = {num_steps}; expected at least 1.")
+
+    state, programs = jax.tree.map(jnp.array, init_state), _programs_of(backend)
+    done, length, pieces = 0, 1, []
+
+    with (
+        tqdm(total=num_steps, disable=not progress_bar) as bar,
+        deferred_interrupt() as interrupted,
+    ):
+        while done < num_steps and not interrupted:
+            # Step
+            length = min(length, num_steps - done)
+            began = time.perf_counter()
+            state, history, ran, finite = run_chunk(
+                backend, state, arguments, length, programs
+            )
+            ran = int(ran)  # the chunk's one sync
+            elapsed = time.perf_counter() - began
+
+            # Record
+            history = jax.device_get(history)
+            pieces.append(jax.tree.map(lambda h, ran=ran: np.asarray(h)[:ran], history))
+            done += ran
+            bar.update(ran)
+
+            # Stop
+            finite = jax.device_get(finite)
+            if not finite.everywhere():
+                fit = _fit(backend, state, pieces)
+                message = non_finite_message(finite, done, backend.parts)
+                raise NonFiniteError(message, done, fit)
+
+            # The first chunk compiles and says nothing about speed.
+            bar.set_postfix_str(progress_text(pieces[-1]), refresh=False)
+            target = 16 if done == 1 else int(ran * SECONDS_PER_CHUNK / elapsed)
+            length = max(1, min(target, MAX_CHUNK))
+
+    return _fit(backend, state, pieces)
+
+
+def _programs_of(backend: Steps) -> tuple[Snapshot, ...]:
+    """The model, a generator: whatever the backend calls that may close over something."""
+    return tuple(snapshot(value) for value in vars(backend).values() if callable(value))
+
+
+@partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
+def run_chunk(
+    backend: Steps,
+    state: Any,
+    arguments: Arguments,
+    num_steps: Array,
+    programs: tuple[Snapshot, ...] = (),
+) -> tuple[Any, dict[str, Any], Array, Any]:
+    """Up to ``num_steps`` updates in one compiled loop; stops where one is not finite.
+
+    Its length is dynamic.
+
+    Every length shares one executable, so the last short chunk does not compile again.
+    ``programs`` are the backend's callables with their present content: where a model's
+    closure has changed, the executable is another.
+    """
+
+    def update(state: Any) -> tuple[Any, dict[str, Any], Any]:
+        state, info = backend.update(state, *arguments.args, **arguments.kwargs)
+        info = dict(info)
+        finite = info.pop("finite")
+        return state, info, finite
+
+    _, info, finite = jax.eval_shape(update, state)
+    history = jax.tree.map(
+        lambda leaf: jnp.zeros((MAX_CHUNK, *leaf.shape), leaf.dtype), info
+    )
+
+    def going_on(carry: tuple) -> Array:
+        step, _, _, finite = carry
+        return (step < num_steps) & finite.everywhere()
+
+    def body(carry: tuple) -> tuple:
+        step, state, history, _ = carry
+        state, info, finite = update(state)
+        good = finite.everywhere()
+        history = jax.tree.map(lambda h, value: h.at[step].set(value), history, info)
+        return step + good, state, history, finite
+
+    all_finite = jax.tree.map(lambda _: jnp.ones((), bool), finite)
+    step, state, history, finite = lax.while_loop(
+        going_on, body, (jnp.zeros((), jnp.int32), state, history, all_finite)
+    )
+    return state, history, step, finite
+
+
+def _fit(backend: Steps, state: Any, pieces: list[dict[str, Any]]) -> Fit:
+    history = (
+        jax.tree.map(lambda *parts: np.concatenate(parts), *pieces) if pieces else {}
+    )
+    return Fit(params=backend.get_params(state), state=state, history=history)

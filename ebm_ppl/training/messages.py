@@ -1,0 +1,80 @@
+"""What the loop shows and says."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+
+def non_finite_message(finite: Any, step: int, parts: dict[str, str]) -> str:
+    """Where a step was not finite, and what helps.
+
+    Args:
+        finite: A :class:`Finite`.
+        step: Number of the step.
+        parts: The backend's words for its parts.
+    """
+    where = ", ".join(
+        [
+            f"the walkers of energy site '{n}'"
+            for n, ok in finite.sites.items()
+            if not ok
+        ]
+        + [parts[name] for name, ok in finite.parts.items() if not ok]
+    )
+
+    return (
+        f"Step {step} gave a NaN or an infinity in {where}; the state before it is "
+        "kept in this error's .fit. Lower the learning rate or clip gradients "
+        "(optax.chain(optax.clip_by_global_norm(...), ...)), lower the kernel's step "
+        "size if it is ULA, and check that the energy is finite over the whole "
+        "support and on the data (and that a generator's scale is positive, "
+        "constraint=constraints.interval(0.01, 1.0), and its draws in the base's "
+        "support: ebm_ppl.standardized_normal)."
+    )
+
+
+def progress_text(history: dict[str, Any]) -> str:
+    """The last entries of a history, in a few words."""
+    parts = [f"loss {history['loss'][-1]:.4g}"]
+    if "ess" in history:
+        parts.append(
+            "ESS "
+            + ", ".join(f"{np.min(ess[-1]):.2f}" for ess in history["ess"].values())
+        )
+    if "log_normalizer" in history:
+        for name, value in history["log_normalizer"].items():
+            error = history["log_normalizer_stderr"][name][-1]
+            if np.ndim(error) == 0:
+                parts.append(f"log Z[{name}] {value[-1]:.3f} ± {error:.3f}")
+    return ", ".join(parts)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[list[bool]]:
+    """Turn the first Ctrl-C into an entry of the list yielded.
+
+    No donated state is lost half-way.
+    """
+    pressed: list[bool] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler:
+        yield pressed
+        return
+
+    def on_interrupt(signum: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(True)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,115 @@
+"""Optax optimisers: which ones can be used, and the one call by which they are used."""
+
+import inspect
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from ebm_ppl.model.program import Params
+
+# How optax says that an update wants more than gradients, parameters, value and grad.
+_WANTS_MORE = re.compile(
+    r"missing \d+ required (?:keyword-only|positional) argument|must be provided"
+)
+
+
+def check_optimizer(option: str, optim: Any) -> None:
+    """Refuse what is no optax optimiser, or wants what a stochastic loss cannot give.
+
+    Args:
+        option: The argument's name, for messages.
+        optim: What was given for it.
+
+    Raises:
+        TypeError: It is no gradient transformation, or it re-evaluates the loss (line
+            searches).
+    """
+    if not isinstance(optim, optax.GradientTransformation):
+        raise TypeError(
+            f"{option} is a {type(optim).__name__}; expected an optax gradient "
+            "transformation such as optax.adam(1e-3)."
+        )
+    try:
+        _rehearse(option, optim, {"x": jnp.zeros(2)})
+    except _WantsMoreError:
+        raise
+    except Exception:
+        return  # made for the names or shapes of its own parameters, which `init` rehearses
+
+
+def check_on_params(
+    option: str, optim: optax.GradientTransformation, params: Params
+) -> None:
+    """Rehearse one update on the parameters, before anything that takes time.
+
+    Raises:
+        TypeError: As :func:`check_optimizer`; whatever else the optimiser raises is
+            left as it is.
+    """
+    _rehearse(option, optim, params)
+
+
+def updates_of(
+    optim: optax.GradientTransformation,
+    grads: Params,
+    optim_state: Any,
+    params: Params,
+    loss: Array,
+) -> tuple[Params, Any]:
+    """``optim.update``, told the loss where it takes one, as NumPyro's SVI does.
+
+    As ``value=``, and the gradient as ``grad=``.
+
+    Args:
+        optim: The optimiser.
+        grads: Gradients of the loss.
+        optim_state: The optimiser's state.
+        params: What the gradients belong to.
+        loss: The loss there, a scalar.
+
+    Returns:
+        Updates and the next state.
+    """
+    told = {
+        name: given
+        for name, given in (("value", loss), ("grad", grads))
+        if _takes(optim, name)
+    }
+    return optim.update(grads, optim_state, params, **told)
+
+
+class _WantsMoreError(TypeError):
+    pass
+
+
+def _rehearse(option: str, optim: optax.GradientTransformation, params: Params) -> None:
+    def once(params: Params) -> Any:
+        return updates_of(optim, params, optim.init(params), params, jnp.zeros(()))
+
+    try:
+        jax.eval_shape(once, params)
+    except (TypeError, ValueError) as error:
+        if not _WANTS_MORE.search(str(error)):
+            raise
+        raise _WantsMoreError(
+            f"{option} cannot be used here: its update is told the gradient and "
+            f"value=loss, and wants more ({error}). Line searches evaluate the loss "
+            "again at other parameters, where walkers, or a generator's draws, do not "
+            "say what it is. Use a rate that is given (optax.adam, "
+            "optax.lbfgs(learning_rate, linesearch=None)) or that follows the loss "
+            "(optax.contrib.reduce_on_plateau, optax.polyak_sgd)."
+        ) from None
+
+
+def _takes(optim: optax.GradientTransformation, name: str) -> bool:
+    if not isinstance(optim, optax.GradientTransformationExtraArgs):
+        return False
+    arguments = inspect.signature(optim.update).parameters.values()
+    return any(
+        argument.name == name or argument.kind is argument.VAR_KEYWORD
+        for argument in arguments
+    )

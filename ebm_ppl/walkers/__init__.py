@@ -1,0 +1,1 @@
+"""Walkers of one energy site: placed, switched, moved, sampled."""

@@ -1,0 +1,119 @@
+"""Walkers carried along a ladder in compiled pieces."""
+
+import time
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ebm_ppl.kernels.base import Kernel
+from ebm_ppl.smc.annealing import AnnealingOptions, Climb, begin_climb, climb
+from ebm_ppl.smc.ensemble import Ensemble, Moves
+from ebm_ppl.smc.path import Ladder
+from ebm_ppl.walkers.site import Progress, SiteAtParams
+
+SECONDS_PER_PIECE = 0.5
+
+
+class Annealed(NamedTuple):
+    """Walkers at the end of a ladder.
+
+    Attributes:
+        relative: The walkers, with potentials and log normalisers of the energy minus
+            ``reference``.
+        ladder: The ladder that they followed.
+        moves: Statistics of the moves.
+        reference: The site's ``reference`` during the run, ``batch``.
+        num_pilot_evaluations: Energy evaluations of the pilot that chose the ladder.
+    """
+
+    relative: Ensemble
+    ladder: Ladder
+    moves: Moves
+    reference: Array
+    num_pilot_evaluations: int = 0
+
+    @property
+    def ensemble(self) -> Ensemble:
+        """The walkers, with potentials and log normalisers of the energy itself."""
+        return _absolute(self.relative, self.reference)
+
+
+@jax.jit
+def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
+    return ensemble._replace(
+        potential=ensemble.potential + reference,
+        log_normalizer=ensemble.log_normalizer - reference,
+    )
+
+
+def follow(
+    rng_key: Array,
+    site: SiteAtParams,
+    kernel: Kernel,
+    options: AnnealingOptions,
+    ladder: Ladder,
+    position: Array,
+    progress: Progress | None = None,
+) -> Annealed:
+    """Carry walkers along a ladder in compiled pieces.
+
+    They start at ``position``, which holds draws under U at ``ladder.start`` and is
+    donated.
+    """
+    climb, total = _begin(site, position, ladder.start), ladder.betas.shape[0]
+    done, length = 0, total if progress is None else 1
+
+    while done < total:
+        length = min(length, total - done)
+        began = time.perf_counter()
+        climb = advance_climb(
+            site, kernel, options, rng_key, climb, ladder, done, done + length
+        )
+        done += length
+
+        if progress is not None:
+            jax.block_until_ready(climb)
+            progress(length, total)
+            # The first piece includes compilation, so its time gives no speed.
+            length = (
+                16
+                if done == 1
+                else max(
+                    1, int(length * SECONDS_PER_PIECE / (time.perf_counter() - began))
+                )
+            )
+
+    moves = climb.moves._replace(acceptance=climb.moves.acceptance / total)
+    reference = (
+        jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
+    )
+    return Annealed(climb.ensemble, ladder, moves, reference)
+
+
+@partial(jax.jit, static_argnames=("shape",))
+def draw(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Array:
+    """Exact draws from the site's starting distribution, as positions."""
+    return site.draw(rng_key, shape)
+
+
+@partial(jax.jit, donate_argnames=("position",))
+def _begin(site: SiteAtParams, position: Array, beta: Array) -> Climb:
+    return begin_climb(site.path(), position, beta)
+
+
+@partial(jax.jit, static_argnames=("kernel", "options"), donate_argnames=("state",))
+def advance_climb(
+    site: SiteAtParams,
+    kernel: Kernel,
+    options: AnnealingOptions,
+    rng_key: Array,
+    state: Climb,
+    ladder: Ladder,
+    first: int,
+    last: int,
+) -> Climb:
+    """Carry walkers over some of a ladder's temperatures."""
+    return climb(kernel, rng_key, site.path(), state, ladder, options, first, last)

@@ -1,0 +1,49 @@
+"""Walkers moved on under the energy itself."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+
+from ebm_ppl.energy.start import evaluate_at
+from ebm_ppl.kernels.base import KernelState
+from ebm_ppl.kernels.langevin import MALA
+from ebm_ppl.smc.ensemble import resample_islands
+from ebm_ppl.smc.resampling import systematic
+from ebm_ppl.walkers.follow import Annealed
+from ebm_ppl.walkers.site import SiteAtParams
+
+# Moves into places much narrower than the step size are rejected, so smaller steps are
+# taken too. Half of the moves take full steps, to separate resampled copies.
+SETTLING_SCALES = (1.0, 1 / 4, 1.0, 1 / 16, 1.0, 1 / 64)
+
+
+def resampled(rng_key: Array, annealed: Annealed) -> Array:
+    """Equally weighted positions: every island resampled, with copies adjacent."""
+    ensemble = annealed.relative
+    everywhere = jnp.ones(ensemble.log_normalizer.shape, bool)
+    return resample_islands(rng_key, ensemble, everywhere, systematic).position
+
+
+@partial(jax.jit, static_argnames=("scales",))
+def settle(
+    site: SiteAtParams,
+    rng_key: Array,
+    position: Array,
+    step_size: Array,
+    num_moves: int,
+    scales: tuple[float, ...] = (1.0,),
+) -> Array:
+    """Move walkers under the energy itself by MALA.
+
+    Step sizes are ``step_size`` times each of ``scales`` in turn.
+    """
+    evaluate = partial(evaluate_at, site.distribution, site.transform)
+    factors = jnp.asarray(scales, step_size.dtype)
+
+    def body(index: Array, state: KernelState) -> KernelState:
+        here = step_size * factors[index % len(scales)]
+        return MALA().step(random.fold_in(rng_key, index), state, evaluate, here)[0]
+
+    return lax.fori_loop(0, num_moves, body, evaluate(position)).position
