@@ -23,6 +23,8 @@ from ebm_ppl.generators.scores.variational import VariationalScore
 from ebm_ppl.kernels.langevin import MALA, ULA
 from ebm_ppl.normalizer.estimate import log_normalizer
 from ebm_ppl.normalizer.known import normalized
+from ebm_ppl.normalizer.polish import Polished, polish
+from ebm_ppl.normalizer.score_test import ScoreTest, score_test
 from ebm_ppl.smc.resampling import multinomial, systematic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.walkers.draws import sample
@@ -42,6 +44,8 @@ __all__ = [
     "JarzynskiState",
     "LogNormalizer",
     "NonFiniteError",
+    "Polished",
+    "ScoreTest",
     "UncertifiedNormalizerError",
     "UnknownNormalizerError",
     "VERAState",
@@ -54,7 +58,9 @@ __all__ = [
     "plot_energies",
     "plot_energy_surface",
     "plot_training",
+    "polish",
     "sample",
+    "score_test",
     "standardized_normal",
     "systematic",
     "to_arviz",

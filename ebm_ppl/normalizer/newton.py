@@ -1,0 +1,170 @@
+"""Newton steps to a maximum of the likelihood, and the directions they may take."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from ebm_ppl.model.program import Params
+from ebm_ppl.normalizer.likelihood import LikelihoodSurface, quadratic
+
+# More parameters than this are a net, tested along a few directions of every module.
+MAX_PARAMETERS = 1000
+NUM_DIRECTIONS = 4
+MAX_STEPS = 12
+MAX_HALVINGS = 16
+# Smallest ESS fraction of reweighted draws that a step may lead to.
+MIN_ESS = 0.1
+# Steps shorter than this, in standard errors, end the search.
+SHORT = 0.02
+# Information in units of that where the search began, under which it is lost.
+LOST = 1e-6
+# Eigenvalues of the information, in units of its diagonal, under which a direction says
+# nothing: parameters that do not matter, or that others repeat.
+MIN_INFORMATION = 1e-5
+
+
+def groups_of(params: Params) -> dict[str, slice]:
+    """Where each site, or each module of a net, stands in the raveled parameters."""
+    is_net = num_params(params) > MAX_PARAMETERS
+    groups: dict[str, slice] = {}
+    begin = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+        name = "/".join(keys[:3]) if is_net else keys[0]
+        first = groups[name].start if name in groups else begin
+        begin += jnp.size(leaf)
+        groups[name] = slice(first, begin)
+    return groups
+
+
+def num_params(params: Params) -> int:
+    """Number of parameters."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
+
+
+def directions_of(gradient: Array, groups: Mapping[str, slice]) -> Array:
+    """Columns along which parameters are tested: all, or a few of every module."""
+    size = gradient.shape[0]
+    if size <= MAX_PARAMETERS:
+        return jnp.eye(size, dtype=gradient.dtype)
+
+    rng = np.random.default_rng(0)
+    columns = []
+    for place in groups.values():
+        length = place.stop - place.start
+        random = rng.normal(size=(NUM_DIRECTIONS, length))
+        along = np.concatenate([np.asarray(gradient[place])[None], random])
+        norms = np.linalg.norm(along, axis=1, keepdims=True)
+        block = np.zeros((1 + NUM_DIRECTIONS, size))
+        block[:, place] = along / np.where(norms > 0, norms, 1.0)
+        columns.append(block)
+
+    return jnp.asarray(np.concatenate(columns).T, gradient.dtype)
+
+
+class Maximum(NamedTuple):
+    """Where Newton steps led.
+
+    Attributes:
+        score: The score where they began, ``(k,)``.
+        step: The sum of the steps.
+        covariance: Inverse information there: the covariance of the estimates.
+        noise: Monte Carlo covariance of ``step``.
+        gain: Nats gained, without what noise alone would seem to gain.
+        counts: How often every log Z enters, by site.
+        left: The Newton step that is left there, zero where the maximum was reached.
+        is_reached: Whether the draws reach that far: the last step was short.
+    """
+
+    score: np.ndarray
+    step: np.ndarray
+    covariance: np.ndarray
+    noise: np.ndarray
+    gain: float
+    counts: dict[str, np.ndarray]
+    left: np.ndarray
+    is_reached: bool
+
+
+def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
+    """Fisher scoring by reweighted draws, as far as they reach."""
+    step = np.zeros(surface.directions.shape[1])
+    origin = np.asarray(ravel_pytree(surface.params)[0], float)
+    first: Any = _at(surface, step)
+    here: Any = first
+    is_reached, is_named = False, origin.size <= MAX_PARAMETERS
+
+    for _ in range(MAX_STEPS):
+        covariance = pseudo_inverse(here.information)
+        newton = covariance @ here.score
+        errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+        size = np.max(np.abs(newton) / np.where(errors > 0, errors, np.inf))
+        if not np.isfinite(size) or size < SHORT:
+            is_reached = bool(np.isfinite(size)) and not _lost(here, first)
+            break
+
+        # No parameter moves by more than twice its size, or 2, at once: of a positive
+        # one that is two e-folds.  Clipped one by one, or one that hardly matters would
+        # hold the others.
+        if is_named:
+            limit = 2.0 * np.maximum(1.0, np.abs(origin + step))
+            newton = np.clip(newton, -limit, limit)
+
+        # Halve steps that the draws do not reach, or that lead down.
+        for _ in range(MAX_HALVINGS):
+            there = _at(surface, step + newton)
+            if there.ess >= MIN_ESS and there.value <= here.value:
+                break
+            newton = 0.5 * newton
+        else:
+            break
+        step, here = step + newton, there
+
+    covariance = pseudo_inverse(here.information)
+    left = np.zeros_like(step) if is_reached else covariance @ here.score
+    noise = covariance @ here.noise @ covariance
+    gain = float(first.value - here.value) - 0.5 * np.sum(covariance * here.noise)
+    return Maximum(
+        first.score,
+        step,
+        covariance,
+        noise,
+        max(gain, 0.0),
+        here.counts,
+        left,
+        is_reached,
+    )
+
+
+def _lost(here: Any, first: Any) -> bool:
+    """Whether a parameter has come to where nothing depends on it any more.
+
+    A rate that goes to zero, say: what looks like a maximum there is none.
+    """
+    now, before = np.diag(here.information), np.diag(first.information)
+    return bool(np.any((before > 0) & (now < LOST * before)))
+
+
+def _at(surface: LikelihoodSurface, step: np.ndarray) -> Any:
+    """The surface at a step, in NumPy's double precision."""
+    found = quadratic(surface, jnp.asarray(step, surface.directions.dtype))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, float), found)
+
+
+def pseudo_inverse(information: np.ndarray) -> np.ndarray:
+    """The inverse, in units of the diagonal, along directions with information."""
+    if not np.all(np.isfinite(information)):
+        return np.full_like(information, np.nan)
+    scale = np.sqrt(np.maximum(np.diag(information), 0.0))
+    unit = np.where(scale > 0, 1.0 / np.where(scale > 0, scale, 1.0), 0.0)
+    units = np.outer(unit, unit)
+
+    values, vectors = np.linalg.eigh(information * units)
+    is_told = values > MIN_INFORMATION
+    inverse = np.where(is_told, 1.0 / np.where(is_told, values, 1.0), 0.0)
+    return (vectors * inverse) @ vectors.T * units

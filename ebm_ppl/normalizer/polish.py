@@ -1,0 +1,191 @@
+"""Fits of few parameters taken to the maximum of their likelihood, with errors."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from jax.flatten_util import ravel_pytree
+
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.likelihood import LikelihoodSurface
+from ebm_ppl.normalizer.newton import (
+    MAX_PARAMETERS,
+    Maximum,
+    climb_to_maximum,
+    num_params,
+)
+from ebm_ppl.normalizer.score_test import ScoreTest, constrained_errors, verdict_on
+from ebm_ppl.normalizer.surface import surface_at
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.fit import Fit
+
+# Monte Carlo error, in standard errors of the estimates, at which rounds end.
+MAX_NOISE = 0.2
+# A round counts when it began this near to where it led, in standard errors.
+NEAR = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Polished:
+    """A maximum of the likelihood, or of the joint density with priors.
+
+    Attributes:
+        params: Constrained parameters at the maximum.
+        standard_errors: Of the parameters, from the Fisher information (and the priors'
+            curvature).
+        monte_carlo_errors: What the walkers' noise adds to ``params``.
+        covariance: Of the raveled constrained parameters.
+        test: The last round's score test, at the parameters where it began.
+        num_rounds: Rounds of fresh walkers.
+        flags: Why the estimate may be wrong.
+    """
+
+    params: Params
+    standard_errors: Params
+    monte_carlo_errors: Params
+    covariance: np.ndarray = field(repr=False)
+    test: ScoreTest = field(repr=False)
+    num_rounds: int = 0
+    flags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """A line per parameter site, and the flags."""
+        lines = [
+            f"{name}: {np.asarray(value)} ± {np.asarray(self.standard_errors[name])} "
+            f"(Monte Carlo {np.asarray(self.monte_carlo_errors[name])})"
+            for name, value in self.params.items()
+        ]
+        return "\n".join(lines + [f"  - {flag}" for flag in self.flags])
+
+
+def polish(
+    rng_key: Array,
+    fit: Fit | Params,
+    model: Model,
+    *args: Any,
+    num_chains: int = 16,
+    num_walkers: int = 512,
+    num_temperatures: int | None = None,
+    max_rounds: int = 10,
+    **kwargs: Any,
+) -> Polished:
+    """Take parameters to the maximum of the likelihood, whatever fitted them.
+
+    Each round anneals fresh walkers to the energies at the present parameters, and
+    climbs the likelihood by Fisher scoring as far as reweighted walkers reach.  Rounds
+    that begin near the maximum are averaged, until their noise is a fifth of the
+    standard errors.
+
+    Args:
+        rng_key: A JAX PRNG key.
+        fit: A :class:`Fit`, or constrained parameters by site name, to begin from.
+        model: The model.
+        args: Its positional arguments, the data; plates count at their full size.
+        num_chains: Islands, from which Monte Carlo errors are computed.
+        num_walkers: Walkers per island.
+        num_temperatures: As in :func:`log_normalizer`.
+        max_rounds: Rounds at most; a flag says where they did not do.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        ValueError: More than 1,000 parameters, or what could not be fitted.
+
+    Source: Geyer and Thompson (1992); Hunter and Handcock (2006).
+    """
+    params = fit.params if isinstance(fit, Fit) else dict(fit)
+    if num_params(params) > MAX_PARAMETERS:
+        raise ValueError(
+            f"The model has {num_params(params)} parameters; polish takes "
+            f"{MAX_PARAMETERS:,} at most, whose information is a matrix. Train nets on, "
+            "and look at ebm_ppl.score_test(...)."
+        )
+    if max_rounds < 1:
+        raise ValueError(f"max_rounds = {max_rounds}; expected at least 1.")
+
+    found: list[tuple[np.ndarray, Maximum]] = []
+    num_rounds = 0
+    for key in random.split(rng_key, max_rounds):
+        num_rounds += 1
+        surface, log_z = surface_at(
+            key,
+            params,
+            model,
+            Arguments(args, kwargs),
+            num_chains=num_chains,
+            num_walkers=num_walkers,
+            num_temperatures=num_temperatures,
+            tolerance=1.0,
+        )
+        maximum = climb_to_maximum(surface)
+        test = verdict_on(surface, maximum, num_chains, log_z)
+        if not np.all(np.isfinite(maximum.step)):
+            break
+
+        # Average rounds that began near the maximum.
+        flat, _ = ravel_pytree(surface.params)
+        errors = np.sqrt(np.maximum(np.diag(maximum.covariance), 1e-30))
+        if maximum.is_reached and np.max(np.abs(maximum.step) / errors) < NEAR:
+            found.append((np.asarray(flat, float) + maximum.step, maximum))
+        params = surface.bound.constrain(_at(surface, maximum.step))
+        if found and _noise(found) < MAX_NOISE:
+            break
+
+    return _result(surface, found, maximum, test, num_rounds)
+
+
+def _at(surface: LikelihoodSurface, step: np.ndarray) -> Params:
+    return surface.at(jnp.asarray(step, surface.directions.dtype))
+
+
+def _average(
+    found: list[tuple[np.ndarray, Maximum]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Monte Carlo covariance of the rounds' average, and covariance of the estimates."""
+    noises = np.stack([maximum.noise for _, maximum in found])
+    covariances = np.stack([maximum.covariance for _, maximum in found])
+    return noises.mean(0) / len(found), covariances.mean(0)
+
+
+def _noise(found: list[tuple[np.ndarray, Maximum]]) -> float:
+    """Largest Monte Carlo error of the average, in standard errors."""
+    noise, covariance = _average(found)
+    noise, variance = np.diag(noise), np.diag(covariance)
+    is_told = variance > 0
+    return float(np.sqrt(np.max(noise[is_told] / variance[is_told], initial=0.0)))
+
+
+def _result(
+    surface: LikelihoodSurface,
+    found: list[tuple[np.ndarray, Maximum]],
+    last: Maximum,
+    test: ScoreTest,
+    num_rounds: int,
+) -> Polished:
+    """The average of the rounds near the maximum, or the last round and a flag."""
+    flat, _ = ravel_pytree(surface.params)
+    begin = np.asarray(flat, float)
+    flags = tuple(
+        flag for flag in test.flags if not flag.startswith("not at a maximum")
+    )
+    if not found:
+        flags += (
+            f"no maximum was reached in {num_rounds} rounds: begin nearer to it (train "
+            "on), take more rounds, or check that the likelihood has one.",
+        )
+        found = [(begin + last.step, last)]
+    elif _noise(found) >= MAX_NOISE:
+        flags += (
+            f"Monte Carlo errors are {_noise(found):.2f} of the standard errors: take "
+            "more walkers or rounds.",
+        )
+
+    mean = np.mean([estimate for estimate, _ in found], axis=0)
+    noise, covariance = _average(found)
+    params = _at(surface, mean - begin)
+    spread, errors = constrained_errors(surface.bound, params, covariance)
+    _, noises = constrained_errors(surface.bound, params, noise)
+    return Polished(
+        surface.bound.constrain(params), errors, noises, spread, test, num_rounds, flags
+    )

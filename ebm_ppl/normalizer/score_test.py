@@ -1,0 +1,258 @@
+"""Whether parameters are at a maximum of the likelihood, and the way there.
+
+The score of a model with energies is ``E_data[∂U] − E_p[∂U]``, with the data's
+multiplicities and the priors.  Annealed walkers give the second mean and, by their
+covariance, the Fisher information; Rao's test compares the two.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from scipy.stats import t as student_t
+
+from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.likelihood import LikelihoodSurface
+from ebm_ppl.normalizer.newton import (
+    MAX_PARAMETERS,
+    NUM_DIRECTIONS,
+    Maximum,
+    climb_to_maximum,
+    groups_of,
+    num_params,
+)
+from ebm_ppl.normalizer.surface import surface_at
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.fit import Fit
+
+# A distance from the maximum, in standard errors, that is told; a net's gain, in nats a
+# row.
+MAX_DISTANCE = 1.0
+MAX_GAIN = 0.01
+# Probability that Monte Carlo error alone passes for such a distance.
+FALSE_ALARM = 0.005
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreTest:
+    """Rao's score test of parameters against the maximum of the likelihood.
+
+    With priors, it is the maximum of the joint density in the convention of ``AutoDelta``.
+    Dicts are by parameter site; of a net's modules, arrays hold one entry per direction.
+
+    Attributes:
+        params: The constrained parameters that were tested.
+        score: Derivative of the log joint density with respect to the unconstrained
+            parameters.
+        distance: How far the maximum is, by one Newton step, in standard errors of each
+            estimate (Fisher information).
+        distance_error: Monte Carlo standard error of ``distance``.
+        standard_errors: Of the constrained parameters, from the Fisher information;
+            empty for nets.
+        gain: Nats that a Newton step would gain, Monte Carlo noise taken off.
+        gain_per_row: The same, per row of data.
+        newton: Constrained parameters after that step; None for nets.
+        log_normalizer: The certified log Z that the draws came with.
+        flags: Why the parameters are not at a maximum, or cannot be judged.
+    """
+
+    params: Params
+    score: dict[str, Any]
+    distance: dict[str, Any]
+    distance_error: dict[str, Any]
+    standard_errors: dict[str, Any]
+    gain: float
+    gain_per_row: float
+    newton: Params | None
+    log_normalizer: LogNormalizer
+    flags: tuple[str, ...]
+    covariance: np.ndarray | None = field(default=None, repr=False)
+
+    @property
+    def is_at_maximum(self) -> bool:
+        """Whether there are no flags."""
+        return not self.flags
+
+    def __str__(self) -> str:
+        """The verdict, the largest distance of every site, and the flags."""
+        verdict = "at a maximum" if self.is_at_maximum else "NOT at a maximum"
+        lines = [f"{verdict}: a Newton step gains {self.gain_per_row:.3g} nats a row"]
+        for name, distance in self.distance.items():
+            values, errors = np.ravel(distance), np.ravel(self.distance_error[name])
+            worst = int(np.argmax(np.abs(values)))
+            lines.append(
+                f"{name}: {values[worst]:+.2f} ± {errors[worst]:.2f} standard errors "
+                "from it"
+            )
+        return "\n".join(lines + [f"  - {flag}" for flag in self.flags])
+
+
+def score_test(
+    rng_key: Array,
+    fit: Fit | Params,
+    model: Model,
+    *args: Any,
+    num_chains: int = 16,
+    num_walkers: int = 256,
+    num_temperatures: int | None = None,
+    tolerance: float = 1.0,
+    **kwargs: Any,
+) -> ScoreTest:
+    r"""Test whether parameters maximise the likelihood, or the joint density with priors.
+
+    Fresh walkers are annealed to the energies, as in :func:`log_normalizer`.  With the
+    score S and the information I,
+
+    .. math::
+        S = \nabla_\theta \log p(x, \theta), \qquad
+        I = \sum_{sites} n\, \mathrm{Cov}_p(\partial_\theta U)
+        - \nabla^2_\theta \log \pi(\theta),
+
+    a Newton step is :math:`I^{-1} S`.  Its size is told in units of the standard errors
+    :math:`(I^{-1})_{kk}^{1/2}`, and it gains :math:`\tfrac12 S^\top I^{-1} S`, half of
+    Rao's statistic.  Up to 1,000 parameters are tested one by one; of larger nets, every
+    module along its own gradient and along four fixed random directions.
+
+    Args:
+        rng_key: A JAX PRNG key.
+        fit: A :class:`Fit`, or constrained parameters by site name.
+        model: The model that was fitted.
+        args: Its positional arguments, the data; plates count at their full size.
+        num_chains: Islands, from which Monte Carlo errors are computed.
+        num_walkers: Walkers per island.
+        num_temperatures: As in :func:`log_normalizer`.
+        tolerance: As in :func:`log_normalizer`.
+        kwargs: The model's keyword arguments.
+
+    Raises:
+        ValueError: A model, parameters or data that could not be fitted.
+
+    Source: Rao (1948); Geyer and Thompson (1992).
+    """
+    surface, log_z = surface_at(
+        rng_key,
+        fit.params if isinstance(fit, Fit) else dict(fit),
+        model,
+        Arguments(args, kwargs),
+        num_chains=num_chains,
+        num_walkers=num_walkers,
+        num_temperatures=num_temperatures,
+        tolerance=tolerance,
+    )
+    return verdict_on(surface, climb_to_maximum(surface), num_chains, log_z)
+
+
+def verdict_on(
+    surface: LikelihoodSurface,
+    maximum: Maximum,
+    num_chains: int,
+    log_z: LogNormalizer,
+) -> ScoreTest:
+    """Distances by site, and flags.
+
+    One body: numbers, then flags.
+    """
+    bound, params = surface.bound, surface.params
+    groups = groups_of(params)
+    is_net = num_params(params) > MAX_PARAMETERS
+    num_rows = max(float(np.sum(count)) for count in maximum.counts.values())
+    stderr = np.sqrt(np.maximum(np.diag(maximum.covariance), 0.0))
+    scale = np.where(stderr > 0, stderr, np.inf)
+    # Where draws do not reach the maximum, the step that is left belongs to the distance.
+    distance = (maximum.step + maximum.left) / scale
+    error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
+    places = dict(groups)
+    errors: dict[str, Any]
+
+    # By site, or by module
+    if is_net:
+        size = 1 + NUM_DIRECTIONS
+        places = {n: slice(i * size, (i + 1) * size) for i, n in enumerate(groups)}
+        by_site = lambda values: {n: values[p] for n, p in places.items()}  # noqa: E731
+        after, covariance, errors = None, None, {}
+    else:
+        by_site = lambda values: _like(params, values)  # noqa: E731
+        there = surface.at(jnp.asarray(maximum.step, surface.directions.dtype))
+        after = bound.constrain(there)
+        covariance, errors = constrained_errors(bound, there, maximum.covariance)
+
+    # Flags
+    flags = _flags_of_draws(log_z)
+    quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
+    beyond = np.abs(distance) - quantile * error
+    gain_per_row = maximum.gain / num_rows
+
+    if not np.all(np.isfinite(maximum.step)):
+        flags += ("the score or the information is not finite.",)
+    elif (
+        gain_per_row > MAX_GAIN or not maximum.is_reached
+        if is_net
+        else np.max(beyond) > MAX_DISTANCE
+    ):
+        worst = int(np.argmax(beyond))
+        site = next(n for n, p in places.items() if p.start <= worst < p.stop)
+        flags += (
+            "not at a maximum: "
+            + _how_far(site, distance[worst], error[worst], is_net)
+            + f"the way there gains {'' if maximum.is_reached else 'over '}"
+            f"{gain_per_row:.2g} nats a row. Train on from here with more walkers, a "
+            "lower learning rate or more steps.",
+        )
+
+    return ScoreTest(
+        params=bound.constrain(params),
+        score=by_site(maximum.score),
+        distance=by_site(distance),
+        distance_error=by_site(error),
+        standard_errors=errors,
+        gain=maximum.gain,
+        gain_per_row=gain_per_row,
+        newton=after,
+        log_normalizer=log_z,
+        flags=flags,
+        covariance=covariance,
+    )
+
+
+def _flags_of_draws(log_z: LogNormalizer) -> tuple[str, ...]:
+    return tuple(
+        f"the draws at site '{name}' may not be the model's: {flag}"
+        for name, found in log_z.flags.items()
+        for flag in found
+    )
+
+
+def _how_far(site: str, distance: float, error: float, is_net: bool) -> str:
+    if is_net:
+        return ""
+    return (
+        f"parameter '{site}' is {abs(distance):.1f} ± {error:.1f} of its standard "
+        "errors away, and "
+    )
+
+
+def _like(params: Params, values: np.ndarray) -> Any:
+    flat, unravel = ravel_pytree(params)
+    return jax.tree.map(np.asarray, unravel(jnp.asarray(values, flat.dtype)))
+
+
+def constrained_errors(
+    bound: BoundModel, params: Params, covariance: np.ndarray
+) -> tuple[np.ndarray, Any]:
+    """Covariance and standard errors of the constrained parameters (delta method)."""
+    flat, unravel = ravel_pytree(params)
+    _, unravel_constrained = ravel_pytree(bound.constrain(params))
+
+    def constrain(values: Array) -> Array:
+        return ravel_pytree(bound.constrain(unravel(values)))[0]
+
+    jacobian = np.asarray(jax.jacfwd(constrain)(flat), float)
+    found = jacobian @ covariance @ jacobian.T
+    errors = jnp.asarray(np.sqrt(np.maximum(np.diag(found), 0.0)), flat.dtype)
+    return found, jax.tree.map(np.asarray, unravel_constrained(errors))

@@ -1,0 +1,126 @@
+"""The likelihood around parameters, from fresh draws of the energies."""
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+from jax.flatten_util import ravel_pytree
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.handlers import FullPlates
+from ebm_ppl.model.inspection import inspect_model
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.annealed import coordinates_of
+from ebm_ppl.normalizer.certify import certify
+from ebm_ppl.normalizer.likelihood import Draws, LikelihoodSurface
+from ebm_ppl.normalizer.newton import MAX_PARAMETERS, directions_of, groups_of
+from ebm_ppl.normalizer.options import plan_of
+from ebm_ppl.normalizer.passes import Plan, gather
+from ebm_ppl.normalizer.rows import data_rows
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.walkers.site import SiteAtParams
+
+
+def surface_at(
+    rng_key: Array,
+    params: Params,
+    model: Model,
+    arguments: Arguments,
+    *,
+    num_chains: int,
+    num_walkers: int,
+    num_temperatures: int | None,
+    tolerance: float,
+) -> tuple[LikelihoodSurface, LogNormalizer]:
+    """Anneal to the energies at (constrained) parameters.
+
+    Returns:
+        The surface, along all parameters or along few directions of a net, and the log Z
+        that the draws came with.
+
+    Raises:
+        ValueError: Options, a model, parameters or data that cannot work.
+    """
+    if num_chains < 2 or num_walkers < 1:
+        raise ValueError(
+            f"num_chains = {num_chains}, num_walkers = {num_walkers}; expected at "
+            "least 2 islands, for Monte Carlo errors, and a walker in each."
+        )
+    key_model, key_walkers = random.split(rng_key)
+    full = _with_full_plates(model)
+    found = inspect_model(key_model, full, arguments, init_params=params)
+    bound = BoundModel(full, found.transforms, key_model, arguments)
+
+    plan = plan_of(
+        "bracket", None, num_chains, num_walkers, num_temperatures, 1, None, 1
+    )
+    draws, log_z = _draws_of(
+        key_walkers, bound, found.params, found.energies, plan, tolerance
+    )
+    return _surface(bound, found.params, groups_of(found.params), draws), log_z
+
+
+@lru_cache(maxsize=16)
+def _with_full_plates(model: Model) -> Model:
+    """The model without subsampling; one object, so that calls share programs."""
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        with FullPlates():
+            return model(*args, **kwargs)
+
+    return full
+
+
+def _draws_of(
+    rng_key: Array,
+    bound: BoundModel,
+    params: Params,
+    energies: Mapping[str, EnergyDistribution],
+    plan: Plan,
+    tolerance: float,
+) -> tuple[dict[str, Draws], LogNormalizer]:
+    """Weighted draws of every site, and the certificate that comes with them."""
+    constrained = bound.constrain(params)
+    rows = data_rows(bound, constrained)
+    draws, sites, spent = {}, {}, 0
+    for index, (name, distribution) in enumerate(energies.items()):
+        transform = coordinates_of(distribution, name)
+        site = SiteAtParams(name, bound, params, transform)
+        key = random.fold_in(rng_key, index)
+        gathered = gather(key, site, plan, None, rows.get(name))
+        sites[name] = certify(gathered.evidence, tolerance)
+        spent += gathered.num_evaluations
+
+        values = transform(gathered.position)
+        potential = distribution.unchecked_potential(values)
+        islands = gathered.forward.relative.log_normalizers[:, None]
+        draws[name] = Draws(values, islands + jnp.zeros_like(potential), potential)
+
+    log_z = LogNormalizer.from_sites(
+        sites, plan.method, num_evaluations=spent, params=constrained
+    )
+    return draws, log_z
+
+
+def _surface(
+    bound: BoundModel,
+    params: Params,
+    groups: Mapping[str, slice],
+    draws: dict[str, Draws],
+) -> LikelihoodSurface:
+    """The surface along all parameters, or along a net's gradient and beside it."""
+    flat, _ = ravel_pytree(params)
+    if flat.size <= MAX_PARAMETERS:
+        return LikelihoodSurface(bound, params, jnp.eye(flat.size), draws)
+
+    def loss(params: Params) -> Array:
+        surface = LikelihoodSurface(bound, params, jnp.zeros((flat.size, 1)), draws)
+        return surface.negative_log_joint(jnp.zeros(1), surface.offsets())
+
+    gradient, _ = ravel_pytree(jax.grad(loss)(params))
+    return LikelihoodSurface(bound, params, directions_of(gradient, groups), draws)
