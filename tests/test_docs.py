@@ -28,6 +28,13 @@ def python_blocks(path):
 def tutorial_is_right(scope):
     assert scope["nuts_mean"](scope["factor_model"]) < 0.5
     assert float(scope["fit"].params["lam"]) == pytest.approx(2.590, rel=0.01)
+    assert scope["test"].is_at_maximum
+    best = scope["best"]
+    assert best.flags == ()
+    assert abs(best.params["lam"] - 2.590) < 4 * best.monte_carlo_errors["lam"]
+    # λ is fitted on the log scale: its information is n/2 + the prior's b λ.
+    error = 2.590 / np.sqrt(20 + 2 * 2.590)
+    assert best.standard_errors["lam"] == pytest.approx(error, rel=0.1)
 
 
 def checking_is_right(scope):
@@ -55,6 +62,12 @@ def checking_is_right(scope):
         -0.5, abs=0.25
     )
     assert abs(fitted.energy(x_test).mean() - scope["level"]) < 0.25
+
+
+def extending_is_right(scope):
+    right = 1 / float(np.mean(scope["x"] ** 2))
+    assert float(scope["fit"].params["lam"]) == pytest.approx(right, rel=0.1)
+    assert float(scope["walked"].params["lam"]) == pytest.approx(right, rel=0.15)
 
 
 def concepts_are_right(scope):
@@ -138,6 +151,8 @@ def plane_is_right(scope):
         assert error < 0.3 * abs(expected)
 
 
+# Nets outrun the walkers that they learn from, as the pages say.
+@pytest.mark.filterwarnings("ignore:The training walkers of energy site")
 @pytest.mark.parametrize(
     ("page", "is_right"),
     [
@@ -148,6 +163,7 @@ def plane_is_right(scope):
         ("docs/comparing.md", comparing_is_right),
         ("docs/semi_supervised.md", semi_supervised_is_right),
         ("docs/plane.md", plane_is_right),
+        ("docs/extending.md", extending_is_right),
     ],
 )
 def test_pages_run_from_top_to_bottom(page, is_right):
@@ -171,6 +187,8 @@ def test_the_readme_model_is_short():
 TINY = ["--steps", "20", "--temperatures", "16"]
 
 
+# Nets outrun the walkers that they learn from, as the pages say.
+@pytest.mark.filterwarnings("ignore:The training walkers of energy site")
 @pytest.mark.parametrize(
     ("name", "arguments", "files", "parts"),
     [

@@ -87,7 +87,7 @@ def to_arviz(
         args: Its positional arguments.
         log_normalizer: From :func:`log_normalizer` at ``fit.params`` or at the draws.
             Without it there are no normalised numbers; a Jarzynski fit's attributes
-            then hold the running held-out log Z, for what it is worth.
+            then hold the running held-out log Z with its flags.
         draws: Draws of x by site name, ``(chain, draw, ...)``, from :func:`sample`:
             ``posterior_predictive`` is then made of them.
         allow_uncertified: Write numbers that rest on an uncertified log Z; the flags go
@@ -103,7 +103,7 @@ def to_arviz(
 
     Raises:
         ValueError: ``log_normalizer`` lacks a site or belongs to other parameters;
-            ``dims`` or ``coords`` name what is not there or do not fit; a mask differs
+            ``dims`` or ``coords`` hold unknown names or do not fit; a mask differs
             from draw to draw.
     """
     import xarray as xr

@@ -1,4 +1,4 @@
-"""What an export says about itself."""
+"""Attributes of an export: library, log Z with its flags and errors."""
 
 import importlib.metadata
 import json
@@ -12,8 +12,7 @@ import numpy as np
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.errors import level_of_caller
 
-# What the names of a site's own attributes and variables begin with, beside those of
-# its history.
+# Prefixes of a site's own attributes and variables; its history has further ones.
 ATTRIBUTES = (
     "log_normalizer",
     "log_normalizer_flags",
@@ -36,7 +35,7 @@ SHARED = (
 
 
 def warn_of_flags(log_normalizer: LogNormalizer, missing: str) -> None:
-    """Warn that log Z is not certified, and of what is left out for that."""
+    """Warn that log Z is not certified, and name what is left out as a result."""
     reasons = "; ".join(
         f"site '{name}': {flag}"
         for name, flags in log_normalizer.flags.items()
@@ -53,7 +52,7 @@ def warn_of_flags(log_normalizer: LogNormalizer, missing: str) -> None:
 def attributes_of(
     log_normalizer: LogNormalizer | None, ends: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Flat strings and numbers only: netCDF takes nothing else."""
+    """Attributes as flat strings and numbers, the only types that netCDF takes."""
     attributes: dict[str, Any] = {
         "inference_library": "ebm_ppl",
         "inference_library_version": importlib.metadata.version("ebm-ppl"),
@@ -67,8 +66,8 @@ def attributes_of(
             log_normalizer.flags[name], ensure_ascii=False
         )
         if log_normalizer.batch_ndims:
-            # One number per draw: it is in the log-likelihood; the attributes say how
-            # far to trust it.
+            # log Z has one value per draw and is part of the log likelihood; the
+            # attribute holds the largest standard error.
             attributes[f"log_normalizer_stderr{end}"] = float(
                 jnp.max(log_normalizer.stderr[name])
             )

@@ -47,7 +47,7 @@ def contents_of(
     draws: Mapping[str, Any] | None,
     dims: Mapping[str, Sequence[str]] | None,
 ) -> Contents:
-    """Run the model at the source's (first) parameters, check it, and name everything."""
+    """Run and check the model at the source's (first) parameters; assign all names."""
     is_fit, history = isinstance(source, Fit), {}
     rng_key: jax.Array = random.key(0)
     if isinstance(source, Fit):
@@ -119,7 +119,7 @@ def named_factors(energy: EnergyDistribution) -> dict[str, str]:
 def _check_belongs(
     log_normalizer: LogNormalizer, energies: dict[str, Any], params: Mapping[str, Any]
 ) -> None:
-    """A log Z is of use for its own sites and parameters only."""
+    """Refuse a log Z that was estimated for other sites or parameters."""
     for name in energies:
         if name not in log_normalizer.estimate:
             raise ValueError(
@@ -147,7 +147,7 @@ def _check_belongs(
 
 
 def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays by site name, or, of a tree, by that of every leaf."""
+    """Arrays by site name; a tree gives one entry per leaf, named by its path."""
     return {
         name + jax.tree_util.keystr(path): leaf
         for name, tree in params.items()
@@ -160,7 +160,7 @@ def _parameters(
 ) -> dict[str, Variable]:
     """Parameters as variables.
 
-    Their ``dims`` are checked in exports that have no group for them, too.
+    This also checks their ``dims`` in exports that have no ``posterior`` group.
     """
     return {
         naming.variables[name]: (

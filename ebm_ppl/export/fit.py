@@ -24,15 +24,14 @@ from ebm_ppl.smc.weights import ess_fraction, pareto_khat
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.walkers.state import Walkers
 
-# Draws of a generator, which are independent: chains so that ArviZ finds its two
-# dimensions.
+# A generator's draws are independent; ArviZ needs the two dimensions (chain, draw).
 GENERATED = (4, 1000)
 
 
 def fit_groups(
     fit: Fit, held: Contents, log_normalizer: LogNormalizer | None, usable: bool
 ) -> tuple[dict[str, Group], dict[str, Any]]:
-    """Groups and attributes of a fit, without data and given draws."""
+    """Groups and attributes of a fit; data and user-given draws are added elsewhere."""
     state, ends = fit.state, held.naming.ends
     groups = {
         name: Group() for name in ("posterior_predictive", "sample_stats", "islands")
@@ -66,7 +65,9 @@ def _add_walkers(
     site: Walkers,
     held: Contents,
 ) -> None:
-    """One energy site's part of ``posterior_predictive``, ``sample_stats`` and ``islands``.
+    """Add one energy site to the groups of a Jarzynski fit.
+
+    These are ``posterior_predictive``, ``sample_stats`` and ``islands``.
 
     One body: one group after another.
     """
@@ -195,7 +196,7 @@ def _mean_log_densities(
     data: dict[str, Observation],
     ends: Mapping[str, str],
 ) -> dict[str, float]:
-    """Means over the rows that count."""
+    """Mean log densities over unmasked rows, by attribute name."""
     means = {}
     for name, energy in energies.items():
         if name not in data:

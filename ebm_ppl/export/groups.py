@@ -1,4 +1,4 @@
-"""An export before it is ArviZ data: groups of named arrays, without what masks leave out."""
+"""An export as groups of named arrays, before it becomes ArviZ data."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,14 +15,15 @@ Variable = tuple[tuple[str, ...], np.ndarray]
 
 @dataclass
 class Group:
-    """One group while it is made.
+    """One group under construction.
 
     Attributes:
         variables: Dimensions and values by name.
         attrs: Flat strings and numbers.
-        places: Dimensions that have only some elements of another one, and which.
-        labels: Coordinates along a dimension of rows: that dimension, and which
-            elements of which other one.
+        places: Dimensions that hold a subset of another dimension: its name and the
+            indices of the elements.
+        labels: Coordinates along a dimension of rows, by name: the dimension, the
+            plate, and the indices of the plate's elements.
     """
 
     variables: dict[str, Variable] = field(default_factory=dict)
@@ -33,11 +34,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Naming:
-    """What things are called in one export.
+    """Names used in one export.
 
     Attributes:
-        variables: Sites and leaves of parameters, by the model's names.
-        ends: What every energy site's own variables and attributes end in.
+        variables: Exported names of sites and parameter leaves, by the model's names.
+        ends: Suffix of each energy site's own variables and attributes.
         dimensions: Names of dimensions.
     """
 
@@ -46,14 +47,14 @@ class Naming:
     dimensions: Dimensions
 
     def event(self, name: str, found: Observation) -> tuple[str, ...]:
-        """Dimensions of an event of an observed site."""
+        """Event dimensions of an observed site."""
         count = len(found.distribution.event_shape)
         return self.dimensions.of(
             name, count, "an event of site", self.rows(name, found)
         )
 
     def rows(self, name: str, found: Observation) -> tuple[str, ...]:
-        """The other dimensions of an observed site: plates', and the distribution's own."""
+        """Batch dimensions of an observed site: plates' and the distribution's own."""
         return tuple(
             self.dimensions.plate(dim) if isinstance(dim, str) else self.own(name, dim)
             for dim in found.dims
@@ -64,15 +65,15 @@ class Naming:
         return self.dimensions.default(name, "batch", k)
 
     def batch(self, name: str, count: int) -> tuple[str, ...]:
-        """All of these."""
+        """The first ``count`` dimensions of a site's own normalisers."""
         return tuple(self.own(name, k) for k in range(count))
 
 
 def without_masked(found: Observation) -> np.ndarray:
-    """Data with NaN where a mask leaves them out: those are missing."""
+    """Data with NaN where they are masked out."""
     value, counts = np.array(found.value), unmasked(found.distribution)
     if value.dtype.kind == "V":
-        value = value.astype(np.float32)  # files know NumPy's own types only
+        value = value.astype(np.float32)  # netCDF stores NumPy's own dtypes only
     if counts.all():
         return value
     counts = counts.reshape(
@@ -89,10 +90,10 @@ def rows_that_count(
 ) -> Group:
     """Log likelihoods without the rows that a mask leaves out, which LOO would count.
 
-    Where whole slices of plates are left out, every dimension keeps its name and a
-    coordinate says which of its elements are left; where other variables have all of
-    them, the dimension gets a name of its own.  Any other mask leaves one dimension of
-    rows, with a coordinate for each of the plates.
+    Where a mask drops whole slices of plates, every dimension keeps its name and a
+    coordinate lists the remaining elements; where other variables keep different
+    elements, the dimension gets a name of its own.  Any other mask gives one dimension
+    of rows, with a coordinate for each plate.
     """
     kept = {}
     for name, value in values.items():
@@ -115,14 +116,14 @@ def rows_that_count(
 
 @dataclass(frozen=True)
 class _Kept:
-    """Rows of one site that count."""
+    """Unmasked rows of one site."""
 
     dims: tuple[str, ...]
     rows: np.ndarray
 
     @property
     def slices(self) -> dict[str, np.ndarray]:
-        """Elements of every dimension with any row that counts."""
+        """Indices along each dimension that have any unmasked row."""
         axes = range(self.rows.ndim)
         return {
             dim: np.flatnonzero(
@@ -133,7 +134,7 @@ class _Kept:
 
     @property
     def is_product(self) -> bool:
-        """Whether whole slices are left out, and nothing else."""
+        """Whether the mask drops whole slices only."""
         return int(self.rows.sum()) == int(
             np.prod([len(found) for found in self.slices.values()])
         )
@@ -181,7 +182,7 @@ def _add_kept(
 
 
 def sizes_of(groups: Mapping[str, Group]) -> dict[str, set[int]]:
-    """Full sizes of the dimensions, of which a group may have only a part.
+    """Full sizes of the dimensions; groups may hold subsets of them.
 
     Raises:
         ValueError: Two variables of one group disagree.

@@ -1,8 +1,8 @@
-"""Names in an export, different for all things of a model.
+"""Unique names in an export.
 
-One rule.  A slash, which separates groups, becomes a dot; a name that is then taken, by
-another one or by ``chain``, ``draw`` and ``step``, gets an underscore.  Names that need
-no change keep theirs.
+A slash, which separates groups, becomes a dot.  A name that is then taken, by another
+name or by ``chain``, ``draw`` and ``step``, gets an underscore.  All other names stay
+unchanged.
 """
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -12,12 +12,12 @@ RESERVED = ("chain", "draw", "step")
 
 
 def plain(name: str) -> str:
-    """A name without slashes, perhaps another one's too."""
+    """A name with slashes replaced by dots; it may collide with another name."""
     return name.replace("/", ".")
 
 
 def distinct(names: Iterable[str], taken: Iterable[str] = RESERVED) -> dict[str, str]:
-    """Every name as it is written, by the model's."""
+    """Unique exported names, by the model's names."""
     used, written = set(taken), {}
     for name in sorted(
         set(names), key=lambda name: (plain(name) != name or name in used, name)
@@ -30,14 +30,14 @@ def distinct(names: Iterable[str], taken: Iterable[str] = RESERVED) -> dict[str,
 def labels(
     sites: Sequence[str], stems: Mapping[str, Iterable[str]], taken: Iterable[str]
 ) -> dict[str, str]:
-    """What every site's own names end in; nothing for one site.
+    """Suffix of each site's own names; empty where there is one site.
 
-    No name of one site is then a name of another.
+    With these suffixes, no two sites share a name.
 
     Args:
         sites: The sites.
-        stems: What each site's names begin with.
-        taken: Names that are no site's.
+        stems: Prefixes of each site's names.
+        taken: Names that belong to no site.
     """
     if len(sites) < 2:
         return dict.fromkeys(sites, "")
@@ -61,9 +61,9 @@ class Dimensions:
     """Names of dimensions: of plates, from users, or ``<variable>_dim_<k>``.
 
     Args:
-        variables: Variables as they are written, by the model's names.
+        variables: Exported variable names, by the model's names.
         plates: The plates' names.
-        dims: A user's names by variable, either as the model or as the export calls it.
+        dims: The user's dimension names by variable, under its model or exported name.
     """
 
     def __init__(
@@ -123,10 +123,10 @@ class Dimensions:
 
         Args:
             variable: Its name in the model.
-            count: How many there are.
-            kind: What they are, for messages.
-            leading: Plates' dimensions, which a user may have named before the others,
-                as ArviZ does.
+            count: Number of dimensions.
+            kind: Description of the variable, for messages.
+            leading: Plates' dimensions, which a user may list before the others, as in
+                ArviZ.
         """
         names = self.given.get(variable, (None,) * count)
         if len(names) == len(leading) + count and names[: len(leading)] == tuple(
@@ -152,11 +152,11 @@ class Dimensions:
         return found
 
     def default(self, variable: str, kind: str, k: int) -> str:
-        """The name of a dimension that nobody named."""
+        """The default name of a dimension."""
         return self.new((variable, kind, k), f"{self.variables[variable]}_{kind}_{k}")
 
     def new(self, key: Hashable, wanted: str) -> str:
-        """A name of its own for ``key``: ``wanted`` where that is free."""
+        """A unique name for ``key``: ``wanted``, or with underscores if it is taken."""
         if key not in self._written:
             self._written[key] = _free(wanted, self._used)
             self._used.add(self._written[key])
@@ -165,15 +165,15 @@ class Dimensions:
     def coordinates(
         self, coords: Mapping[str, Sequence] | None, sizes: Mapping[str, set[int]]
     ) -> dict[str, Sequence]:
-        """A user's coordinates by dimension as it is written.
+        """The user's coordinates by exported dimension name.
 
         Args:
-            coords: Values by dimension, named as the model or as the export names it.
-            sizes: Of the dimensions in the export; groups may differ (rows that are
-                masked, given draws).
+            coords: Values by dimension, under its model or exported name.
+            sizes: Sizes of the dimensions in the export; groups may differ (masked
+                rows, given draws).
 
         Raises:
-            ValueError: A dimension that is nowhere, or values of another number.
+            ValueError: A dimension does not exist, or the number of values differs.
         """
         known = {**self.plates, **{name: name for name in sizes}}
         known |= {name: name for names in self.given.values() for name in names if name}

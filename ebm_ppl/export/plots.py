@@ -36,7 +36,7 @@ def plot_energies(
             draw)``.
         bins: Their number, edges or rule, as for ``numpy.histogram_bin_edges``.
         ax: A matplotlib Axes; a new figure by default.
-        labels: What ``values`` and ``draws`` are called.
+        labels: Legend labels of ``values`` and ``draws``.
 
     Returns:
         The Axes.

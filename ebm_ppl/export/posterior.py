@@ -22,7 +22,7 @@ def draws_groups(
     log_normalizer: LogNormalizer | None,
     usable: bool,
 ) -> tuple[dict[str, Group], dict[str, Any]]:
-    """Groups and attributes of posterior draws, without data and given draws of x."""
+    """Groups and attributes of posterior draws, without data and draws of x."""
     groups = {"posterior": Group(held.parameters)}
     if usable:
         assert log_normalizer is not None
@@ -33,7 +33,7 @@ def draws_groups(
 
 
 def add_draws(group: Group, held: Contents) -> None:
-    """Draws of x that were given, in the place of any others."""
+    """Add the user's draws of x, replacing any others."""
     for name, values in held.draws.items():
         leading = held.naming.batch(
             name, np.ndim(values) - 2 - len(held.event_dims[name])
@@ -46,7 +46,7 @@ def add_draws(group: Group, held: Contents) -> None:
 def _log_likelihood(
     model: Model, arguments: Arguments, log_normalizer: LogNormalizer, held: Contents
 ) -> Group:
-    """Log densities of every row that counts, at every draw."""
+    """Log densities of every unmasked row, at every draw."""
     if log_normalizer.batch_ndims != 2:
         raise ValueError(
             f"log_normalizer has {log_normalizer.batch_ndims} axes of draws; expected "
@@ -54,8 +54,8 @@ def _log_likelihood(
             "batch_ndims=2)."
         )
 
-    # Keys that the model asks for itself, for a net's initial values: nothing may be
-    # sampled here.
+    # Only keys that the model requests itself (initial values of a net) are seeded;
+    # sample sites must not be drawn here.
     keyed = handlers.seed(
         normalized(model, log_normalizer, allow_uncertified=True),
         held.rng_key,

@@ -50,7 +50,7 @@ def plot_energy_surface(
             samples or limits do not fit; limits are needed but not given; or U is
             finite nowhere on the grid.
 
-    One body: what is drawn, in order.
+    One body: the drawing steps, in order.
     """
     distribution = unwrapped(distribution)
     _check_drawable(distribution)
@@ -173,7 +173,7 @@ def _limits(
 def _above_minimum(
     distribution: EnergyDistribution, rows: np.ndarray, bounds: np.ndarray
 ) -> np.ndarray:
-    """``U − min U`` at each row; NaN outside the support, where the energy is not even called."""
+    """``U − min U`` at each row; NaN outside the support, where U is not evaluated."""
     points = jnp.asarray(rows.reshape(-1, *distribution.event_shape))
     inside = np.asarray(distribution.support(points))
     potential = np.full(len(rows), np.nan)
@@ -187,6 +187,6 @@ def _above_minimum(
             "support, and check the parameters inside the energy."
         )
 
-    # A density without bound would hide everything else.
+    # An unbounded density would hide everything else.
     potential[potential == -np.inf] = np.nan
     return potential - finite.min()

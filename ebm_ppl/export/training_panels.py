@@ -85,7 +85,7 @@ def plot_training(
 
 
 def _series(history: Mapping[str, Any], site: str | None) -> Series:
-    """The entries that panels draw, of one site, each with one number per step."""
+    """The history entries to draw for one site, each with one number per step."""
     sites = list(
         dict.fromkeys(
             name

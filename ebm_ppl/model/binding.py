@@ -23,7 +23,7 @@ from ebm_ppl.programs.snapshot import snapshot
 
 
 def _energy_alone(distribution: EnergyDistribution) -> None:
-    """The model of a bare distribution; one function, so that equal shapes share executables."""
+    """The model of a bare distribution; one function, so executables are shared."""
     numpyro.sample("x", distribution)
 
 
@@ -36,14 +36,14 @@ def bind(
     *,
     compiled: bool = True,
 ) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
-    """A model on its data, and its energies at ``params``.
+    """Bind a model to its data, and evaluate its energies at ``params``.
 
-    A bare distribution becomes the model of a site 'x'.
-
-    ``compiled=False`` evaluates a bare distribution as it stands, which may be traced.
+    A bare distribution becomes a model with one site 'x'.  With ``compiled=False`` it
+    is checked without ``jit``, so it may hold tracers.
 
     Raises:
-        ValueError: Parameters that are missing or unknown, or no energy site.
+        TypeError: ``model`` is another distribution.
+        ValueError: Parameters are missing or unknown, or there is no energy site.
     """
     if isinstance(model, dist.Distribution) and not isinstance(
         model, EnergyDistribution
@@ -87,7 +87,7 @@ def bind(
 
 
 def _with_present_content(distribution: EnergyDistribution) -> EnergyDistribution:
-    """The same distribution, different as a pytree once an object inside has changed."""
+    """A copy whose pytree structure differs once an object inside has changed."""
     frozen = copy.copy(distribution)
     frozen.factors = {
         name: Partial(snapshot(factor.func), *factor.args, **factor.keywords)
@@ -97,24 +97,21 @@ def _with_present_content(distribution: EnergyDistribution) -> EnergyDistributio
 
 
 def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribution]:
-    """Refuse parameters that do not decide the energies alone.
-
-    Those that the model does not have, and lacks, are named.
+    """Refuse parameters that do not determine the energies on their own.
 
     Returns:
         The energies, by site.
 
     Raises:
-        ValueError: The message names them.
+        ValueError: Parameters are missing or unknown; the message names them.
     """
-    # Loops index what is substituted in them, which NumPy's arrays refuse under a
-    # trace.
+    # Loops index substituted values with tracers, which NumPy arrays do not support.
     params = jax.tree.map(jnp.asarray, params)
     recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
     trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
         *bound.arguments.args, **bound.arguments.kwargs
     )
-    # Data are not parameters: fixed, they would leave the likelihood.
+    # An observed site is not a parameter: substituting it would replace the data.
     for name, distribution in recorder.found.items():
         require_no_rows(name, distribution)
 
@@ -141,7 +138,7 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
 def conditions(
     bound: BoundModel, params: Params, found: dict[str, EnergyDistribution]
 ) -> dict[str, tuple[str, ...]]:
-    """The energy sites whose values every site's energy depends on.
+    """For each energy site, the other sites whose values its energy depends on.
 
     Args:
         bound: The model.
@@ -165,7 +162,7 @@ def conditions(
 
 
 def _check_given(depends: dict[str, tuple[str, ...]], unobserved: list[str]) -> None:
-    """A log Z, and draws, of a site that depends on another's value need that value."""
+    """Refuse an energy that depends on another energy site without a value."""
     for name, others in depends.items():
         for other in others:
             if other in unobserved:

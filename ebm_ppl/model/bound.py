@@ -1,6 +1,6 @@
 """A NumPyro model with energy sites as pure functions of unconstrained parameters.
 
-The only module that runs models.  The normaliser enters in one place: every energy site
+The normaliser enters in one place: every energy site
 is replaced by a copy of itself with a known ``log_normalizer``, so plates, subsampling,
 scales, masks and priors keep NumPyro's meaning.
 """
@@ -39,7 +39,7 @@ class BoundModel:
     arguments: Arguments
 
     def __post_init__(self) -> None:
-        # Programs are cached by the model: one whose closure has changed is another.
+        # Executables are cached by model; a changed closure needs a new executable.
         object.__setattr__(self, "model", snapshot(self.model))
 
     def constrain(self, params: Params) -> Params:
@@ -51,7 +51,7 @@ class BoundModel:
     ) -> dict[str, EnergyDistribution]:
         """The energy distributions at these parameters, by site name.
 
-        ``moved`` names a site that gets another value.
+        ``moved`` names a site whose value is replaced by random points.
         """
         recorder = EnergySites(
             handlers.seed(self.model, self.rng_key), moved, self.rng_key
@@ -62,11 +62,10 @@ class BoundModel:
         return recorder.found
 
     def negative_log_joint(self, params: Params, normalize: Normalize) -> Array:
-        """NumPyro's negative log joint (sums, scales, masks) with the given normalisers.
+        """NumPyro's negative log joint (scales, masks) with the given normalisers.
 
-        Sample sites among the parameters enter by their prior density at the
-        constrained value, without a
-        Jacobian: the convention of ``AutoDelta``.
+        Sample sites among the parameters contribute their prior density at the
+        constrained value, without a Jacobian, as in ``AutoDelta``.
         """
         model = KnownNormalizers(handlers.seed(self.model, self.rng_key), normalize)
         log_joint, _ = log_density(

@@ -1,4 +1,4 @@
-"""Observed values of a model, and what they were observed under."""
+"""Observed values of a model, with their plates and distributions."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from ebm_ppl.programs.arguments import Arguments
 class Observation:
     """Data at one observed site: value, leading dimensions and distribution.
 
-    A dimension is a plate's name, or, without a plate, its place among the
-    distribution's own.
+    A dimension is a plate's name, or its index among the distribution's own batch
+    dimensions.
     """
 
     value: Array
@@ -35,7 +35,7 @@ def observations(
     *,
     full_plates: bool = True,
 ) -> dict[str, Observation]:
-    """Data at the observed sample sites, auxiliary ones left out.
+    """Data at the observed sample sites, without auxiliary sites.
 
     By default every plate has its full size.
     """
@@ -54,7 +54,7 @@ def observations(
         num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
         energy = unwrap(site["fn"])
 
-        # Dimensions that are the energy's own are counted as on the walkers.
+        # The energy's own dimensions are counted as for the walkers.
         own = (
             0
             if energy is None

@@ -21,15 +21,15 @@ Normalize = Callable[[str, EnergyDistribution], EnergyDistribution]
 
 
 def _is_sample(msg: dict) -> bool:
-    """Whether a message is of a sample site; its data are then made numbers.
+    """Whether a message is of a sample site; its data are converted to numeric arrays.
 
-    Sites that hide an energy are refused.  Messages of ``subsample``, ``prng_key`` and
-    control flow have no name.
+    Energies nested inside another distribution are refused.  Messages of
+    ``subsample``, ``prng_key`` and control flow have no name.
     """
     if msg["type"] == "subsample":
         msg["value"] = as_numbers("numpyro.subsample", msg["value"])
     elif msg["type"] == "control_flow":
-        # The body of a loop comes first; branches come after what decides between them.
+        # scan's body is its first argument; cond's branches follow the predicate.
         bodies = (1, 2) if msg["fn"].__name__ == "cond_wrapper" else (0,)
         msg["args"] = tuple(
             _NoEnergies(arg) if k in bodies else arg
@@ -45,9 +45,9 @@ def _is_sample(msg: dict) -> bool:
 
 
 class _NoEnergies(Messenger):
-    """Refuse energies and parameters in loops and branches.
+    """Refuse energies and parameters inside ``scan`` and ``cond``.
 
-    No handler around those reaches them.
+    Handlers outside a loop or branch do not reach the sites inside.
     """
 
     def process_message(self, msg: dict) -> None:
@@ -73,7 +73,7 @@ class _NoEnergies(Messenger):
 def _refuse_nested(name: str, fn: Any) -> None:
     """Refuse an energy without log Z inside another distribution.
 
-    No handler could find or normalise it there.
+    Handlers can neither find nor normalise it there.
     """
     energy = unwrap(fn)
     parts = (
@@ -95,7 +95,7 @@ def _refuse_nested(name: str, fn: Any) -> None:
 
 
 def _way_out_of(fn: dist.Distribution, energy: EnergyDistribution | None) -> str:
-    """What to write instead of an energy inside ``fn``, or inside another energy."""
+    """The remedy for an energy nested inside ``fn`` or inside another energy."""
     if energy is not None:
         return (
             "Add the energies up instead, on the inner one's own base: "
@@ -115,7 +115,7 @@ def _way_out_of(fn: dist.Distribution, energy: EnergyDistribution | None) -> str
 
 
 def find_energy(found: Any) -> list[str] | None:
-    """Types on the way to an energy without log Z, inside a distribution."""
+    """Types from a distribution down to a nested energy without log Z, or ``None``."""
     if isinstance(found, EnergyDistribution) and found.log_normalizer is None:
         return ["EnergyDistribution"]
     if isinstance(found, dist.Distribution):
@@ -145,8 +145,8 @@ class EnergySites(Messenger):
     Args:
         fn: A model.
         moved: A site whose value, observed or not, is replaced by random points of its
-            support: what changes then depends on it.
-        rng_key: For these points.
+            support; energies that change depend on it.
+        rng_key: Key for these points.
     """
 
     def __init__(
@@ -205,8 +205,8 @@ class KnownNormalizers(Messenger):
         energy = unwrap(msg["fn"])
         if energy is not None and energy.log_normalizer is None:
             known = self.normalize(msg["name"], energy)
-            # On the whole space a support check only finds NaN and infinity, and those
-            # reach the loss anyway.
+            # On an unbounded support the check finds only NaN and infinity, which
+            # make the loss non-finite anyway.
             if _is_unbounded(energy.support):
                 known._validate_args = False
             msg["fn"] = rewrap(msg["fn"], known)
@@ -221,7 +221,7 @@ def _is_unbounded(support: constraints.Constraint) -> bool:
 class FullPlates(Messenger):
     """Switch subsampling off: every plate has all its rows.
 
-    A batch that came in from outside stays one: its site is as large as its data.
+    A batch passed in by the user stays a batch: its site has the size of its data.
     """
 
     def __init__(self, fn: Model | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What a model holds, and every reason why it could not be fitted."""
+"""Inspection of a model: parameters, energy sites, and checks that it can be fitted."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -50,12 +50,12 @@ def inspect_model(
     Args:
         rng_key: A JAX PRNG key, for initial values and subsampling.
         model: A NumPyro model.
-        arguments: What to call it with.
+        arguments: The model's arguments.
         init_params: Constrained values for any ``param`` or sample site, instead of its
             initial value.
 
     Raises:
-        ValueError: Every ill-posed model; the message names the site, what was found
+        ValueError: The model is ill-posed; the message names the site, what was found
             and what to write.
     """
     init_params = {} if init_params is None else dict(init_params)
@@ -101,7 +101,7 @@ def _check_energy_site(
 ) -> None:
     """Refuse an energy site, or data at it, that cannot be fitted.
 
-    One body: the checks, in the order in which they are told.
+    One body: the checks, in the order in which they are reported.
     """
     site = trace[name]
     wrapped = site["fn"]
@@ -171,7 +171,8 @@ def _refuse_rows(
     bad = bad.any(tuple(range(len(wrapped.batch_shape), bad.ndim)))
     if bad.any():
         first = ", ".join(str(int(i)) for i in np.argwhere(bad)[0])
+        where = f" (first: row {first})" if first else ""
         raise ValueError(
             f"Data at energy site '{name}' {finding} in {int(bad.sum())} of {bad.size} "
-            f"rows (first: row {first}). {remedy}"
+            f"rows{where}. {remedy}"
         )

@@ -1,4 +1,4 @@
-"""What masks leave of an observed site."""
+"""Unmasked elements and rows of an observed site."""
 
 from typing import Any
 
@@ -8,9 +8,10 @@ import numpyro.distributions as dist
 
 
 def unmasked(wrapped: Any) -> np.ndarray:
-    """Which elements of a site count.
+    """Which elements of a site are unmasked.
 
-    A boolean array of its batch shape and, after it, what ``to_event`` declared.
+    Returns a boolean array of the batch shape, followed by the dimensions that
+    ``to_event`` moved into the event.
     """
     if isinstance(wrapped, dist.Independent):
         return unmasked(wrapped.base_dist)
@@ -27,6 +28,6 @@ def unmasked(wrapped: Any) -> np.ndarray:
 
 
 def unmasked_rows(wrapped: Any) -> np.ndarray:
-    """Which rows of a site count, at least in part, as its batch shape."""
+    """Rows with any unmasked element, a boolean array of the batch shape."""
     elements = unmasked(wrapped)
     return elements.any(tuple(range(len(wrapped.batch_shape), elements.ndim)))

@@ -18,12 +18,12 @@ _median = init_to_median(num_samples=15)
 
 
 def initial_value(site: dict) -> Array | None:
-    """The initial value of a site without one."""
+    """The initial value of a site that has no value."""
     return None if site["value"] is not None else _median(site)
 
 
 def run_once(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:
-    """Trace one run; a plate without rows is refused by name."""
+    """Trace one run of the model; refuse a plate of size 0 by name."""
     try:
         return handlers.trace(model).get_trace(*args, **kwargs)
     except AssertionError as error:
@@ -77,13 +77,12 @@ def parameters_of(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]
 
 
 def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
-    """The initial value of a parameter; a whole number becomes a float.
+    """The initial value of a parameter; an integer array becomes a float array.
 
-    What no gradient can move is refused.
+    Values without a gradient are refused.
 
     Raises:
-        ValueError: Parameters over integers, or a tree with leaves that are not real
-            numbers.
+        ValueError: The constraint is discrete, or a value is not real floating point.
     """
     if constraint.is_discrete:
         raise ValueError(
@@ -111,12 +110,12 @@ def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
 def check_init_params(
     init_params: Params, run_without: Callable[[], dict[str, dict]]
 ) -> None:
-    """Given values must have names that the model has, and its shapes."""
+    """Refuse initial values with names or shapes that the model does not have."""
     try:
         trace = run_without()
     except Exception:
-        # The model may need the values that it was given.  If not, it fails with them
-        # too, and says why.
+        # The model may run only with the given values.  Otherwise it fails with them
+        # too, with its own message.
         return
 
     unknown = set(init_params) - set(trace)

@@ -1,4 +1,4 @@
-"""What models and their parameters are."""
+"""Types of models and their parameters."""
 
 from collections.abc import Callable
 from typing import Any

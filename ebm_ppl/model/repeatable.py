@@ -1,4 +1,4 @@
-"""Whether a model gives the same energies each time that it runs."""
+"""Checks that a model gives the same energies on every run."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from ebm_ppl.model.program import Params
 
 @jax.jit
 def _moved(rng_key: Array, params: Params) -> Params:
-    """Parameters up to a tenth larger, which keeps signs; zeros up to a tenth."""
+    """Parameters scaled by up to 1.1, which keeps signs; zeros become at most 0.1."""
     leaves, treedef = jax.tree.flatten(params)
     keys = random.split(rng_key, len(leaves))
     steps = [
@@ -39,14 +39,13 @@ def check_repeatable(
     params: Params,
     found: dict[str, EnergyDistribution],
 ) -> None:
-    """An energy must be one function of its parameters alone.
+    """Refuse an energy that is not a function of x and its parameters alone.
 
-    Not of a random key, nor of the rows of a mini-batch.
-
-    ``found`` are the energies at ``params``.
+    It must not depend on a random key or on the rows of a mini-batch.  ``found`` holds
+    the energies at ``params``.
     """
     key_params, key_start, key_other = random.split(rng_key, 3)
-    # A last layer of zeros would hide what the layers before it do.
+    # A last layer of zeros would hide the effect of the layers before it.
     original, params = params, _moved(key_params, params)
     first, companies = energies_at_points(bound, params, key_start)
     second, _ = energies_at_points(replace(bound, rng_key=key_other), params, key_start)
@@ -73,7 +72,7 @@ def check_repeatable(
                 "subsampling): walkers need one energy per parameter value."
             )
 
-    # Last: what changes by chance changes in other company too.
+    # Last, because a stochastic energy fails this check too.
     for name, company in companies.items():
         require_equal(name, found[name], company)
 
@@ -81,7 +80,7 @@ def check_repeatable(
 def _has_parameters(support: constraints.Constraint) -> bool:
     try:
         return bool(jax.tree.leaves(support))
-    except NotImplementedError:  # a constraint of the user's own that does not say
+    except NotImplementedError:  # a user's constraint without tree_flatten
         return True
 
 
@@ -89,7 +88,7 @@ def _has_parameters(support: constraints.Constraint) -> bool:
 def energies_at_points(
     bound: BoundModel, params: Params, rng_key: Array, moved: str | None = None
 ) -> tuple[dict[str, Array], dict[str, Company]]:
-    """Potentials at scattered points, and energies of few points in other company."""
+    """Potentials at random points, and the same energies in batches of other sizes."""
     found = bound.energies(params, moved)
     values = {}
     for name, energy in found.items():
@@ -104,9 +103,9 @@ def energies_at_points(
 def fingerprints(
     bound: BoundModel, params: Params, more: dict[str, Array]
 ) -> dict[str, Fingerprint]:
-    """What tells the model's energies from others, by site.
+    """Fingerprints of the model's energies, by site.
 
-    ``more`` holds further points, by site.
+    ``more`` holds additional evaluation points, by site.
     """
     return {
         name: fingerprint(energy, more.get(name))

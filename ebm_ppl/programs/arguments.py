@@ -1,12 +1,9 @@
-"""What a model is called with.
+"""Arguments of a model: arrays are traced, everything else is static.
 
-Arrays are traced; everything else belongs to the compiled program.
-
-One rule.  NumPy and JAX arrays of numbers may change without compiling again.  Anything
-else (flags, sizes, strings, data frames, tensors of other libraries, objects) reaches
-the model as it is, and two calls share a program only where its *content* is the same:
-an equal copy compiles nothing, and an object that was changed in place never meets the
-program of before.
+NumPy and JAX arrays of numbers may change without recompilation.  Anything else (flags,
+sizes, strings, data frames, tensors of other libraries, objects) is passed to the model
+unchanged, and two calls share an executable only where its *content* is the same: an
+equal copy does not recompile, and an object that was changed in place does.
 """
 
 from dataclasses import dataclass, field
@@ -22,10 +19,7 @@ from ebm_ppl.programs.equality import content
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Arguments:
-    """What a model is called with: a pytree whose arrays are its leaves.
-
-    All other values are static.
-    """
+    """Arguments of a model: a pytree with arrays as leaves and static other values."""
 
     args: tuple = ()
     kwargs: dict = field(default_factory=dict)
@@ -56,7 +50,7 @@ class Arguments:
 
 
 class _Static:
-    """A value that is compared by its content, read once, when the call is made."""
+    """A static value, compared by its content at the time of the call."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -75,7 +69,7 @@ class _Static:
 def _unmasked(leaf: Any) -> Any:
     return (
         leaf.data if isinstance(leaf, np.ma.MaskedArray) else leaf
-    )  # JAX takes none, even without a mask
+    )  # JAX refuses the type, even without a mask
 
 
 def _is_traced(leaf: Any) -> bool:
@@ -92,11 +86,11 @@ def _is_traced(leaf: Any) -> bool:
 
 
 def is_numeric(dtype: Any) -> bool:
-    """Whether arrays of a NumPy type can become JAX's."""
+    """Whether NumPy arrays of this dtype convert to JAX arrays."""
     dtype = np.dtype(dtype)
     if dtype.kind in "biufc":
         return dtype.itemsize <= (16 if dtype.kind == "c" else 8)
-    # bfloat16, float8 and int4 are no types of NumPy's own.
+    # bfloat16, float8 and int4 are extension types, of kind V.
     return dtype.kind == "V" and jax.dtypes.issubdtype(dtype, np.number)
 
 

@@ -1,9 +1,10 @@
-"""What functions and objects hold, read through closures, globals and attributes."""
+"""Content of functions and objects: closures, globals and attributes."""
 
 import contextvars
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 import sys
 import sysconfig
@@ -16,12 +17,16 @@ import numpy as np
 
 _ATOMS = (bool, int, complex, str, bytes, type(None), type(Ellipsis), np.dtype)
 
+# With a separator: the neighbour of a library is none.
 _LIBRARIES = tuple(
-    {
-        str(pathlib.Path(sysconfig.get_paths()[name]))
-        for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    }
-    | {str(pathlib.Path(__file__).parents[1])}
+    str(path) + os.sep
+    for path in (
+        *(
+            pathlib.Path(sysconfig.get_paths()[name])
+            for name in ("stdlib", "platstdlib", "purelib", "platlib")
+        ),
+        pathlib.Path(__file__).parents[1],
+    )
 )
 
 
@@ -48,15 +53,15 @@ def content_of(value: Any) -> Content:
 
     Attributes, closures, defaults, and globals of functions outside libraries.
 
-    JAX's arrays cannot change and count by identity; NumPy's count by their numbers.
-    Objects that tell nothing of themselves count by identity.
+    JAX arrays are immutable and compared by identity, NumPy arrays by value.  Objects
+    without readable state are compared by identity.
     """
     tokens = tuple(_Reader().read(value))
     return Content(tokens, hash(tokens))
 
 
 class _Same:
-    """An object that counts by identity, held so that nothing else can take its place in memory."""
+    """An object compared by identity, kept alive so that its ``id`` is not reused."""
 
     __slots__ = ("value",)
 
@@ -71,7 +76,7 @@ class _Same:
 
 
 class _Reader:
-    """One walk over an object's references; objects met again count by their order."""
+    """One traversal of an object's references; repeated objects yield their number."""
 
     def __init__(self) -> None:
         self.seen: dict[int, int] = {}
@@ -82,7 +87,7 @@ class _Reader:
             yield type(value), value
             return
         if isinstance(value, float):
-            yield float, repr(value)  # NaN equals itself here
+            yield float, repr(value)  # NaN equals NaN
             return
         if isinstance(
             value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType
@@ -166,9 +171,10 @@ class _Reader:
         members = {
             name: value
             for name, value in vars(kind).items()
-            if not name.startswith("__")
+            if not name.startswith("__") or isinstance(value, types.FunctionType)
         }
-        yield from self._children(kind.__qualname__, (*members, *members.values()))
+        parts = (*members, *members.values(), *kind.__bases__)
+        yield from self._children(kind.__qualname__, parts)
 
     def _object(self, value: Any) -> Iterable[Any]:
         yield from self.read(type(value))
@@ -189,9 +195,9 @@ class _Reader:
 
 
 def _given_away(value: Any, *, has_state: bool) -> dict[str, Any]:
-    """What an object of a type written in C gives to be copied.
+    """The state that an object of a C type exposes to ``pickle``.
 
-    Such as a deque's items, or an array's numbers.
+    Examples are the items of a ``deque`` and the numbers of an ``array``.
     """
     if has_state and not isinstance(value, Sequence | Mapping):
         return {}
@@ -201,7 +207,7 @@ def _given_away(value: Any, *, has_state: bool) -> dict[str, Any]:
         return {}
     if isinstance(reduced, str):
         return {}
-    # Its constructor's arguments, then its items as iterators.
+    # Constructor arguments, then items as iterators.
     return {
         "arguments": reduced[1],
         "items": [list(part) for part in reduced[3:5] if part is not None],
@@ -218,7 +224,7 @@ def _contents(cell: Any) -> Any:
 def _globals_of(fn: types.FunctionType) -> list[Any]:
     """Values of the global names that a function uses.
 
-    Of modules outside libraries, the attributes that it may mean.
+    For modules outside libraries, also the attributes that it may use.
     """
     found: list[Any] = []
     names = list(_names(fn.__code__))
@@ -235,9 +241,9 @@ def _globals_of(fn: types.FunctionType) -> list[Any]:
 def _attributes_of(
     module: types.ModuleType, names: list[str], seen: set[int]
 ) -> list[Any]:
-    """Attributes of a module outside libraries that a function may mean.
+    """Attributes of a module outside libraries that a function may use.
 
-    Modules inside it are included.
+    Nested modules are included.
     """
     found: list[Any] = []
     if _is_library_module(module):

@@ -1,4 +1,4 @@
-"""Arguments told apart by content: when two calls of a model are the same."""
+"""Comparison of arguments by content: when two calls share an executable."""
 
 import hashlib
 import types
@@ -10,32 +10,36 @@ import numpy as np
 
 from ebm_ppl.programs.content import content_of
 
-# Of these the value is the content.
+# Types compared by value.
 _PLAIN = (bool, int, complex, str, bytes, type(None), type(Ellipsis), range, np.dtype)
 
-# Of these the identity is.
+# Types compared by identity.
 _NAMED = (type, types.BuiltinFunctionType, types.ModuleType)
 
 
 def content(value: Any) -> Hashable:
-    """What a value holds, small enough to compare and hash.
+    """A hashable summary of a value, for comparison.
 
-    Its type belongs to it: 1, 1.0 and True differ.
+    It includes the type: 1, 1.0 and True differ.
     """
     return _content(value, {})
 
 
 def _content(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
-    """``seen`` numbers the objects on the way here, and keeps them alive.
+    """Recursive part of :func:`content`.
 
-    Some hold themselves.
+    ``seen`` numbers the visited objects, for cycles, and keeps them alive.
     """
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, float):
-        return type(value), value.hex()  # tells -0.0 from 0.0, and takes NaN for itself
+        return type(value), value.hex()  # -0.0 differs from 0.0; NaN equals NaN
     if isinstance(value, types.FunctionType):
         return _Identity(value), content_of(value)
+    if isinstance(value, types.MethodType):
+        # Each access makes another method of the same function and object.
+        parts = (_Identity(value.__func__), _Identity(value.__self__))
+        return *parts, content_of(value)
     if isinstance(value, jax.core.Tracer) or isinstance(value, _NAMED):
         return _Identity(value)
 
@@ -61,9 +65,9 @@ def _content(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
 
 
 class _Identity:
-    """Equal to itself alone; it keeps the object alive.
+    """Comparison by identity.
 
-    No other one can then take its place in memory.
+    It keeps the object alive, so that its ``id`` is not reused.
     """
 
     def __init__(self, value: Any) -> None:
@@ -96,7 +100,7 @@ def _is_pandas(value: Any) -> bool:
 
 
 def _content_of_pandas(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
-    """Labels, types and values of a frame, a series or an index; not how its memory is laid out."""
+    """Labels, types and values of a frame, series or index; not its memory layout."""
     attrs = _content(getattr(value, "attrs", None), seen)
     if hasattr(value, "columns"):
         columns = [value.iloc[:, k] for k in range(value.shape[1])]
@@ -125,13 +129,13 @@ def _content_of_pandas(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable
 
 
 def _content_of_type(column: Any) -> Hashable:
-    # Codes follow the order of the categories, which equal types may have differently.
+    # Codes depend on the order of the categories, which equal dtypes may differ in.
     categories = getattr(column.dtype, "categories", None)
     return str(column.dtype), () if categories is None else tuple(map(repr, categories))
 
 
 def _compares_by_value(value: Any) -> bool:
-    """Whether its class defines equality that lasts, as ``__hash__`` promises."""
+    """Whether the class defines ``__eq__`` and ``__hash__``, so equality is stable."""
     cls = type(value)
     if getattr(cls, "__eq__", None) is object.__eq__ or getattr(
         cls, "__hash__", None
@@ -145,18 +149,17 @@ def _compares_by_value(value: Any) -> bool:
 
 
 def _content_of_object(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
-    """By the array that it says it is, and by the state that copies of it get.
+    """Content of an object: its ``__array__`` and its pickled state.
 
-    Labels are part of that state, say.
-
-    One that gives neither is itself alone.
+    The state covers labels, for example.  An object with neither is compared by
+    identity.
     """
     array: Hashable = None
     if hasattr(value, "__array__"):
         try:
             array = _content_of_array(np.asarray(value), seen)
         except Exception:
-            array = None  # a tensor that must be detached first, say
+            array = None  # for example a tensor that must be detached first
     state = _content_of_state(value, seen)
     return (
         array if array is not None and isinstance(state, _Identity) else (array, state)
@@ -170,8 +173,7 @@ def _content_of_state(value: Any, seen: dict[int, tuple[int, Any]]) -> Hashable:
         return _Identity(value)
     if isinstance(state, str):
         return _Identity(value)
-    # Its constructor, that one's arguments, its attributes, then its items as
-    # iterators.
+    # Constructor, its arguments, attributes, then items as iterators.
     return tuple(
         _content(list(part) if index > 2 and part is not None else part, seen)
         for index, part in enumerate(state)

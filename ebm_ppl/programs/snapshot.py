@@ -1,12 +1,9 @@
-"""A callable with what it computes with now.
+"""A callable together with its present content, as a key for JAX's cache.
 
-That is the part of a compiled program's key which identity does not tell.
-
-JAX caches compiled programs by the identity of the callables in their keys.  A model
-that closes over an object that changes (a flax.nnx module after a training step, an
-attribute, a global, a NumPy array) would meet the program of what it was.  A
-:class:`Snapshot` compares by identity *and* by content, so changed content is compiled
-anew.
+JAX caches executables by the identity of the callables in their keys.  A model that
+closes over a mutable object (a flax.nnx module after a training step, an attribute, a
+global, a NumPy array) would reuse a stale executable.  A :class:`Snapshot` compares by
+identity *and* by content, so changed content is recompiled.
 """
 
 import dataclasses
@@ -21,15 +18,15 @@ class Snapshot:
     """A callable that equals the same callable with the same content.
 
     Attributes:
-        fn: What it calls.
-        content: A hashable account of everything that ``fn`` refers to.
+        fn: The callable.
+        content: A hashable summary of everything that ``fn`` refers to.
     """
 
     fn: Callable[..., Any]
     content: "Content"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call ``fn``; what it changes itself (a counter, say) does not make it another."""
+        """Call ``fn``; changes that it makes itself, such as a counter, are ignored."""
         is_known = _present(self.fn) is self
         result = self.fn(*args, **kwargs)
         if is_known:
@@ -47,15 +44,14 @@ class Snapshot:
         return hash((id(self.fn), self.content))
 
 
-# The last snapshot of callables, by their identity, and the content that its last run
-# left behind.
+# The last snapshot of each callable, by its id, and the content after its last run.
 _LAST: dict[int, tuple[Snapshot, "Content"]] = {}
 
 _MAX_KEPT = 128
 
 
 def snapshot(fn: Callable[..., Any]) -> Snapshot:
-    """``fn`` with its present content; a snapshot stays what it is."""
+    """``fn`` with its present content; a snapshot is returned unchanged."""
     if isinstance(fn, Snapshot):
         return fn
     present = _present(fn)
@@ -66,7 +62,7 @@ def snapshot(fn: Callable[..., Any]) -> Snapshot:
 
 
 def _present(fn: Callable[..., Any]) -> Snapshot | None:
-    """The last snapshot of ``fn``, if nothing but its own runs has changed it since."""
+    """The last snapshot of ``fn``, if only its own runs have changed it since."""
     if id(fn) not in _LAST:
         return None
     last, left = _LAST[id(fn)]

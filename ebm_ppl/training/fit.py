@@ -8,7 +8,7 @@ from ebm_ppl.model.program import Params
 
 @dataclass(frozen=True)
 class Fit:
-    """A finished run: parameters, state and history, all of one step.
+    """A finished run: parameters, state and history, up to the same step.
 
     Attributes:
         params: Constrained values by site name.

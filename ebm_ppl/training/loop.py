@@ -1,4 +1,4 @@
-"""The one training loop: compiled chunks of updates, progress without a sync per step."""
+"""The training loop: compiled chunks of updates, one host sync per chunk."""
 
 import time
 from functools import partial
@@ -27,7 +27,7 @@ SECONDS_PER_CHUNK = 0.5
 
 
 class Steps(Protocol):
-    """What the loop needs of a backend."""
+    """The interface that the loop needs from a backend."""
 
     @property
     def parts(self) -> dict[str, str]:
@@ -37,11 +37,11 @@ class Steps(Protocol):
     def update(
         self, state: Any, *args: Any, **kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """The state after one step, and what the history records of it."""
+        """The state after one step, and its entries in the history."""
         ...
 
     def get_params(self, state: Any) -> Params:
-        """Parameters as users see them, on their own supports."""
+        """Constrained parameters."""
         ...
 
 
@@ -53,12 +53,10 @@ def run(
     *,
     progress_bar: bool,
 ) -> Fit:
-    """Run ``num_steps`` updates from ``init_state``, which is copied once.
+    """Run ``num_steps`` updates from ``init_state``.
 
-    Later buffers are donated.
-
-    Ctrl-C ends the run at the next chunk's end and returns what was reached; a second
-    one interrupts at once.
+    ``init_state`` is copied once; later buffers are donated.  Ctrl-C ends the run after
+    the current chunk and returns the steps so far; a second Ctrl-C interrupts at once.
 
     Raises:
         NonFiniteError: A step was not finite.  Its ``fit`` holds the state before that
@@ -97,7 +95,7 @@ def run(
                 message = non_finite_message(finite, done, backend.parts)
                 raise NonFiniteError(message, done, fit)
 
-            # The first chunk compiles and says nothing about speed.
+            # The first chunk includes compilation, so its time is not used.
             bar.set_postfix_str(progress_text(pieces[-1]), refresh=False)
             target = 16 if done == 1 else int(ran * SECONDS_PER_CHUNK / elapsed)
             length = max(1, min(target, MAX_CHUNK))
@@ -106,7 +104,7 @@ def run(
 
 
 def _programs_of(backend: Steps) -> tuple[Snapshot, ...]:
-    """The model, a generator: whatever the backend calls that may close over something."""
+    """Snapshots of the backend's callables (model, generator) and their closures."""
     return tuple(snapshot(value) for value in vars(backend).values() if callable(value))
 
 
@@ -118,13 +116,11 @@ def run_chunk(
     num_steps: Array,
     programs: tuple[Snapshot, ...] = (),
 ) -> tuple[Any, dict[str, Any], Array, Any]:
-    """Up to ``num_steps`` updates in one compiled loop; stops where one is not finite.
+    """Run up to ``num_steps`` updates in one compiled loop; stop at a non-finite one.
 
-    Its length is dynamic.
-
-    Every length shares one executable, so the last short chunk does not compile again.
-    ``programs`` are the backend's callables with their present content: where a model's
-    closure has changed, the executable is another.
+    ``num_steps`` is dynamic: all lengths share one executable, so a short last chunk
+    does not recompile.  ``programs`` are the backend's callables with their present
+    content, so a changed closure does.
     """
 
     def update(state: Any) -> tuple[Any, dict[str, Any], Any]:

@@ -1,4 +1,4 @@
-"""What the loop shows and says."""
+"""Progress text, error messages and interrupts of the training loop."""
 
 import signal
 import threading
@@ -10,12 +10,12 @@ import numpy as np
 
 
 def non_finite_message(finite: Any, step: int, parts: dict[str, str]) -> str:
-    """Where a step was not finite, and what helps.
+    """The message for a non-finite step: where it was, and remedies.
 
     Args:
         finite: A :class:`Finite`.
         step: Number of the step.
-        parts: The backend's words for its parts.
+        parts: Descriptions of the backend's parts, by name.
     """
     where = ", ".join(
         [
@@ -38,7 +38,7 @@ def non_finite_message(finite: Any, step: int, parts: dict[str, str]) -> str:
 
 
 def progress_text(history: dict[str, Any]) -> str:
-    """The last entries of a history, in a few words."""
+    """A short summary of the last entries of a history."""
     parts = [f"loss {history['loss'][-1]:.4g}"]
     if "ess" in history:
         parts.append(
@@ -55,9 +55,9 @@ def progress_text(history: dict[str, Any]) -> str:
 
 @contextmanager
 def deferred_interrupt() -> Iterator[list[bool]]:
-    """Turn the first Ctrl-C into an entry of the list yielded.
+    """Turn the first Ctrl-C into an entry of the yielded list.
 
-    No donated state is lost half-way.
+    A chunk is then not interrupted while its state is donated.
     """
     pressed: list[bool] = []
     if threading.current_thread() is not threading.main_thread():

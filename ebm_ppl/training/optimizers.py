@@ -1,4 +1,4 @@
-"""Optax optimisers: which ones can be used, and the one call by which they are used."""
+"""Optax optimisers: checks and the update call."""
 
 import inspect
 import re
@@ -11,18 +11,18 @@ from jax import Array
 
 from ebm_ppl.model.program import Params
 
-# How optax says that an update wants more than gradients, parameters, value and grad.
+# Optax's messages where an update needs more than grads, params, value and grad.
 _WANTS_MORE = re.compile(
     r"missing \d+ required (?:keyword-only|positional) argument|must be provided"
 )
 
 
 def check_optimizer(option: str, optim: Any) -> None:
-    """Refuse what is no optax optimiser, or wants what a stochastic loss cannot give.
+    """Refuse a non-optax optimiser, or one that re-evaluates the loss.
 
     Args:
         option: The argument's name, for messages.
-        optim: What was given for it.
+        optim: Its value.
 
     Raises:
         TypeError: It is no gradient transformation, or it re-evaluates the loss (line
@@ -38,17 +38,16 @@ def check_optimizer(option: str, optim: Any) -> None:
     except _WantsMoreError:
         raise
     except Exception:
-        return  # made for the names or shapes of its own parameters, which `init` rehearses
+        return  # it may depend on parameter names or shapes: see `check_on_params`
 
 
 def check_on_params(
     option: str, optim: optax.GradientTransformation, params: Params
 ) -> None:
-    """Rehearse one update on the parameters, before anything that takes time.
+    """Trace one update on the parameters, before any expensive work.
 
     Raises:
-        TypeError: As :func:`check_optimizer`; whatever else the optimiser raises is
-            left as it is.
+        TypeError: As :func:`check_optimizer`; the optimiser's other errors propagate.
     """
     _rehearse(option, optim, params)
 
@@ -60,16 +59,17 @@ def updates_of(
     params: Params,
     loss: Array,
 ) -> tuple[Params, Any]:
-    """``optim.update``, told the loss where it takes one, as NumPyro's SVI does.
+    """Call ``optim.update``, as NumPyro's SVI does.
 
-    As ``value=``, and the gradient as ``grad=``.
+    The loss is passed as ``value=`` and the gradient as ``grad=`` where the optimiser
+    takes them.
 
     Args:
         optim: The optimiser.
         grads: Gradients of the loss.
         optim_state: The optimiser's state.
-        params: What the gradients belong to.
-        loss: The loss there, a scalar.
+        params: Parameters at which the gradients were taken.
+        loss: The loss at ``params``, a scalar.
 
     Returns:
         Updates and the next state.

@@ -3,6 +3,7 @@
 import array
 import collections
 import contextvars
+import pathlib
 import types
 
 import jax
@@ -20,6 +21,7 @@ from numpyro.infer import MCMC, NUTS, log_likelihood
 
 import ebm_ppl as ebm
 from ebm_ppl.energy.pointwise import require_pointwise
+from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.programs.snapshot import snapshot
 
 X = (np.random.default_rng(0).normal(size=40) * 0.7).astype(np.float32)
@@ -475,3 +477,48 @@ def test_everything_that_a_function_refers_to_counts(monkeypatch):
         assert before == snapshot(fn)
         change()
         assert before != snapshot(fn)
+
+
+SCALE = {"of a call": 1.0, "of a base class": 1.0}
+
+
+class Inherited:
+    def inherited(self, x):
+        return SCALE["of a base class"] * x
+
+
+class Called(Inherited):
+    def __call__(self, x):
+        return SCALE["of a call"] * self.inherited(x)
+
+
+@pytest.mark.parametrize("name", SCALE)
+def test_methods_of_any_name_and_of_base_classes_are_looked_into(monkeypatch, name):
+    called = Called()
+    before = snapshot(called)
+    assert before == snapshot(called)
+    monkeypatch.setitem(SCALE, name, 2.0)
+    assert before != snapshot(called)
+
+
+def test_a_method_as_an_argument_counts_with_its_object():
+    bowl = Bowl()
+
+    def arguments():
+        return jax.tree.structure(Arguments((bowl.__call__,)))
+
+    before = arguments()
+    assert before == arguments()
+    bowl.lam = 7.0
+    assert before != arguments()
+
+
+def test_the_neighbour_of_a_library_is_none(monkeypatch):
+    """Its globals count, although its path begins as the library's does."""
+    root = pathlib.Path(ebm.__file__).parent
+    code = "def fn(x):\n    return held[0] * x\n"
+    scope = {"held": [1.0], "__name__": "neighbour"}
+    exec(compile(code, f"{root}_models/neighbour.py", "exec"), scope)
+    before = snapshot(scope["fn"])
+    scope["held"][0] = 2.0
+    assert before != snapshot(scope["fn"])

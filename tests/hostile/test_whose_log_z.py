@@ -495,3 +495,40 @@ def test_independent_sites_need_no_value():
 
     log_z = ebm.log_normalizer(None, model, method="quadrature")
     assert log_z.conditions == {"x1": (), "x2": ()}
+
+
+def test_a_mask_that_changed_ends_a_constant_log_z():
+    """Boolean arrays belong to the energy as numbers do."""
+    keep = jnp.array([True, False])
+    energy = Partial(lambda keep, v: jnp.where(keep, v**2, 0.0).sum(-1), keep)
+    base = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    log_z = -0.5 * np.log(3.0)
+    known = ebm.EnergyDistribution(energy, base, log_normalizer=log_z)
+    assert np.isfinite(known.log_prob(jnp.zeros(2)))
+    changed = jax.tree.map(
+        lambda a: ~a if jnp.issubdtype(jnp.result_type(a), bool) else a, known
+    )
+    with pytest.raises(ValueError, match="were changed"):
+        changed.log_prob(jnp.zeros(2))
+
+
+def test_a_masked_base_that_counts_without_end_has_marks():
+    base = dist.Poisson(3.0).mask(True)
+    energy = ebm.EnergyDistribution(lambda v: 0.1 * v, base)
+    assert len(fingerprint(energy).points) > 0
+
+
+def test_another_structure_than_the_one_log_z_belongs_to():
+    def model(x=None):
+        net = numpyro.param("net", {"a": jnp.ones(()), "b": jnp.zeros(())})
+        energy = ebm.EnergyDistribution(
+            lambda v: net["a"] * v**2 + sum(net.values()), NORMAL
+        )
+        numpyro.sample("x", energy, obs=x)
+
+    params = {"net": {"a": jnp.ones(()), "b": jnp.zeros(())}}
+    log_z = ebm.log_normalizer(None, model, params, method="quadrature")
+    known = ebm.normalized(model, log_z)
+    given = handlers.substitute(known, data={"net": {"a": jnp.ones(())}})
+    with pytest.raises(ValueError, match="'net' was given a value of structure"):
+        handlers.seed(given, random.key(0))(jnp.zeros(()))

@@ -6,11 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random
+from pages import definitions_of
 
 from ebm_ppl import MALA, ULA
 from ebm_ppl.kernels.base import KernelState, initial_step_size, move
 from ebm_ppl.kernels.langevin import log_transition_difference
 from ebm_ppl.smc.weights import ess_fraction
+
+(RandomWalk,) = definitions_of("docs/extending.md", "RandomWalk")
 
 
 def skewed(u):
@@ -69,9 +72,14 @@ def test_step_size_zero_leaves_everything_in_place():
         np.testing.assert_allclose(info.log_weight, 0.0, atol=1e-6)
 
 
-def test_mala_leaves_weights_alone_and_the_target_invariant():
+# Kernels that leave the target invariant, without weights.
+KERNELS = {"MALA": MALA, "random walk, of a page": RandomWalk}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_exact_kernels_leave_weights_alone_and_the_target_invariant(kernel):
     n = 40_000
-    state, info = run(MALA(), exact_draws(random.key(1), (1, n)), 0.4, 5)
+    state, info = run(KERNELS[kernel](), exact_draws(random.key(1), (1, n)), 0.4, 5)
     np.testing.assert_array_equal(info.log_weight, 0.0)
     for power in (1, 2, 3):
         values = np.asarray(state.position, float) ** power
@@ -79,22 +87,24 @@ def test_mala_leaves_weights_alone_and_the_target_invariant():
         assert abs(values.mean() - expectation(lambda u, p=power: u**p)) < 5 * error
 
 
-def test_mala_acceptance_is_the_rate_at_which_walkers_move():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_acceptance_is_the_rate_at_which_walkers_move(kernel):
     n = 40_000
     position = exact_draws(random.key(2), (1, n))
-    state, info = run(MALA(), position, 0.8, 1)
+    state, info = run(KERNELS[kernel](), position, 0.8, 1)
     moved = float((state.position != position).mean())
     assert 0.2 < moved < 0.9
     assert abs(moved - float(info.acceptance.mean())) < 5 * 0.5 / np.sqrt(n)
 
 
-def test_mala_rejects_what_is_not_finite():
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_exact_kernels_reject_what_is_not_finite(kernel):
     def broken(position):
         potential = jnp.where(position > 0, jnp.nan, skewed(position))
         return KernelState(position, potential, jnp.ones_like(position))
 
     state = broken(-jnp.abs(random.normal(random.key(3), (1, 500))))
-    state, info = MALA().step(random.key(4), state, broken, jnp.asarray(2.0))
+    state, info = KERNELS[kernel]().step(random.key(4), state, broken, jnp.asarray(2.0))
     assert np.all(np.isfinite(state.potential))
     assert np.all(np.asarray(state.position) <= 0)
     assert np.all(np.isfinite(info.acceptance))

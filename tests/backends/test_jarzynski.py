@@ -13,6 +13,7 @@ from jax import random
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
+from ebm_ppl.backends.jarzynski.warnings import warn_where_training_left_held_out
 from ebm_ppl.energy.start import potential_at
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.programs.arguments import Arguments
@@ -379,3 +380,62 @@ def test_two_energy_sites_share_a_parameter():
             abs(log_z - 0.5 * np.log(2 * np.pi / (factor * float(fit.params["lam"]))))
             < T3_999 * stderr
         )
+
+
+# What a run says of itself
+
+
+def test_a_site_named_loss_keeps_its_own_check():
+    """Sites and parts of the algorithm are told apart, whatever sites are called."""
+
+    def model(x):
+        a = numpyro.param("a", 0.0)
+        with numpyro.plate("rows", len(x)):
+            energy = ebm.EnergyDistribution(lambda v: -a * v, dist.Normal(0.0, 1.0))
+            numpyro.sample("loss", energy, obs=x)
+
+    backend = ebm.Jarzynski(model, optax.sgd(1e-2), num_walkers=8)
+    state = backend.init(random.key(0), SKEWED_DATA)
+    _, info = backend.update(state, SKEWED_DATA)
+    assert set(info["finite"].sites) == {"loss"}
+    assert set(info["finite"].parts) == {"loss", "gradient"}
+
+    walkers = state.walkers["loss"]
+    potential = walkers.ensemble.potential.at[0, 0].set(jnp.nan)
+    ensemble = walkers.ensemble._replace(potential=potential)
+    broken = replace(state, walkers={"loss": replace(walkers, ensemble=ensemble)})
+    with pytest.raises(ebm.NonFiniteError, match="walkers of energy site 'loss'"):
+        backend.run(random.key(0), 1, SKEWED_DATA, init_state=broken)
+
+
+def history_of(gap, num_steps=400, stderr=0.03):
+    """Training islands drift off by ``gap`` from held-out ones at −2."""
+    noise = stderr * np.random.default_rng(0).normal(size=num_steps)
+    held_out = -2.0 + noise
+    return {
+        "loss": np.zeros(num_steps),
+        "log_normalizer": {"x": held_out},
+        "log_normalizer_stderr": {"x": np.full(num_steps, stderr)},
+        "log_normalizer_training": {"x": held_out + np.linspace(0, gap, num_steps)},
+    }
+
+
+@pytest.mark.parametrize("gap", [-3.0, -0.4, 0.5])
+def test_training_walkers_that_contradict_held_out_ones_are_named(gap):
+    fit = ebm.Fit({}, None, history_of(gap))
+    with pytest.warns(UserWarning, match=r"site 'x' put log Z at .* biased this fit"):
+        warn_where_training_left_held_out(fit)
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        history_of(-0.05),
+        history_of(-3.0, num_steps=50),
+        history_of(-0.4, stderr=0.2),
+        {},
+    ],
+)
+def test_no_alarm_within_errors(history, recwarn):
+    warn_where_training_left_held_out(ebm.Fit({}, None, history))
+    assert not recwarn

@@ -658,7 +658,8 @@ def generated():
     backend = ebm.VERA(
         model, generator, optax.adam(0.05), optax.adam(0.05), entropy_weight=0.5
     )
-    return backend.run(random.key(0), 40, X, Y, progress_bar=False)
+    with pytest.warns(UserWarning, match=r"entropy_weight = 0\.5"):
+        return backend.run(random.key(0), 40, X, Y, progress_bar=False)
 
 
 def test_a_generators_draws_and_their_energies(generated):
