@@ -72,7 +72,7 @@ def integral(
 
     It converges exponentially for smooth integrands.  The coordinates are those in
     which the base is standard, ``u = sinh(t)``, with cells in t; see
-    :mod:`ebm_ppl.cubature`.
+    :mod:`ebm_ppl.exact.cells`.
 
     Args:
         distribution: An energy over at most two unconstrained dimensions.
