@@ -18,6 +18,7 @@ from numpyro.distributions.transforms import (
 )
 
 from ebm_ppl.energy.supports import bijector_of
+from ebm_ppl.energy.wrappers import innermost
 
 
 class CholeskyAffine(Transform):
@@ -68,12 +69,7 @@ def standardizing_transform(base: dist.Distribution) -> Transform:
     ``T.log_abs_det_jacobian`` has the batch shape of ``base``: event dimensions are
     summed.
     """
-    inner = base
-    while isinstance(
-        inner, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-    ):
-        inner = inner.base_dist
-
+    inner = innermost(base)
     if isinstance(inner, dist.TransformedDistribution):
         parts = [standardizing_transform(inner.base_dist), *inner.transforms]
         return _sum_event_dims(ComposeTransform(parts), base)

@@ -5,11 +5,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax import Array, random
 
 from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.supports import bijector_of, is_improper
+from ebm_ppl.energy.wrappers import innermost
 
 # Points are kept at several distances, in units of the base's spread, and on a grid in
 # one or two dimensions.
@@ -79,13 +79,7 @@ def _discrete_points(base: Any, num: int) -> Array:
     """
     points = [] if is_improper(base) else [base.sample(random.key(0), (num,))]
 
-    element: Any = base
-    while isinstance(
-        element, dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution
-    ):
-        element = element.base_dist
-
-    support = _states_of(element)
+    support = _states_of(innermost(base))
     if support is not None:
         digits = _digits(len(support), math.prod(base.event_shape), num)
         states = support[digits].reshape(

@@ -15,6 +15,7 @@ from jax import Array
 from numpyro.distributions import constraints
 
 from ebm_ppl.energy.mass_function import Renamed
+from ebm_ppl.energy.wrappers import elementwise
 from ebm_ppl.errors import at_site
 
 MAX_STATES = 2**22
@@ -36,7 +37,7 @@ def states(base: dist.Distribution, name: str | None = None) -> Array:
 def _states(
     support: Any, shape: tuple[int, ...], batch_ndims: int, name: str | None
 ) -> Array:
-    inner = _without_independent(support)
+    inner = elementwise(support)
     if isinstance(inner, Renamed):
         original = _states(
             inner.original, inner.transform.inverse_shape(shape), batch_ndims, name
@@ -54,12 +55,6 @@ def _states(
     digits = (jnp.arange(size**num_elements)[:, None] // places) % size
     found = jnp.asarray(atoms)[digits].reshape(-1, *(1,) * batch_ndims, *event_shape)
     return jnp.broadcast_to(found, (len(found), *shape))
-
-
-def _without_independent(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
 
 
 def _atoms(support: Any, shape: tuple[int, ...], name: str | None) -> np.ndarray:

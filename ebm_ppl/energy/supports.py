@@ -11,6 +11,8 @@ from numpyro.distributions.transforms import (
     biject_to,
 )
 
+from ebm_ppl.energy.wrappers import elementwise, innermost
+
 
 def is_improper(base: dist.Distribution) -> bool:
     """Whether a base is, under any wrapper, an ``ImproperUniform`` or masked."""
@@ -23,11 +25,7 @@ def is_improper(base: dist.Distribution) -> bool:
 
 def same_support(one: constraints.Constraint, other: constraints.Constraint) -> bool:
     """Whether two constraints are the same but for event dims; False if unknown."""
-    while isinstance(one, constraints.independent):
-        one = one.base_constraint
-    while isinstance(other, constraints.independent):
-        other = other.base_constraint
-    return one is other
+    return elementwise(one) is elementwise(other)
 
 
 def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
@@ -48,12 +46,7 @@ def bijector_of(base: dist.Distribution) -> Transform:
     try:
         return biject_to(base.support)
     except NotImplementedError as error:
-        inner = base
-        while isinstance(
-            inner,
-            dist.Independent | dist.ExpandedDistribution | dist.MaskedDistribution,
-        ):
-            inner = inner.base_dist
+        inner = innermost(base)
         raise NotImplementedError(
             f"A {type(inner).__name__} has support {base.support}, which NumPyro "
             "cannot map the whole space onto, so walkers and quadrature have no "

@@ -1,6 +1,7 @@
-"""NumPyro's wrappers around a distribution: expand, mask and to_event."""
+"""NumPyro's wrappers around distributions (expand, mask, to_event) and constraints."""
 
 import numpyro.distributions as dist
+from numpyro.distributions import constraints
 
 WRAPPERS = (dist.ExpandedDistribution, dist.MaskedDistribution, dist.Independent)
 
@@ -10,6 +11,13 @@ def innermost(fn: dist.Distribution) -> dist.Distribution:
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
     return fn
+
+
+def elementwise(support: constraints.Constraint) -> constraints.Constraint:
+    """A constraint without what makes events of its elements."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def rewrap(fn: dist.Distribution, replacement: dist.Distribution) -> dist.Distribution:

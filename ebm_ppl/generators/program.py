@@ -19,11 +19,11 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from numpyro import handlers
-from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform
 from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
 
+from ebm_ppl.energy.wrappers import elementwise, innermost
 from ebm_ppl.generators.scores.base import Pair
 from ebm_ppl.model.program import Params
 from ebm_ppl.programs.snapshot import Snapshot
@@ -55,8 +55,7 @@ def standard_residual(found: Any, value: Array) -> Array | None:
 
     The normal may have any shape, and any transforms.
     """
-    while isinstance(found, dist.Independent | dist.ExpandedDistribution):
-        found = found.base_dist
+    found = innermost(found)
     if isinstance(found, dist.TransformedDistribution):
         for transform in reversed(found.transforms):
             value = transform.inv(value)
@@ -178,9 +177,7 @@ class Generator:
 
 
 def _bounds(transform: Transform) -> tuple[float, float] | None:
-    codomain = transform.codomain
-    while isinstance(codomain, constraints.independent):
-        codomain = codomain.base_constraint
+    codomain = elementwise(transform.codomain)
     lower, upper = (
         getattr(codomain, end, None) for end in ("lower_bound", "upper_bound")
     )

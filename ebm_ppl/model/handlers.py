@@ -12,7 +12,7 @@ from numpyro.primitives import Messenger
 
 from ebm_ppl.energy.distribution import EnergyDistribution, unwrap
 from ebm_ppl.energy.supports import points_in_support
-from ebm_ppl.energy.wrappers import rewrap
+from ebm_ppl.energy.wrappers import elementwise, innermost, rewrap
 from ebm_ppl.model.program import Model
 from ebm_ppl.programs.arguments import as_numbers
 
@@ -101,7 +101,7 @@ def _way_out_of(fn: dist.Distribution, energy: EnergyDistribution | None) -> str
             "Add the energies up instead, on the inner one's own base: "
             "EnergyDistribution({'inner': ..., 'outer': ...}, base)."
         )
-    if isinstance(_unexpanded(fn), dist.TransformedDistribution):
+    if isinstance(innermost(fn), dist.TransformedDistribution):
         return (
             "Transform the base and undo it in the energy, which is the same density "
             "with the same log Z: EnergyDistribution(lambda y: "
@@ -129,14 +129,6 @@ def find_energy(found: Any) -> list[str] | None:
         if path is not None:
             return step + path
     return None
-
-
-def _unexpanded(fn: Any) -> Any:
-    while isinstance(
-        fn, dist.ExpandedDistribution | dist.MaskedDistribution | dist.Independent
-    ):
-        fn = fn.base_dist
-    return fn
 
 
 class EnergySites(Messenger):
@@ -213,9 +205,7 @@ class KnownNormalizers(Messenger):
 
 
 def _is_unbounded(support: constraints.Constraint) -> bool:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support is constraints.real
+    return elementwise(support) is constraints.real
 
 
 class FullPlates(Messenger):

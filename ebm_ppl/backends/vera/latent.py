@@ -15,6 +15,7 @@ from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.wrappers import innermost
 from ebm_ppl.generators.fitting import estimator, fit_score
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.generators.scores.exact import ExactScore
@@ -164,9 +165,7 @@ def _standard_noise(name: str) -> Callable[[dict], Any]:
             "_base"
         ):
             return None
-        found = site["fn"]
-        while isinstance(found, dist.Independent | dist.ExpandedDistribution):
-            found = found.base_dist
+        found = innermost(site["fn"])
         if isinstance(found, dist.TransformedDistribution):
             return TransformReparam()
         return LocScaleReparam(0.0) if isinstance(found, dist.Normal) else None
