@@ -23,6 +23,7 @@ from ebm_ppl.training.fit import Fit
 
 # Monte Carlo error, in standard errors of the estimates, at which rounds end.
 MAX_NOISE = 0.2
+FIRST_WALKERS = 512
 # A round counts when it began this near to where it led, in standard errors.
 NEAR = 1.0
 
@@ -66,7 +67,7 @@ def polish(
     model: Model,
     *args: Any,
     num_chains: int = 16,
-    num_walkers: int = 512,
+    num_walkers: int | None = None,
     num_temperatures: int | None = None,
     max_rounds: int = 10,
     **kwargs: Any,
@@ -84,7 +85,8 @@ def polish(
         model: The model.
         args: Its positional arguments, the data; plates count at their full size.
         num_chains: Islands, from which Monte Carlo errors are computed.
-        num_walkers: Walkers per island.
+        num_walkers: Walkers per island; None takes 512 in the first round and then as
+            many as there are rows to be told from noise, 8,192 at most.
         num_temperatures: As in :func:`log_normalizer`.
         max_rounds: Rounds at most; a flag says where they did not do.
         kwargs: The model's keyword arguments.
@@ -105,7 +107,7 @@ def polish(
         raise ValueError(f"max_rounds = {max_rounds}; expected at least 1.")
 
     found: list[tuple[np.ndarray, Maximum]] = []
-    num_rounds = 0
+    num_rounds, size = 0, FIRST_WALKERS if num_walkers is None else num_walkers
     for key in random.split(rng_key, max_rounds):
         num_rounds += 1
         surface, log_z = surface_at(
@@ -114,7 +116,7 @@ def polish(
             model,
             Arguments(args, kwargs),
             num_chains=num_chains,
-            num_walkers=num_walkers,
+            num_walkers=size,
             num_temperatures=num_temperatures,
             tolerance=1.0,
         )
@@ -125,14 +127,33 @@ def polish(
 
         # Average rounds that began near the maximum.
         flat, _ = ravel_pytree(surface.params)
-        errors = np.sqrt(np.maximum(np.diag(maximum.covariance), 1e-30))
-        if maximum.is_reached and np.max(np.abs(maximum.step) / errors) < NEAR:
+        if maximum.is_reached and _is_near(maximum):
             found.append((np.asarray(flat, float) + maximum.step, maximum))
         params = surface.bound.constrain(_at(surface, maximum.step))
         if found and _noise(found) < MAX_NOISE:
             break
+        if num_walkers is None:
+            size = _walkers_for(maximum, num_chains)
 
     return _result(surface, found, maximum, test, num_rounds)
+
+
+def _is_near(maximum: Maximum) -> bool:
+    """Whether a round began near to where it led, its noise taken off."""
+    errors = np.sqrt(np.maximum(np.diag(maximum.covariance), 1e-30))
+    noise = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0))
+    return bool(np.all(np.abs(maximum.step) < NEAR * errors + 3.0 * noise))
+
+
+def _walkers_for(maximum: Maximum, num_chains: int) -> int:
+    """Walkers per island for a noise of a fifth of the standard errors in five rounds.
+
+    The noise of one round is √(rows / walkers) of them.
+    """
+    num_rows = max(float(np.sum(count)) for count in maximum.counts.values())
+    wanted = num_rows / (5 * MAX_NOISE**2 * num_chains)
+    # Powers of two: a few programs serve all data.
+    return int(np.clip(2 ** np.ceil(np.log2(max(wanted, 1.0))), FIRST_WALKERS, 8192))
 
 
 def _at(surface: LikelihoodSurface, step: np.ndarray) -> Params:
