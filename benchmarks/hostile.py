@@ -111,7 +111,7 @@ def run(target, seed):
 
 def package_digest():
     """Tells results of one state of the package from those of another."""
-    sources = sorted(pathlib.Path(ebm.__file__).parent.glob("*.py"))
+    sources = sorted(pathlib.Path(ebm.__file__).parent.rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[
         :12
     ]
