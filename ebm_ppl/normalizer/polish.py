@@ -107,6 +107,7 @@ def polish(
         raise ValueError(f"max_rounds = {max_rounds}; expected at least 1.")
 
     found: list[tuple[np.ndarray, Maximum]] = []
+    doubts: dict[str, None] = {}
     num_rounds, size = 0, FIRST_WALKERS if num_walkers is None else num_walkers
     for key in random.split(rng_key, max_rounds):
         num_rounds += 1
@@ -129,13 +130,20 @@ def polish(
         flat, _ = ravel_pytree(surface.params)
         if maximum.is_reached and _is_near(maximum):
             found.append((np.asarray(flat, float) + maximum.step, maximum))
+            doubts |= dict.fromkeys(_doubts_of(test))
         params = surface.bound.constrain(_at(surface, maximum.step))
         if found and _noise(found) < MAX_NOISE:
             break
         if num_walkers is None:
             size = _walkers_for(maximum, num_chains)
 
-    return _result(surface, found, maximum, test, num_rounds)
+    flags = tuple(doubts) if found else _doubts_of(test)
+    return _result(surface, found, maximum, test, num_rounds, flags)
+
+
+def _doubts_of(test: ScoreTest) -> tuple[str, ...]:
+    """Why a round's draws may not be the model's."""
+    return tuple(flag for flag in test.flags if not flag.startswith("not at a maximum"))
 
 
 def _is_near(maximum: Maximum) -> bool:
@@ -183,13 +191,11 @@ def _result(
     last: Maximum,
     test: ScoreTest,
     num_rounds: int,
+    flags: tuple[str, ...],
 ) -> Polished:
     """The average of the rounds near the maximum, or the last round and a flag."""
     flat, _ = ravel_pytree(surface.params)
     begin = np.asarray(flat, float)
-    flags = tuple(
-        flag for flag in test.flags if not flag.startswith("not at a maximum")
-    )
     if not found:
         flags += (
             f"no maximum was reached in {num_rounds} rounds: begin nearer to it (train "
