@@ -14,15 +14,10 @@ from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import Predictive
 from numpyro.infer.util import log_density
+from pages import blocks_of
 
 matplotlib.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-def python_blocks(path):
-    return re.findall(
-        r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL
-    )
 
 
 def tutorial_is_right(scope):
@@ -167,7 +162,7 @@ def plane_is_right(scope):
     ],
 )
 def test_pages_run_from_top_to_bottom(page, is_right):
-    blocks = python_blocks(page)
+    blocks = blocks_of(page)
     assert blocks
     scope = {}
     for block in blocks:
@@ -179,7 +174,7 @@ def test_pages_run_from_top_to_bottom(page, is_right):
 
 
 def test_the_readme_model_is_short():
-    (block,) = python_blocks("README.md")
+    (block,) = blocks_of("README.md")
     code = [line for line in block.splitlines() if line.strip()]
     assert len(code) <= 22
 

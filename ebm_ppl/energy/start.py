@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.energy.coordinates import log_abs_det
+from ebm_ppl.energy.coordinates import log_abs_det, standardizing_transform
 from ebm_ppl.energy.supports import (
     is_improper,
     points_in_support,
@@ -39,6 +39,15 @@ def starting_distribution(
             "start=dist.Normal(...).to_event(...))."
         )
     return start
+
+
+def starting_coordinates(distribution: Unnormalized, name: str | None) -> Transform:
+    """The map T from coordinates u, in which the start is standard, to values.
+
+    Raises:
+        UnknownNormalizerError: The base is improper and no start is named.
+    """
+    return standardizing_transform(starting_distribution(distribution, name))
 
 
 def check_start_covers(distribution: Unnormalized, name: str | None) -> None:

@@ -8,13 +8,12 @@ import numpyro.distributions as dist
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
-from numpyro.distributions.transforms import biject_to
 from numpyro.infer.util import transform_fn
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.supports import same_support
 from ebm_ppl.generators.program import Generator, Program, standard_residual
-from ebm_ppl.model.parameters import as_real
+from ebm_ppl.model.parameters import value_and_transform
 from ebm_ppl.model.program import Params
 from ebm_ppl.programs.snapshot import snapshot
 
@@ -59,9 +58,7 @@ def inspect_generator(
             )
 
         if site["type"] == "param":
-            constraint = site["kwargs"].get("constraint", constraints.real)
-            params[found] = as_real(found, site["value"], constraint)
-            transforms[found] = biject_to(constraint)
+            params[found], transforms[found] = value_and_transform(found, site)
         elif site["type"] == "sample":
             if site["is_observed"]:
                 raise ValueError(

@@ -20,12 +20,11 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.linalg import solve_triangular
 from numpyro import handlers
 from numpyro.distributions.transforms import Transform
-from numpyro.infer.util import transform_fn
 from numpyro.primitives import Messenger
 
 from ebm_ppl.energy.wrappers import elementwise, innermost
 from ebm_ppl.generators.scores.base import Pair
-from ebm_ppl.model.program import Params
+from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.programs.snapshot import Snapshot
 
 Program = Callable[[], Any]
@@ -100,7 +99,7 @@ class Generator:
 
     def constrain(self, params: Params) -> Params:
         """Values at the program's ``param`` sites."""
-        return transform_fn(self.transforms, params)
+        return constrain(self.transforms, params)
 
     def draw(self, params: Params, rng_key: Array) -> tuple[Array, Array]:
         """One ``(z, x)``, both differentiable in φ."""

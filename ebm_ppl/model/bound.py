@@ -12,11 +12,11 @@ import jax
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions.transforms import Transform
-from numpyro.infer.util import log_density, transform_fn
+from numpyro.infer.util import log_density
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.model.handlers import EnergySites, KnownNormalizers, Normalize
-from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.program import Model, Params, constrain
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.programs.snapshot import snapshot
 
@@ -44,7 +44,7 @@ class BoundModel:
 
     def constrain(self, params: Params) -> Params:
         """Values at the model's ``param`` and unobserved sample sites."""
-        return transform_fn(self.transforms, params)
+        return constrain(self.transforms, params)
 
     def energies(
         self, params: Params, moved: str | None = None

@@ -56,9 +56,7 @@ def parameters_of(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]
             )
 
         if site["type"] == "param":
-            constraint = site["kwargs"].get("constraint", constraints.real)
-            values[name] = as_real(name, site["value"], constraint)
-            transforms[name] = biject_to(constraint)
+            values[name], transforms[name] = value_and_transform(name, site)
         elif (
             site["type"] == "sample"
             and not site["is_observed"]
@@ -74,6 +72,16 @@ def parameters_of(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]
             "unobserved sample site."
         )
     return values, transforms
+
+
+def value_and_transform(name: str, site: dict) -> tuple[Any, Transform]:
+    """The initial value at a ``param`` site, and the map to its constraint.
+
+    Raises:
+        ValueError: See :func:`as_real`.
+    """
+    constraint = site["kwargs"].get("constraint", constraints.real)
+    return as_real(name, site["value"], constraint), biject_to(constraint)
 
 
 def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:

@@ -9,11 +9,10 @@ from jax import Array, random
 from jax.typing import ArrayLike
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import SiteCertificate
 from ebm_ppl.energy.marks import points_kept
-from ebm_ppl.energy.start import starting_distribution
+from ebm_ppl.energy.start import starting_coordinates
 from ebm_ppl.energy.states import needs_continuous
 from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.bridge import Reference, bridge_to_draws
@@ -52,7 +51,7 @@ def coordinates_of(distribution: EnergyDistribution, name: str) -> Transform:
                 distribution.base, name, "annealing, which moves by Langevin steps,"
             )
         )
-    return standardizing_transform(starting_distribution(distribution, name))
+    return starting_coordinates(distribution, name)
 
 
 def certify_by_annealing(

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
-from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.log_normalizer import SiteCertificate
-from ebm_ppl.energy.start import potential_at, starting_distribution
+from ebm_ppl.energy.start import potential_at, starting_coordinates
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.certify import certify, disagreement
@@ -138,9 +137,7 @@ def _alone(
     there = replace(site, params=params, reference=None)
     there = replace(
         there,
-        transform=standardizing_transform(
-            starting_distribution(there.distribution, site.name)
-        ),
+        transform=starting_coordinates(there.distribution, site.name),
     )
 
     found = gather(rng_key, there, plan, None, rows)

@@ -20,8 +20,15 @@ from ebm_ppl.model.program import Params
 from ebm_ppl.smc.weights import ess_fraction
 from ebm_ppl.walkers.switch import merge_islands
 
+# More parameters than this are a net, tested along a few directions of every module.
+MAX_PARAMETERS = 1000
 # Derivatives along so few directions are cheaper forwards.
 MAX_FORWARD = 64
+
+
+def num_params(params: Params) -> int:
+    """Number of parameters."""
+    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
 
 
 class Draws(NamedTuple):
@@ -60,6 +67,11 @@ class LikelihoodSurface:
     params: Params
     directions: Array
     draws: dict[str, Draws]
+
+    @property
+    def is_net(self) -> bool:
+        """Whether there are too many parameters to be tested one by one."""
+        return num_params(self.params) > MAX_PARAMETERS
 
     def at(self, step: Array) -> Params:
         """Unconstrained parameters a step away."""

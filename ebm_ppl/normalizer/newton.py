@@ -10,10 +10,14 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.model.program import Params
-from ebm_ppl.normalizer.likelihood import LikelihoodSurface, quadratic
+from ebm_ppl.normalizer.likelihood import (
+    MAX_PARAMETERS,
+    LikelihoodSurface,
+    num_params,
+    quadratic,
+)
 
-# More parameters than this are a net, tested along a few directions of every module.
-MAX_PARAMETERS = 1000
+# Random directions of every module of a net, beside that of its gradient.
 NUM_DIRECTIONS = 4
 MAX_STEPS = 12
 MAX_HALVINGS = 16
@@ -42,17 +46,9 @@ def groups_of(params: Params) -> dict[str, slice]:
     return groups
 
 
-def num_params(params: Params) -> int:
-    """Number of parameters."""
-    return sum(jnp.size(leaf) for leaf in jax.tree.leaves(params))
-
-
 def directions_of(gradient: Array, groups: Mapping[str, slice]) -> Array:
-    """Columns along which parameters are tested: all, or a few of every module."""
+    """Columns along which a net is tested: a few of every module."""
     size = gradient.shape[0]
-    if size <= MAX_PARAMETERS:
-        return jnp.eye(size, dtype=gradient.dtype)
-
     rng = np.random.default_rng(0)
     columns = []
     for place in groups.values():
@@ -97,7 +93,7 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
     origin = np.asarray(ravel_pytree(surface.params)[0], float)
     first: Any = _at(surface, step)
     here: Any = first
-    is_reached, is_named = False, origin.size <= MAX_PARAMETERS
+    is_reached = False
 
     for _ in range(MAX_STEPS):
         covariance = pseudo_inverse(here.information)
@@ -111,7 +107,7 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
         # No parameter moves by more than twice its size, or 2, at once: of a positive
         # one that is two e-folds.  Clipped one by one, or one that hardly matters would
         # hold the others.
-        if is_named:
+        if not surface.is_net:
             limit = 2.0 * np.maximum(1.0, np.abs(origin + step))
             newton = np.clip(newton, -limit, limit)
 

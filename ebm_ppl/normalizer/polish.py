@@ -9,14 +9,19 @@ from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.likelihood import LikelihoodSurface
-from ebm_ppl.normalizer.newton import (
+from ebm_ppl.normalizer.likelihood import (
     MAX_PARAMETERS,
-    Maximum,
-    climb_to_maximum,
+    LikelihoodSurface,
     num_params,
 )
-from ebm_ppl.normalizer.score_test import ScoreTest, constrained_errors, verdict_on
+from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
+from ebm_ppl.normalizer.score_test import (
+    NOT_FINITE,
+    ScoreTest,
+    constrained_errors,
+    flags_of_draws,
+    verdict_on,
+)
 from ebm_ppl.normalizer.surface import surface_at
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
@@ -130,20 +135,15 @@ def polish(
         flat, _ = ravel_pytree(surface.params)
         if maximum.is_reached and _is_near(maximum):
             found.append((np.asarray(flat, float) + maximum.step, maximum))
-            doubts |= dict.fromkeys(_doubts_of(test))
+            doubts |= dict.fromkeys(flags_of_draws(log_z))
         params = surface.bound.constrain(_at(surface, maximum.step))
         if found and _noise(found) < MAX_NOISE:
             break
         if num_walkers is None:
             size = _walkers_for(maximum, num_chains)
 
-    flags = tuple(doubts) if found else _doubts_of(test)
+    flags = tuple(doubts) if found else flags_of_draws(log_z)
     return _result(surface, found, maximum, test, num_rounds, flags)
-
-
-def _doubts_of(test: ScoreTest) -> tuple[str, ...]:
-    """Why a round's draws may not be the model's."""
-    return tuple(flag for flag in test.flags if not flag.startswith("not at a maximum"))
 
 
 def _is_near(maximum: Maximum) -> bool:
@@ -196,6 +196,8 @@ def _result(
     """The average of the rounds near the maximum, or the last round and a flag."""
     flat, _ = ravel_pytree(surface.params)
     begin = np.asarray(flat, float)
+    if not np.all(np.isfinite(last.step)):
+        flags += (NOT_FINITE,)
     if not found:
         flags += (
             f"no maximum was reached in {num_rounds} rounds: begin nearer to it (train "

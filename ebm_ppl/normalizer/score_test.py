@@ -20,12 +20,10 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
 from ebm_ppl.normalizer.newton import (
-    MAX_PARAMETERS,
     NUM_DIRECTIONS,
     Maximum,
     climb_to_maximum,
     groups_of,
-    num_params,
 )
 from ebm_ppl.normalizer.surface import surface_at
 from ebm_ppl.programs.arguments import Arguments
@@ -37,6 +35,7 @@ MAX_DISTANCE = 1.0
 MAX_GAIN = 0.01
 # Probability that Monte Carlo error alone passes for such a distance.
 FALSE_ALARM = 0.005
+NOT_FINITE = "the score or the information is not finite."
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +49,15 @@ class ScoreTest:
         params: The constrained parameters that were tested.
         score: Derivative of the log joint density with respect to the unconstrained
             parameters.
-        distance: How far the maximum is, by one Newton step, in standard errors of each
-            estimate (Fisher information).
+        distance: How far the maximum is, in standard errors of each estimate (Fisher
+            information): by Newton steps as far as reweighted walkers reach, and the
+            step that is left there.
         distance_error: Monte Carlo standard error of ``distance``.
         standard_errors: Of the constrained parameters, from the Fisher information;
             empty for nets.
-        gain: Nats that a Newton step would gain, Monte Carlo noise taken off.
+        gain: Nats gained as far as the walkers reach, Monte Carlo noise taken off.
         gain_per_row: The same, per row of data.
-        newton: Constrained parameters after that step; None for nets.
+        newton: Constrained parameters where those steps lead; None for nets.
         log_normalizer: The certified log Z that the draws came with.
         flags: Why the parameters are not at a maximum, or cannot be judged.
     """
@@ -82,7 +82,7 @@ class ScoreTest:
     def __str__(self) -> str:
         """The verdict, the largest distance of every site, and the flags."""
         verdict = "at a maximum" if self.is_at_maximum else "NOT at a maximum"
-        lines = [f"{verdict}: a Newton step gains {self.gain_per_row:.3g} nats a row"]
+        lines = [f"{verdict}: going there gains {self.gain_per_row:.3g} nats a row"]
         for name, distance in self.distance.items():
             values, errors = np.ravel(distance), np.ravel(self.distance_error[name])
             worst = int(np.argmax(np.abs(values)))
@@ -114,10 +114,11 @@ def score_test(
         I = \sum_{sites} n\, \mathrm{Cov}_p(\partial_\theta U)
         - \nabla^2_\theta \log \pi(\theta),
 
-    a Newton step is :math:`I^{-1} S`.  Its size is told in units of the standard errors
-    :math:`(I^{-1})_{kk}^{1/2}`, and it gains :math:`\tfrac12 S^\top I^{-1} S`, half of
-    Rao's statistic.  Up to 1,000 parameters are tested one by one; of larger nets, every
-    module along its own gradient and along four fixed random directions.
+    a Newton step is :math:`I^{-1} S`, and it gains :math:`\tfrac12 S^\top I^{-1} S`,
+    half of Rao's statistic.  Steps go on by reweighted walkers as far as those reach;
+    their sum is told in units of the standard errors :math:`(I^{-1})_{kk}^{1/2}`.  Up
+    to 1,000 parameters are tested one by one; of larger nets, every module along its
+    own gradient and along four fixed random directions.
 
     Args:
         rng_key: A JAX PRNG key.
@@ -159,21 +160,20 @@ def verdict_on(
     One body: numbers, then flags.
     """
     bound, params = surface.bound, surface.params
-    groups = groups_of(params)
-    is_net = num_params(params) > MAX_PARAMETERS
+    places = groups_of(params)
+    is_net = surface.is_net
     num_rows = max(float(np.sum(count)) for count in maximum.counts.values())
     stderr = np.sqrt(np.maximum(np.diag(maximum.covariance), 0.0))
     scale = np.where(stderr > 0, stderr, np.inf)
     # Where draws do not reach the maximum, the step that is left belongs to the distance.
     distance = (maximum.step + maximum.left) / scale
     error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
-    places = dict(groups)
     errors: dict[str, Any]
 
     # By site, or by module
     if is_net:
         size = 1 + NUM_DIRECTIONS
-        places = {n: slice(i * size, (i + 1) * size) for i, n in enumerate(groups)}
+        places = {n: slice(i * size, (i + 1) * size) for i, n in enumerate(places)}
         by_site = lambda values: {n: values[p] for n, p in places.items()}  # noqa: E731
         after, covariance, errors = None, None, {}
     else:
@@ -183,13 +183,13 @@ def verdict_on(
         covariance, errors = constrained_errors(bound, there, maximum.covariance)
 
     # Flags
-    flags = _flags_of_draws(log_z)
+    flags = flags_of_draws(log_z)
     quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
     beyond = np.abs(distance) - quantile * error
     gain_per_row = maximum.gain / num_rows
 
     if not np.all(np.isfinite(maximum.step)):
-        flags += ("the score or the information is not finite.",)
+        flags += (NOT_FINITE,)
     elif (
         gain_per_row > MAX_GAIN or not maximum.is_reached
         if is_net
@@ -220,7 +220,8 @@ def verdict_on(
     )
 
 
-def _flags_of_draws(log_z: LogNormalizer) -> tuple[str, ...]:
+def flags_of_draws(log_z: LogNormalizer) -> tuple[str, ...]:
+    """Why the draws that came with a log Z may not be the model's."""
     return tuple(
         f"the draws at site '{name}' may not be the model's: {flag}"
         for name, found in log_z.flags.items()

@@ -17,8 +17,8 @@ from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.annealed import coordinates_of
 from ebm_ppl.normalizer.certify import certify
-from ebm_ppl.normalizer.likelihood import Draws, LikelihoodSurface
-from ebm_ppl.normalizer.newton import MAX_PARAMETERS, directions_of, groups_of
+from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, Draws, LikelihoodSurface
+from ebm_ppl.normalizer.newton import directions_of, groups_of
 from ebm_ppl.normalizer.options import plan_of
 from ebm_ppl.normalizer.passes import Plan, gather
 from ebm_ppl.normalizer.rows import data_rows
@@ -62,7 +62,7 @@ def surface_at(
     draws, log_z = _draws_of(
         key_walkers, bound, found.params, found.energies, plan, tolerance
     )
-    return _surface(bound, found.params, groups_of(found.params), draws), log_z
+    return _surface(bound, found.params, draws), log_z
 
 
 @lru_cache(maxsize=16)
@@ -110,7 +110,6 @@ def _draws_of(
 def _surface(
     bound: BoundModel,
     params: Params,
-    groups: Mapping[str, slice],
     draws: dict[str, Draws],
 ) -> LikelihoodSurface:
     """The surface along all parameters, or along a net's gradient and beside it."""
@@ -123,4 +122,5 @@ def _surface(
         return surface.negative_log_joint(jnp.zeros(1), surface.offsets())
 
     gradient, _ = ravel_pytree(jax.grad(loss)(params))
-    return LikelihoodSurface(bound, params, directions_of(gradient, groups), draws)
+    directions = directions_of(gradient, groups_of(params))
+    return LikelihoodSurface(bound, params, directions, draws)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ebm_ppl.model.program import Params
+from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.loop import run
@@ -138,9 +138,7 @@ class Backend(ABC):
 
     def get_params(self, state: Any) -> Params:
         """Constrained values at the model's ``param`` and unobserved sample sites."""
-        return {
-            name: state.transforms[name](value) for name, value in state.params.items()
-        }
+        return constrain(state.transforms, state.params)
 
 
 def _as_strong_array(leaf: Any) -> Array:

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax import Array, random
 from jax.typing import ArrayLike
 
-from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.start import potential_at, starting_distribution
+from ebm_ppl.energy.start import potential_at, starting_coordinates
 from ebm_ppl.kernels.base import initial_step_size
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.binding import bind
@@ -117,8 +116,8 @@ def sample(
                 f"Energy site '{name}' has a discrete support; Langevin and "
                 "Hamiltonian moves need a continuous one."
             )
-        start = starting_distribution(distribution, name)
-        site = SiteAtParams(name, bound, params, standardizing_transform(start))
+        transform = starting_coordinates(distribution, name)
+        site = SiteAtParams(name, bound, params, transform)
         chains = Chains(method, num_chains, num_draws, num_warmup, thinning)
         position = (
             _annealed_chains(key, site, chains, num_temperatures)

@@ -7,8 +7,7 @@ from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.backends.jarzynski.warnings import warn_where_islands_disagree
-from ebm_ppl.energy.coordinates import standardizing_transform
-from ebm_ppl.energy.start import starting_distribution
+from ebm_ppl.energy.start import starting_coordinates
 from ebm_ppl.kernels.base import Kernel, initial_step_size
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.bound import BoundModel
@@ -39,7 +38,7 @@ def place_walkers(
     """
     if transform is None:
         distribution = bound.energies(params)[name]
-        transform = standardizing_transform(starting_distribution(distribution, name))
+        transform = starting_coordinates(distribution, name)
     site = SiteAtParams(name, bound, params, transform)
 
     # Kernels without an accept step would bias the first walkers.

@@ -9,7 +9,7 @@ from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
-from ebm_ppl.model.program import Params
+from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.evidence import Evidence
 from ebm_ppl.walkers.state import Walkers
@@ -50,9 +50,7 @@ class JarzynskiState:
 
     def constrained_params(self) -> Params:
         """Values at the model's ``param`` and unobserved sample sites."""
-        return {
-            name: self.transforms[name](value) for name, value in self.params.items()
-        }
+        return constrain(self.transforms, self.params)
 
     def log_normalizer(self, tolerance: float = 1.0) -> LogNormalizer:
         """The running log Z of the held-out islands, for monitoring a run.

@@ -25,8 +25,7 @@ from ebm_ppl.backends.vera.steps import (
     generator_step,
     repeat,
 )
-from ebm_ppl.energy.coordinates import standardizing_transform
-from ebm_ppl.energy.start import starting_distribution
+from ebm_ppl.energy.start import starting_coordinates
 from ebm_ppl.generators.fitting import estimator, fit_score
 from ebm_ppl.generators.inspection import inspect_generator
 from ebm_ppl.generators.program import Generator, Program
@@ -165,9 +164,7 @@ class VERA(Backend):
             generator_params=generator_params,
             generator_optim_state=self.generator_optim.init(generator_params),
             score_state=score_state,
-            standardizer=standardizing_transform(
-                starting_distribution(distribution, name)
-            ),
+            standardizer=starting_coordinates(distribution, name),
             log_normalizer_bound=bound,
             rng_key=key_next,
             entropy_weight=self.entropy_weight,
