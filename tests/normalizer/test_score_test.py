@@ -166,6 +166,10 @@ def test_priors_count():
     assert abs(rate - right) > 0.1
     test = ebm.score_test(random.key(0), {"rate": rate}, gamma_prior, x)
     assert test.is_at_maximum
+    # On the log scale: n Var(r x) from the energy, and r from the prior.
+    information = 12 * (rate / (1 + rate)) ** 2 + rate
+    error = rate / np.sqrt(information)
+    assert test.standard_errors["rate"] == pytest.approx(error, rel=0.05)
     off = ebm.score_test(random.key(0), {"rate": 3 * rate}, gamma_prior, x)
     assert within(off, "rate", rate)
 
