@@ -417,7 +417,7 @@ def to_hand(state):
         ensemble.log_normalizer,
         walkers.gradient,
         walkers.log_normalizer()[0],
-        walkers.step_size,
+        walkers.tuning,
         state.update_scale,
         state.rng_key,
     )

@@ -10,7 +10,6 @@ from jax import Array, random
 from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.start import annealing_path
 from ebm_ppl.energy.unnormalized import Unnormalized
-from ebm_ppl.kernels.base import initial_step_size
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.smc.annealing import AnnealingOptions, anneal
 from ebm_ppl.smc.pilot import refine_ladder, run_pilot
@@ -43,13 +42,12 @@ def draw_annealed(
         return transform.inv(start.sample(key, (1, num)))
 
     # Ladder
-    step_size = jnp.full(batch_shape, initial_step_size(kernel, math.prod(event_shape)))
     pilot = run_pilot(
         kernel,
         key_pilot,
         path,
         exact(key_pilot_start, NUM_WALKERS),
-        step_size,
+        kernel.init_tuning(math.prod(event_shape), batch_shape),
         options,
         max_rungs=NUM_TEMPERATURES,
     )

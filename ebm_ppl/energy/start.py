@@ -17,7 +17,7 @@ from ebm_ppl.energy.supports import (
 )
 from ebm_ppl.energy.unnormalized import Unnormalized
 from ebm_ppl.errors import UnknownNormalizerError, at_site
-from ebm_ppl.kernels.base import KernelState
+from ebm_ppl.kernels.base import Potential
 from ebm_ppl.smc.path import Path
 
 
@@ -95,13 +95,9 @@ def potential_at(
     )
 
 
-def evaluate_at(
-    distribution: Unnormalized, transform: Transform, position: Array
-) -> KernelState:
-    """Potential and gradient of every walker: one forward and one backward pass."""
-    potential, pull = jax.vjp(partial(potential_at, distribution, transform), position)
-    (grad,) = pull(jnp.ones_like(potential))
-    return KernelState(position, potential, grad)
+def target_of(distribution: Unnormalized, transform: Transform) -> Potential:
+    """The energy as what kernels move under, in the coordinates of ``transform``."""
+    return Potential(partial(potential_at, distribution, transform))
 
 
 def annealing_path(

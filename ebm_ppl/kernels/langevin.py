@@ -7,15 +7,18 @@ event dimensions to the right of that; step size ``batch`` or ``()``.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array, random
 
 from ebm_ppl.kernels.base import (
-    Evaluate,
+    Kernel,
     KernelInfo,
     KernelState,
+    StepSizeKernel,
+    Target,
+    choose,
     sum_event,
     with_event_dims,
 )
@@ -42,21 +45,28 @@ def log_transition_difference(
     return current.potential - proposal.potential + sum_event(inner, current.potential)
 
 
-def _langevin_proposal(
-    rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array
-) -> KernelState:
-    # Drawn flat: the generator computes one index per dimension of the shape that it is
-    # given.
-    noise = random.normal(
-        rng_key, (state.position.size,), state.position.dtype
-    ).reshape(state.position.shape)
-    h = with_event_dims(step_size, state.position.ndim - state.potential.ndim)
-    position = state.position - h * state.grad + jnp.sqrt(2.0 * h) * noise
-    return evaluate(position)
+class Langevin(StepSizeKernel):
+    """What the Langevin kernels share: the proposal, from the gradient."""
+
+    def evaluate(self, target: Target, position: Array) -> KernelState:
+        """Potential and gradient of every walker."""
+        return target.value_and_grad(position)
+
+    def _propose(
+        self, rng_key: Array, state: KernelState, target: Target, step_size: Array
+    ) -> KernelState:
+        # Drawn flat: the generator computes one index per dimension of the shape that
+        # it is given.
+        noise = random.normal(
+            rng_key, (state.position.size,), state.position.dtype
+        ).reshape(state.position.shape)
+        h = with_event_dims(step_size, state.position.ndim - state.potential.ndim)
+        position = state.position - h * state.grad + jnp.sqrt(2.0 * h) * noise
+        return target.value_and_grad(position)
 
 
 @dataclass(frozen=True)
-class ULA:
+class ULA(Langevin):
     """Unadjusted Langevin: ``y = x − h ∇U(x) + √(2h) ξ``.
 
     The kernel of Carbone et al. (2023), Algorithm 1.  Its bias is corrected by the
@@ -67,20 +77,26 @@ class ULA:
         step_size: h, in squared units of the base-standard coordinates.  Kept fixed.
     """
 
+    is_exact: ClassVar[bool] = False
+
     step_size: float | None = 0.01
     target_acceptance: None = None
 
+    def exactly(self) -> Kernel:
+        """The same proposals, accepted or rejected."""
+        return MALA(self.step_size)
+
     def step(
-        self, rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array
+        self, rng_key: Array, state: KernelState, target: Target, tuning: Array
     ) -> tuple[KernelState, KernelInfo]:
         """Move every walker once; see the module's shapes."""
-        proposal = _langevin_proposal(rng_key, state, evaluate, step_size)
-        log_weight = log_transition_difference(state, proposal, step_size)
+        proposal = self._propose(rng_key, state, target, tuning)
+        log_weight = log_transition_difference(state, proposal, tuning)
         return proposal, KernelInfo(log_weight, jnp.ones_like(log_weight))
 
 
 @dataclass(frozen=True)
-class MALA:
+class MALA(Langevin):
     """Metropolis-adjusted Langevin: the proposal of :class:`ULA`, accepted or rejected.
 
     The acceptance probability is ``min(1, exp(α(x, y) − α(y, x)))``.  The kernel leaves
@@ -100,13 +116,13 @@ class MALA:
     target_acceptance: float | None = 0.574
 
     def step(
-        self, rng_key: Array, state: KernelState, evaluate: Evaluate, step_size: Array
+        self, rng_key: Array, state: KernelState, target: Target, tuning: Array
     ) -> tuple[KernelState, KernelInfo]:
         """Move every walker once; see the module's shapes."""
         # Propose
         key_proposal, key_accept = random.split(rng_key)
-        proposal = _langevin_proposal(key_proposal, state, evaluate, step_size)
-        log_ratio = log_transition_difference(state, proposal, step_size)
+        proposal = self._propose(key_proposal, state, target, tuning)
+        log_ratio = log_transition_difference(state, proposal, tuning)
         log_ratio = jnp.where(jnp.isfinite(proposal.potential), log_ratio, -jnp.inf)
 
         # Accept
@@ -114,11 +130,7 @@ class MALA:
             -random.uniform(key_accept, log_ratio.shape, log_ratio.dtype)
         )
         accept = log_uniform < log_ratio  # False for NaN
-        moved = jax.tree.map(
-            lambda x, y: jnp.where(with_event_dims(accept, y.ndim - accept.ndim), y, x),
-            state,
-            proposal,
-        )
+        moved = choose(accept, proposal, state)
 
         acceptance = jnp.where(
             jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0))

@@ -7,13 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from jax.typing import ArrayLike
-from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import SiteCertificate
 from ebm_ppl.energy.marks import points_kept
-from ebm_ppl.energy.start import starting_coordinates
-from ebm_ppl.energy.states import needs_continuous
 from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.bridge import Reference, bridge_to_draws
 from ebm_ppl.normalizer.certify import certify
@@ -37,21 +33,6 @@ class AnnealedCertificate(NamedTuple):
     certificate: SiteCertificate
     visited: Array
     num_evaluations: int
-
-
-def coordinates_of(distribution: EnergyDistribution, name: str) -> Transform:
-    """The map from the coordinates in which a site's start is standard.
-
-    Raises:
-        ValueError: The support is discrete.
-    """
-    if distribution.support.is_discrete:
-        raise ValueError(
-            needs_continuous(
-                distribution.base, name, "annealing, which moves by Langevin steps,"
-            )
-        )
-    return starting_coordinates(distribution, name)
 
 
 def certify_by_annealing(
@@ -96,12 +77,11 @@ def certify_by_annealing(
     # Bridge to the draws
     if draws is not None:
         forward = gathered.forward
-        step_size, position = (
-            forward.ladder.step_sizes[-1],
-            resampled(key_resample, forward),
+        tuning, position = forward.ladder.tuning(-1), resampled(key_resample, forward)
+        position = settle(
+            site, plan.kernel, key_settle, position, tuning, NUM_SETTLING_MOVES
         )
-        position = settle(site, key_settle, position, step_size, NUM_SETTLING_MOVES)
-        reference = Reference(site, certificate, position, step_size)
+        reference = Reference(site, certificate, position, tuning)
         certificate, more = bridge_to_draws(
             key_bridge, reference, draws, plan, tolerance, rows
         )

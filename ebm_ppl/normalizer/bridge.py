@@ -15,7 +15,7 @@ from jax import Array, lax, random
 
 from ebm_ppl.energy.log_normalizer import SiteCertificate
 from ebm_ppl.energy.start import potential_at, starting_coordinates
-from ebm_ppl.kernels.base import Kernel
+from ebm_ppl.kernels.base import Kernel, Tuning
 from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.certify import certify, disagreement
 from ebm_ppl.normalizer.certify_draws import certify_bridges
@@ -39,13 +39,13 @@ class Reference(NamedTuple):
         certificate: Its log Z.
         position: Equally weighted walkers, ``(num_chains, num_walkers, *batch,
             *event)``.
-        step_size: Step size of their moves, ``batch``.
+        tuning: Tuning of the kernel that moves them.
     """
 
     site: SiteAtParams
     certificate: SiteCertificate
     position: Array
-    step_size: Array
+    tuning: Tuning
 
 
 def bridge_to_draws(
@@ -92,7 +92,7 @@ def bridge_to_draws(
         position,
         draws,
         level,
-        reference.step_size,
+        reference.tuning,
         islands,
         key_bridge,
         plan.kernel,
@@ -255,7 +255,7 @@ def _bridges(
     position: Array,
     draws: Params,
     levels: Array,
-    step_size: Array,
+    tuning: Tuning,
     log_island_weights: Array,
     rng_key: Array,
     kernel: Kernel,
@@ -266,7 +266,9 @@ def _bridges(
     ladder = Ladder(
         jnp.zeros(()),
         betas,
-        jnp.broadcast_to(step_size, (num_temperatures, *step_size.shape)),
+        jax.tree.map(
+            lambda leaf: jnp.broadcast_to(leaf, (num_temperatures, *leaf.shape)), tuning
+        ),
     )
 
     def bridge(draw: tuple[Params, Array, Array]) -> Bridge:

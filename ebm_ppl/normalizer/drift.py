@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ebm_ppl.energy.start import evaluate_at
+from ebm_ppl.energy.start import target_of
 from ebm_ppl.walkers.site import SiteAtParams
 
 # The share of walkers in either tail.
@@ -34,9 +34,8 @@ def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
         ``|u|``, then of the shares in both tails of ``|u|``, of U, of ``|∇U|``, of
         every coordinate and of some random directions.
     """
-    states = [
-        evaluate_at(site.distribution, site.transform, u) for u in (before, after)
-    ]
+    target = target_of(site.distribution, site.transform)
+    states = [target.value_and_grad(u) for u in (before, after)]
     position, potential, grad = (
         jnp.stack([getattr(state, name) for state in states])
         for name in ("position", "potential", "grad")

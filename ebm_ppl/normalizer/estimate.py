@@ -17,7 +17,7 @@ from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.binding import bind, conditions
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import fingerprints
-from ebm_ppl.normalizer.annealed import certify_by_annealing, coordinates_of, few
+from ebm_ppl.normalizer.annealed import certify_by_annealing, few
 from ebm_ppl.normalizer.exactly import certify_exactly
 from ebm_ppl.normalizer.options import EXACT, check_options, plan_of
 from ebm_ppl.normalizer.parameter_draws import (
@@ -26,7 +26,7 @@ from ebm_ppl.normalizer.parameter_draws import (
     flatten_draws,
 )
 from ebm_ppl.normalizer.rows import data_rows
-from ebm_ppl.walkers.site import SiteAtParams
+from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 
 # Data rows at which quadrature is checked; of more, evenly spaced ones.
 MAX_EXACT_ROWS = 4096
@@ -169,7 +169,8 @@ def log_normalizer(
     # Anneal
     sites, visited, num_evaluations = {}, {}, 0
     for key, name in zip(random.split(rng_key, len(found)), found, strict=True):
-        site = SiteAtParams(name, bound, one, coordinates_of(found[name], name))
+        transform = coordinates_for(plan.kernel, found[name], name, "annealing")
+        site = SiteAtParams(name, bound, one, transform)
 
         with tqdm(
             desc=f"log Z[{name}]",

@@ -161,13 +161,19 @@ def _settle(
     Returns:
         Their positions, the changes of their statistics, and the moves per walker.
     """
-    step_size, num_moves = forward.ladder.step_sizes[-1], plan.num_settling_moves
+    tuning, num_moves = forward.ladder.tuning(-1), plan.num_settling_moves
     before, total = position, 0
 
     keys = random.split(rng_key, len(SETTLING_STAGES))
     for key, (factor, suspicion) in zip(keys, SETTLING_STAGES, strict=True):
         position = settle(
-            site, key, position, step_size, factor * num_moves, SETTLING_SCALES
+            site,
+            plan.kernel,
+            key,
+            position,
+            tuning,
+            factor * num_moves,
+            SETTLING_SCALES,
         )
         total += factor * num_moves
         drift = changes(site, before, position)

@@ -8,14 +8,13 @@ energy from the lowest walkers finds the point.
 
 import itertools
 import math
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ebm_ppl.energy.start import evaluate_at, potential_at
+from ebm_ppl.energy.start import potential_at, target_of
 from ebm_ppl.kernels.base import KernelState
 from ebm_ppl.walkers.site import SiteAtParams
 
@@ -78,13 +77,13 @@ def _descend(
     site: SiteAtParams, start: Array, step: Array, event_axes: tuple[int, ...]
 ) -> Array:
     """Gradient descent whose step grows on success and halves on failure."""
-    evaluate = partial(evaluate_at, site.distribution, site.transform)
+    target = target_of(site.distribution, site.transform)
 
     def body(_: int, carry: tuple[KernelState, Array]) -> tuple[KernelState, Array]:
         state, step = carry
         norm = jnp.sqrt(jnp.sum(state.grad**2, axis=event_axes))
         length = jnp.where(norm > 0, step / norm, 0.0)
-        proposal = evaluate(
+        proposal = target.value_and_grad(
             state.position - _with_event(length, event_axes) * state.grad
         )
 
@@ -101,7 +100,9 @@ def _descend(
             is_lower, 1.5, 0.5
         )
 
-    return lax.fori_loop(0, NUM_STEPS, body, (evaluate(start), step))[0].position
+    return lax.fori_loop(0, NUM_STEPS, body, (target.value_and_grad(start), step))[
+        0
+    ].position
 
 
 def _at_distance(

@@ -196,9 +196,15 @@ def _weights_back(
     The result is ``(num_rows, *batch)``.
     """
     key_settle, key_back = random.split(rng_key)
-    step_size = forward.ladder.step_sizes[-1]
+    tuning = forward.ladder.tuning(-1)
     settled = settle(
-        site, key_settle, position[None], step_size, NUM_ROW_MOVES, SETTLING_SCALES
+        site,
+        kernel,
+        key_settle,
+        position[None],
+        tuning,
+        NUM_ROW_MOVES,
+        SETTLING_SCALES,
     )
 
     alone = options._replace(ess_threshold=0.0)

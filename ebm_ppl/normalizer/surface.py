@@ -15,7 +15,6 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.handlers import FullPlates
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.annealed import coordinates_of
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, Draws, LikelihoodSurface
 from ebm_ppl.normalizer.newton import directions_of, groups_of
@@ -23,7 +22,7 @@ from ebm_ppl.normalizer.options import plan_of
 from ebm_ppl.normalizer.passes import Plan, gather
 from ebm_ppl.normalizer.rows import data_rows
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.walkers.site import SiteAtParams
+from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 
 
 def surface_at(
@@ -89,7 +88,7 @@ def _draws_of(
     rows = data_rows(bound, constrained)
     draws, sites, spent = {}, {}, 0
     for index, (name, distribution) in enumerate(energies.items()):
-        transform = coordinates_of(distribution, name)
+        transform = coordinates_for(plan.kernel, distribution, name, "annealing")
         site = SiteAtParams(name, bound, params, transform)
         key = random.fold_in(rng_key, index)
         gathered = gather(key, site, plan, None, rows.get(name))

@@ -6,7 +6,6 @@ fresh islands then follow that fixed protocol.  So each island's Ẑ is unbiased
 ESS-triggered resampling too (Neal 2001; Del Moral, Doucet and Jasra 2006).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from jax.typing import ArrayLike
 
-from ebm_ppl.kernels.base import Kernel, KernelState, move
+from ebm_ppl.kernels.base import Kernel, KernelState, Tuning, move
 from ebm_ppl.smc.ensemble import Ensemble, Moves, resample_islands
-from ebm_ppl.smc.path import Ladder, Path, at_temperature, evaluate_path
+from ebm_ppl.smc.path import AtTemperature, Ladder, Path, difference_at
 from ebm_ppl.smc.resampling import Resampling
 from ebm_ppl.smc.weights import ess_fraction
 
@@ -30,7 +29,7 @@ def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensem
     # not become NaN.
     return ensemble._replace(
         log_weight=ensemble.log_weight
-        - jnp.where(beta_step != 0, beta_step * state.aux[1], 0.0)
+        - jnp.where(beta_step != 0, beta_step * difference_at(state), 0.0)
     )
 
 
@@ -39,7 +38,7 @@ class Climb(NamedTuple):
 
     Attributes:
         ensemble: The walkers and their weights.
-        state: Their potentials and gradients, those of U_start and D in ``aux``.
+        state: Their kernel state under the temperature reached.
         moves: Sums of the statistics over the temperatures so far.
     """
 
@@ -48,12 +47,12 @@ class Climb(NamedTuple):
     moves: Moves
 
 
-def begin_climb(path: Path, position: Array, beta: Array) -> Climb:
+def begin_climb(kernel: Kernel, path: Path, position: Array, beta: Array) -> Climb:
     """Equally weighted walkers at ``position`` under U_β.
 
     ``position`` is ``(num_chains, num_walkers, *batch, *event)``.
     """
-    state = evaluate_path(path, position, beta)
+    state = kernel.evaluate(AtTemperature(path, beta), position)
     zeros = jnp.zeros_like(state.potential)
     return Climb(
         Ensemble(position, state.potential, zeros, zeros[:, 0]),
@@ -70,7 +69,7 @@ def advance(
     state: KernelState,
     beta: Array,
     beta_step: Array,
-    step_size: Array,
+    tuning: Tuning,
     options: "AnnealingOptions",
 ) -> tuple[Ensemble, KernelState, Moves]:
     """Resample where the ESS is low, reweight, and move under U_β.
@@ -79,17 +78,17 @@ def advance(
     duplicate walkers.
     """
     key_resample, key_move = random.split(rng_key)
-    evaluate = partial(evaluate_path, path, beta=beta)
+    target = AtTemperature(path, beta)
 
     # Resample
     low = ess_fraction(ensemble.log_weight, axis=1) < options.ess_threshold
 
     def resample() -> tuple[Ensemble, KernelState]:
         resampled = resample_islands(key_resample, ensemble, low, options.resampling)
-        return resampled, evaluate(resampled.position)
+        return resampled, kernel.evaluate(target, resampled.position)
 
     ensemble, state = lax.cond(
-        jnp.any(low), resample, lambda: (ensemble, at_temperature(state, beta))
+        jnp.any(low), resample, lambda: (ensemble, target.recall(state))
     )
 
     # Reweight
@@ -97,7 +96,7 @@ def advance(
 
     # Move
     state, info = move(
-        kernel, key_move, state, evaluate, step_size, options.num_kernel_steps
+        kernel, key_move, state, target, tuning, options.num_kernel_steps
     )
     ensemble = ensemble._replace(
         position=state.position,
@@ -169,7 +168,7 @@ def climb(
             climb.state,
             ladder.betas[rung],
             steps[rung],
-            ladder.step_sizes[rung],
+            ladder.tuning(rung),
             options,
         )
         return Climb(ensemble, state, jax.tree.map(jnp.add, climb.moves, moves))
@@ -193,7 +192,7 @@ def anneal(
         The ensemble at the ladder's end and the statistics of the moves.
     """
     start, num_temperatures = (
-        begin_climb(path, position, ladder.start),
+        begin_climb(kernel, path, position, ladder.start),
         ladder.betas.shape[0],
     )
     end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
-from ebm_ppl.kernels.base import KernelState
+from ebm_ppl.kernels.base import KernelState, Tuning
 
 
 class Path(NamedTuple):
@@ -26,32 +27,59 @@ class Ladder(NamedTuple):
     Attributes:
         start: Inverse temperature at which walkers begin, a scalar.
         betas: Inverse temperatures, ``(num_temperatures,)``.
-        step_sizes: Step size at every temperature, ``(num_temperatures, *batch)``.
+        tunings: The kernel's tuning at every temperature: its arrays with a leading
+            axis ``num_temperatures``.
     """
 
     start: Array
     betas: Array
-    step_sizes: Array
+    tunings: Tuning
 
     def reverse(self) -> "Ladder":
         """The same temperatures in reverse order, ending at this ladder's start."""
         below = jnp.concatenate([self.start[None], self.betas[:-1]])
-        step_sizes = jnp.concatenate([self.step_sizes[:1], self.step_sizes[:-1]])
-        return Ladder(self.betas[-1], below[::-1], step_sizes[::-1])
+        tunings = jax.tree.map(
+            lambda leaf: jnp.concatenate([leaf[:1], leaf[:-1]])[::-1], self.tunings
+        )
+        return Ladder(self.betas[-1], below[::-1], tunings)
+
+    def tuning(self, rung: ArrayLike) -> Tuning:
+        """The kernel's tuning at one temperature."""
+        return jax.tree.map(lambda leaf: leaf[rung], self.tunings)
 
 
-def evaluate_path(path: Path, position: Array, beta: Array) -> KernelState:
-    """Potential and gradient under U_β; those of U_start and D are kept in ``aux``."""
-    start, start_pull = jax.vjp(path.start, position)
-    difference, difference_pull = jax.vjp(path.difference, position)
-    ones = jnp.ones_like(start)
-    aux = (start, difference, start_pull(ones)[0], difference_pull(ones)[0])
-    return at_temperature(KernelState(position, start, aux[2], aux), beta)
+class AtTemperature(NamedTuple):
+    """The target exp(−U_β) on a path.
+
+    Kernel states keep U_start and D, and their gradients, in ``aux``: another
+    temperature costs no evaluation.
+    """
+
+    path: Path
+    beta: Array
+
+    def value(self, position: Array) -> KernelState:
+        """U_β at every walker."""
+        aux = (self.path.start(position), self.path.difference(position))
+        return self.recall(KernelState(position, aux[0], aux=aux))
+
+    def value_and_grad(self, position: Array) -> KernelState:
+        """U_β and its gradient: one forward and one backward pass."""
+        start, start_pull = jax.vjp(self.path.start, position)
+        difference, difference_pull = jax.vjp(self.path.difference, position)
+        ones = jnp.ones_like(start)
+        aux = (start, difference, start_pull(ones)[0], difference_pull(ones)[0])
+        return self.recall(KernelState(position, start, aux[2], aux))
+
+    def recall(self, state: KernelState) -> KernelState:
+        """The walkers of another temperature under this one, without evaluation."""
+        start, difference, *grads = state.aux
+        potential = start + self.beta * difference
+        if not grads:
+            return state._replace(potential=potential)
+        return state._replace(potential=potential, grad=grads[0] + self.beta * grads[1])
 
 
-def at_temperature(state: KernelState, beta: Array) -> KernelState:
-    """The same walkers under U_β, computed from ``state.aux`` without evaluation."""
-    start, difference, grad_start, grad_difference = state.aux
-    return state._replace(
-        potential=start + beta * difference, grad=grad_start + beta * grad_difference
-    )
+def difference_at(state: KernelState) -> Array:
+    """D at the walkers of a kernel state on a path."""
+    return state.aux[1]

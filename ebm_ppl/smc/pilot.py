@@ -1,4 +1,4 @@
-"""A short run that chooses temperatures and step sizes."""
+"""A short run that chooses temperatures, and tunes the kernel at each."""
 
 from functools import partial
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
-from ebm_ppl.kernels.base import Kernel, KernelState, adapt_step_size
+from ebm_ppl.kernels.base import Kernel, KernelState, Tuning
 from ebm_ppl.smc.annealing import (
     NUM_SETTLING_MOVES,
     AnnealingOptions,
@@ -15,7 +15,7 @@ from ebm_ppl.smc.annealing import (
     begin_climb,
 )
 from ebm_ppl.smc.ensemble import Ensemble
-from ebm_ppl.smc.path import Ladder, Path, evaluate_path
+from ebm_ppl.smc.path import AtTemperature, Ladder, Path, difference_at
 from ebm_ppl.smc.weights import conditional_ess_fraction
 
 
@@ -39,13 +39,13 @@ def run_pilot(
     rng_key: Array,
     path: Path,
     position: Array,
-    step_size: Array,
+    tuning: Tuning,
     options: AnnealingOptions,
     *,
     max_rungs: int,
     ess_target: float = 0.9,
 ) -> Pilot:
-    """Choose temperatures by conditional ESS, and step sizes by acceptance.
+    """Choose temperatures by conditional ESS, and tune the kernel by acceptance.
 
     One body: the loop's state and its step belong together.
 
@@ -54,22 +54,22 @@ def run_pilot(
     element decides.
 
     Args:
-        kernel: Its ``target_acceptance`` decides whether step sizes adapt.
+        kernel: Any kernel; its own rule decides what adapts.
         rng_key: A JAX PRNG key.
         path: U_start and D.
         position: Pilot walkers drawn from the start, ``(num_chains, num_walkers,
             *batch, *event)``.
-        step_size: Initial step size, ``batch``.
+        tuning: The kernel's first tuning.
         options: See :class:`AnnealingOptions`.
         max_rungs: Largest number of rungs; where that is not enough,
             ``ladder.betas`` ends below 1.
         ess_target: Conditional ESS fraction of one step.
     """
-    ensemble, state, _ = begin_climb(path, position, jnp.zeros(()))
+    ensemble, state, _ = begin_climb(kernel, path, position, jnp.zeros(()))
 
     def next_beta(ensemble: Ensemble, state: KernelState, beta: Array) -> Array:
         def enough(candidate: Array) -> Array:
-            increments = -(candidate - beta) * state.aux[1]
+            increments = -(candidate - beta) * difference_at(state)
             return (
                 jnp.min(conditional_ess_fraction(ensemble.log_weight, increments))
                 >= ess_target
@@ -92,21 +92,15 @@ def run_pilot(
         return (rung < max_rungs) & (beta < 1.0)
 
     def settle(
-        carry: tuple[KernelState, Array], key: Array, beta: Array
-    ) -> tuple[tuple[KernelState, Array], None]:
-        state, step_size = carry
-        state, info = kernel.step(
-            key, state, partial(evaluate_path, path, beta=beta), step_size
-        )
-        return (
-            state,
-            adapt_step_size(
-                kernel, step_size, jnp.mean(info.acceptance, axis=(0, 1)), gain=0.5
-            ),
-        ), None
+        carry: tuple[KernelState, Tuning], key: Array, beta: Array
+    ) -> tuple[tuple[KernelState, Tuning], None]:
+        state, tuning = carry
+        state, info = kernel.step(key, state, AtTemperature(path, beta), tuning)
+        acceptance = jnp.mean(info.acceptance, axis=(0, 1))
+        return (state, kernel.adapt(tuning, acceptance, gain=0.5)), None
 
     def climb(carry: tuple) -> tuple:
-        rung, beta, step_size, rng_key, ensemble, state, ladder = carry
+        rung, beta, tuning, rng_key, ensemble, state, ladder = carry
         rng_key, key, key_settle = random.split(rng_key, 3)
 
         # Temperature
@@ -119,36 +113,40 @@ def run_pilot(
             state,
             target,
             target - beta,
-            step_size,
+            tuning,
             options,
         )
 
         # Settle
         keys = random.split(key_settle, NUM_SETTLING_MOVES)
-        (state, step_size), _ = lax.scan(
-            partial(settle, beta=target), (state, step_size), keys
+        (state, tuning), _ = lax.scan(
+            partial(settle, beta=target), (state, tuning), keys
         )
         ensemble = ensemble._replace(position=state.position, potential=state.potential)
 
         # Record
         ladder = ladder._replace(
             betas=ladder.betas.at[rung].set(target),
-            step_sizes=ladder.step_sizes.at[rung].set(step_size),
+            tunings=jax.tree.map(
+                lambda all_rungs, here: all_rungs.at[rung].set(here),
+                ladder.tunings,
+                tuning,
+            ),
         )
-        return rung + 1, target, step_size, rng_key, ensemble, state, ladder
+        return rung + 1, target, tuning, rng_key, ensemble, state, ladder
 
     dtype = state.potential.dtype
-    step_size = jnp.asarray(step_size, dtype)
+    tuning = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tuning)
     ladder = Ladder(
         jnp.zeros((), dtype),
         jnp.ones(max_rungs, dtype),
-        jnp.ones((max_rungs, *step_size.shape), dtype),
+        jax.tree.map(lambda leaf: jnp.ones((max_rungs, *leaf.shape), dtype), tuning),
     )
 
     carry = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((), dtype),
-        step_size,
+        tuning,
         rng_key,
         ensemble,
         state,
@@ -156,14 +154,14 @@ def run_pilot(
     )
 
     rung, *_, state, ladder = lax.while_loop(climbing, climb, carry)
-    return Pilot(ladder, rung, state.aux[1])
+    return Pilot(ladder, rung, difference_at(state))
 
 
 def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
     """The pilot's protocol at ``num_temperatures`` rungs, ending exactly at β = 1.
 
-    β and log h are interpolated as functions of the rung, which keeps the pilot's
-    spacing.
+    β, and the logarithms of the tuning, are interpolated as functions of the rung,
+    which keeps the pilot's spacing.
     """
     rungs = pilot.num_rungs.astype(pilot.ladder.betas.dtype)
     places = rungs * jnp.arange(1, num_temperatures + 1) / num_temperatures
@@ -175,12 +173,12 @@ def refine_ladder(pilot: Pilot, num_temperatures: int) -> Ladder:
         jnp.concatenate([jnp.zeros(1), pilot.ladder.betas]),
     )
 
-    log_h = jnp.log(pilot.ladder.step_sizes).reshape(known.shape[0], -1)
-    step_sizes = jax.vmap(
-        lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1
-    )(log_h)
-    step_sizes = step_sizes.reshape(
-        num_temperatures, *pilot.ladder.step_sizes.shape[1:]
-    )
+    def refine(leaf: Array) -> Array:
+        columns = jnp.log(leaf).reshape(known.shape[0], -1)
+        refined = jax.vmap(
+            lambda column: jnp.exp(jnp.interp(places, known, column)), 1, 1
+        )(columns)
+        return refined.reshape(num_temperatures, *leaf.shape[1:])
 
-    return Ladder(pilot.ladder.start, betas.at[-1].set(1.0), step_sizes)
+    tunings = jax.tree.map(refine, pilot.ladder.tunings)
+    return Ladder(pilot.ladder.start, betas.at[-1].set(1.0), tunings)

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from numpyro.infer import MCMC, NUTS
 
-from ebm_ppl.energy.start import evaluate_at, potential_at
-from ebm_ppl.kernels.base import adapt_step_size
+from ebm_ppl.energy.start import potential_at, target_of
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.walkers.site import SiteAtParams
 
@@ -23,22 +22,22 @@ def warm_up(
     num_moves: int,
 ) -> tuple[Array, Array]:
     """MALA that adapts its step size to the mean acceptance, with decreasing gain."""
-    evaluate = partial(evaluate_at, site.distribution, site.transform)
+    kernel, target = MALA(), target_of(site.distribution, site.transform)
 
     def step(
         carry: tuple[Any, Array], inputs: tuple[Array, Array]
     ) -> tuple[tuple[Any, Array], None]:
         state, step_size = carry
         key, gain = inputs
-        state, info = MALA().step(key, state, evaluate, step_size)
-        return (
-            state,
-            adapt_step_size(MALA(), step_size, jnp.mean(info.acceptance, axis=0), gain),
-        ), None
+        state, info = kernel.step(key, state, target, step_size)
+        acceptance = jnp.mean(info.acceptance, axis=0)
+        return (state, kernel.adapt(step_size, acceptance, gain)), None
 
     gains = 1.0 / jnp.sqrt(1.0 + jnp.arange(num_moves))
     (state, step_size), _ = lax.scan(
-        step, (evaluate(position), step_size), (random.split(rng_key, num_moves), gains)
+        step,
+        (kernel.evaluate(target, position), step_size),
+        (random.split(rng_key, num_moves), gains),
     )
     return state.position, step_size
 
@@ -68,18 +67,19 @@ def _mala(
     num_draws: int,
     thinning: int,
 ) -> Array:
-    evaluate = partial(evaluate_at, site.distribution, site.transform)
+    kernel, target = MALA(), target_of(site.distribution, site.transform)
 
     def draw(state: Any, keys: Array) -> tuple[Any, Array]:
         state, _ = lax.scan(
-            lambda s, key: (MALA().step(key, s, evaluate, step_size)[0], None),
+            lambda s, key: (kernel.step(key, s, target, step_size)[0], None),
             state,
             keys,
         )
         return state, state.position
 
     keys = random.split(rng_key, (num_draws, thinning))
-    return jnp.moveaxis(lax.scan(draw, evaluate(position), keys)[1], 0, 1)
+    first = kernel.evaluate(target, position)
+    return jnp.moveaxis(lax.scan(draw, first, keys)[1], 0, 1)
 
 
 def _nuts(

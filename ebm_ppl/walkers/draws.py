@@ -8,8 +8,7 @@ from jax import Array, random
 from jax.typing import ArrayLike
 
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.start import potential_at, starting_coordinates
-from ebm_ppl.kernels.base import initial_step_size
+from ebm_ppl.energy.start import potential_at
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.binding import bind
 from ebm_ppl.model.program import Model, Params
@@ -18,7 +17,7 @@ from ebm_ppl.smc.resampling import systematic
 from ebm_ppl.walkers.chains import run_chains, warm_up
 from ebm_ppl.walkers.placement import anneal_site
 from ebm_ppl.walkers.settle import resampled, settle
-from ebm_ppl.walkers.site import SiteAtParams
+from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 
 METHODS = ("smc", "mala", "nuts")
 
@@ -111,12 +110,7 @@ def sample(
     for key, (name, distribution) in zip(
         random.split(rng_key, len(found)), found.items(), strict=True
     ):
-        if distribution.support.is_discrete:
-            raise ValueError(
-                f"Energy site '{name}' has a discrete support; Langevin and "
-                "Hamiltonian moves need a continuous one."
-            )
-        transform = starting_coordinates(distribution, name)
+        transform = coordinates_for(MALA(), distribution, name, "drawing by moves")
         site = SiteAtParams(name, bound, params, transform)
         chains = Chains(method, num_chains, num_draws, num_warmup, thinning)
         position = (
@@ -192,13 +186,13 @@ def _annealed_chains(
 ) -> Array:
     """Walkers annealed from the base, or chains from one of every island."""
     key_anneal, key_resample, key_settle, key_pick, key_run = random.split(rng_key, 5)
-    is_smc = chains.method == "smc"
+    is_smc, kernel = chains.method == "smc", MALA()
 
     # Anneal
     annealed = anneal_site(
         key_anneal,
         site,
-        MALA(),
+        kernel,
         AnnealingOptions(1, ess_threshold=0.5, resampling=systematic),
         num_chains=chains.num_chains,
         num_walkers=chains.num_draws if is_smc else POOL,
@@ -206,10 +200,10 @@ def _annealed_chains(
     )
 
     # Settle
-    step_size = annealed.ladder.step_sizes[-1]
+    step_size = annealed.ladder.tuning(-1)
     num_moves = chains.num_warmup if chains.method == "mala" else 32
     position = resampled(key_resample, annealed)
-    position = settle(site, key_settle, position, step_size, num_moves)
+    position = settle(site, kernel, key_settle, position, step_size, num_moves)
     if is_smc:
         return position
 
@@ -248,6 +242,4 @@ def _start(
             "chains cannot leave: draw others."
         )
 
-    return position, jnp.full(
-        distribution.batch_shape, initial_step_size(MALA(), site.dimension)
-    )
+    return position, MALA().init_tuning(site.dimension, distribution.batch_shape)

@@ -63,7 +63,8 @@ def follow(
     They start at ``position``, which holds draws under U at ``ladder.start`` and is
     donated.
     """
-    climb, total = _begin(site, position, ladder.start), ladder.betas.shape[0]
+    climb = _begin(site, kernel, position, ladder.start)
+    total = ladder.betas.shape[0]
     done, length = 0, total if progress is None else 1
 
     while done < total:
@@ -99,9 +100,9 @@ def draw(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Array:
     return site.draw(rng_key, shape)
 
 
-@partial(jax.jit, donate_argnames=("position",))
-def _begin(site: SiteAtParams, position: Array, beta: Array) -> Climb:
-    return begin_climb(site.path(), position, beta)
+@partial(jax.jit, static_argnames=("kernel",), donate_argnames=("position",))
+def _begin(site: SiteAtParams, kernel: Kernel, position: Array, beta: Array) -> Climb:
+    return begin_climb(kernel, site.path(), position, beta)
 
 
 @partial(jax.jit, static_argnames=("kernel", "options"), donate_argnames=("state",))

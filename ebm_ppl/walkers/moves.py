@@ -1,15 +1,14 @@
 """Moves and resampling of the walkers of all sites."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.start import evaluate_at
-from ebm_ppl.kernels.base import Kernel, KernelState, adapt_step_size, move
+from ebm_ppl.energy.start import target_of
+from ebm_ppl.kernels.base import Kernel, KernelState, move
 from ebm_ppl.smc.ensemble import resample_islands
 from ebm_ppl.smc.resampling import Resampling
 from ebm_ppl.smc.weights import ess_fraction
@@ -24,7 +23,7 @@ def move_walkers(
     evaluated: dict[str, KernelState],
     num_kernel_steps: int,
 ) -> tuple[dict[str, Walkers], dict[str, Array]]:
-    """Move walkers under their energies; step sizes follow the training islands alone.
+    """Move walkers under their energies; tunings follow the training islands alone.
 
     Args:
         kernel: The Markov kernel.
@@ -44,8 +43,8 @@ def move_walkers(
             kernel,
             random.fold_in(rng_key, index),
             evaluated[name],
-            partial(evaluate_at, energies[name], site.transform),
-            site.step_size,
+            target_of(energies[name], site.transform),
+            site.tuning,
             num_kernel_steps,
         )
         islands = site.log_weight.shape[:2]
@@ -56,14 +55,14 @@ def move_walkers(
         # Adapt
         training = info.acceptance[: site.num_training_chains]
         acceptance[name] = jnp.mean(training, axis=(0, 1))
-        step_size = adapt_step_size(kernel, site.step_size, acceptance[name])
+        tuning = kernel.adapt(site.tuning, acceptance[name])
 
         ensemble = site.ensemble._replace(
             position=kernel_state.position,
             potential=kernel_state.potential,
             log_weight=site.log_weight + info.log_weight,
         )
-        moved[name] = replace(site, ensemble=ensemble, step_size=step_size)
+        moved[name] = replace(site, ensemble=ensemble, tuning=tuning)
 
     return moved, acceptance
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
-from ebm_ppl.kernels.base import Kernel, initial_step_size
+from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.smc.annealing import NUM_SETTLING_MOVES, AnnealingOptions
 from ebm_ppl.smc.ensemble import Ensemble, unmoved
 from ebm_ppl.smc.path import Ladder
@@ -35,7 +35,7 @@ def anneal_site(
 ) -> Annealed:
     """Fresh walkers at the site's parameters, from exact draws of its start.
 
-    A pilot chooses the temperatures and step sizes.  Where the starting distribution
+    A pilot chooses the temperatures and tunes the kernel.  Where the starting distribution
     already is the energy (ESS fraction over 0.9999), nothing is annealed.
 
     Args:
@@ -55,12 +55,10 @@ def anneal_site(
     site = replace(site, reference=level)
 
     if bool(at_start):
-        step_size = jnp.full(
-            site.distribution.batch_shape, initial_step_size(kernel, site.dimension)
-        )
         ensemble = _exact_start(site, key_start, (num_chains, num_walkers))
-        trivial = Ladder(jnp.zeros(()), jnp.ones(1), step_size[None])
-        return Annealed(ensemble, trivial, unmoved(step_size), level, NUM_PILOT_WALKERS)
+        tunings = jax.tree.map(lambda leaf: leaf[None], site.init_tuning(kernel))
+        trivial = Ladder(jnp.zeros(()), jnp.ones(1), tunings)
+        return Annealed(ensemble, trivial, unmoved(level), level, NUM_PILOT_WALKERS)
 
     # Pilot
     pilot, level = _pilot(site, kernel, options, key_pilot)
@@ -133,16 +131,13 @@ def _pilot(
     """The pilot run, and the level of D at its final walkers."""
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (1, NUM_PILOT_WALKERS))
-    step_size = jnp.full(
-        site.distribution.batch_shape, initial_step_size(kernel, site.dimension)
-    )
 
     pilot = run_pilot(
         kernel,
         key_run,
         site.path(),
         position,
-        step_size,
+        site.init_tuning(kernel),
         options,
         max_rungs=MAX_PILOT_RUNGS,
     )

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
-from ebm_ppl.energy.start import evaluate_at
-from ebm_ppl.kernels.base import KernelState
-from ebm_ppl.kernels.langevin import MALA
+from ebm_ppl.energy.start import target_of
+from ebm_ppl.kernels.base import Kernel, KernelState, Tuning
 from ebm_ppl.smc.ensemble import resample_islands
 from ebm_ppl.smc.resampling import systematic
 from ebm_ppl.walkers.follow import Annealed
@@ -26,24 +25,26 @@ def resampled(rng_key: Array, annealed: Annealed) -> Array:
     return resample_islands(rng_key, ensemble, everywhere, systematic).position
 
 
-@partial(jax.jit, static_argnames=("scales",))
+@partial(jax.jit, static_argnames=("kernel", "scales"))
 def settle(
     site: SiteAtParams,
+    kernel: Kernel,
     rng_key: Array,
     position: Array,
-    step_size: Array,
+    tuning: Tuning,
     num_moves: int,
     scales: tuple[float, ...] = (1.0,),
 ) -> Array:
-    """Move walkers under the energy itself by MALA.
+    """Move walkers under the energy itself, by the exact form of ``kernel``.
 
-    Step sizes are ``step_size`` times each of ``scales`` in turn.
+    Steps are as long as tuned times each of ``scales`` in turn.
     """
-    evaluate = partial(evaluate_at, site.distribution, site.transform)
-    factors = jnp.asarray(scales, step_size.dtype)
+    target, kernel = target_of(site.distribution, site.transform), kernel.exactly()
+    factors = jnp.asarray(scales, position.dtype)
 
     def body(index: Array, state: KernelState) -> KernelState:
-        here = step_size * factors[index % len(scales)]
-        return MALA().step(random.fold_in(rng_key, index), state, evaluate, here)[0]
+        here = kernel.scaled(tuning, factors[index % len(scales)])
+        return kernel.step(random.fold_in(rng_key, index), state, target, here)[0]
 
-    return lax.fori_loop(0, num_moves, body, evaluate(position)).position
+    first = kernel.evaluate(target, position)
+    return lax.fori_loop(0, num_moves, body, first).position

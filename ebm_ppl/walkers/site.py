@@ -10,7 +10,13 @@ from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.start import annealing_path, starting_distribution
+from ebm_ppl.energy.start import (
+    annealing_path,
+    starting_coordinates,
+    starting_distribution,
+)
+from ebm_ppl.energy.states import needs_continuous
+from ebm_ppl.kernels.base import Kernel, Space, Tuning
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 from ebm_ppl.smc.path import Path
@@ -49,6 +55,10 @@ class SiteAtParams:
         """Number of elements of an event."""
         return math.prod(self.distribution.event_shape)
 
+    def init_tuning(self, kernel: Kernel) -> Tuning:
+        """The first tuning of a kernel that is to move this site's walkers."""
+        return kernel.init_tuning(self.dimension, self.distribution.batch_shape)
+
     def path(self) -> Path:
         """The path from the starting distribution to the energy."""
         distribution, reference = self.distribution, self.reference
@@ -67,3 +77,29 @@ class SiteAtParams:
         return self.transform.inv(
             starting_distribution(self.distribution, self.name).sample(rng_key, shape)
         )
+
+
+def coordinates_for(
+    kernel: Kernel, distribution: EnergyDistribution, name: str, what: str
+) -> Transform:
+    """The map from coordinates in which a site's start is standard, for its walkers.
+
+    Args:
+        kernel: The kernel that is to move the site's walkers.
+        distribution: The energy at the site.
+        name: The site's name.
+        what: What the walkers are for, in words.
+
+    Raises:
+        ValueError: The site's support is discrete, or the kernel's space finite.
+        UnknownNormalizerError: The base is improper and no start is named.
+    """
+    if distribution.support.is_discrete:
+        raise ValueError(needs_continuous(distribution.base, name, what))
+    if kernel.space is not Space.REAL:
+        raise ValueError(
+            f"The energy of site '{name}' has a continuous support "
+            f"({distribution.support}), and {type(kernel).__name__} moves in "
+            f"{kernel.space.value}. Take MALA() or another kernel of real coordinates."
+        )
+    return starting_coordinates(distribution, name)

@@ -10,6 +10,7 @@ from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.kernels.base import Tuning
 from ebm_ppl.model.program import Params
 from ebm_ppl.smc.ensemble import Ensemble, unmoved
 from ebm_ppl.smc.passes import Pass, pass_of
@@ -19,7 +20,7 @@ from ebm_ppl.walkers.site import SiteAtParams
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["ensemble", "step_size", "transform", "gradient"],
+    data_fields=["ensemble", "tuning", "transform", "gradient"],
     meta_fields=["num_holdout_chains"],
 )
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Walkers:
     Attributes:
         ensemble: Positions (base-standard coordinates), potentials, log weights and
             past log normalisers.
-        step_size: Langevin step h, of the site's batch shape.
+        tuning: The kernel's tuning: Langevin steps' size h, of the site's batch shape.
         transform: The map T from positions to values, frozen at the initial parameters.
         gradient: ∇θ log Z from the training islands, a tree like the parameters; None
             where the site has a batch shape, since each log normaliser then enters the
@@ -39,7 +40,7 @@ class Walkers:
     """
 
     ensemble: Ensemble
-    step_size: Array
+    tuning: Tuning
     transform: Transform
     gradient: Params | None
     num_holdout_chains: int

@@ -197,7 +197,7 @@ def test_held_out_islands_touch_nothing():
     for name in ("slope", "quartic"):
         assert state.params[name] == other.params[name]
     assert state.update_scale == other.update_scale
-    assert state.walkers["x"].step_size == other.walkers["x"].step_size
+    assert state.walkers["x"].tuning == other.walkers["x"].tuning
     np.testing.assert_array_equal(
         state.walkers["x"].values[:4], other.walkers["x"].values[:4]
     )

@@ -9,7 +9,7 @@ from jax import random
 from pages import definitions_of
 
 from ebm_ppl import MALA, ULA
-from ebm_ppl.kernels.base import KernelState, initial_step_size, move
+from ebm_ppl.kernels.base import Potential, move
 from ebm_ppl.kernels.langevin import log_transition_difference
 from ebm_ppl.smc.weights import ess_fraction
 
@@ -37,23 +37,20 @@ def exact_draws(key, shape):
     )
 
 
-def evaluate(position):
-    return KernelState(
-        position, skewed(position), jax.grad(lambda u: skewed(u).sum())(position)
-    )
+TARGET = Potential(skewed)
 
 
 def run(kernel, position, step_size, num_steps, seed=0):
-    state = evaluate(position)
+    state = kernel.evaluate(TARGET, position)
     return move(
-        kernel, random.key(seed), state, evaluate, jnp.asarray(step_size), num_steps
+        kernel, random.key(seed), state, TARGET, jnp.asarray(step_size), num_steps
     )
 
 
 def test_transition_difference_is_the_log_ratio_of_the_two_proposals():
     """Against the normal densities written out: log π(y) q(y→x) - log π(x) q(x→y)."""
     h = 0.3
-    x, y = evaluate(jnp.array([[0.7]])), evaluate(jnp.array([[-0.4]]))
+    x, y = (TARGET.value_and_grad(jnp.array([[u]])) for u in (0.7, -0.4))
 
     def log_q(a, b):
         return -((b.position - a.position + h * a.grad) ** 2) / (4 * h)
@@ -99,11 +96,13 @@ def test_acceptance_is_the_rate_at_which_walkers_move(kernel):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_exact_kernels_reject_what_is_not_finite(kernel):
-    def broken(position):
-        potential = jnp.where(position > 0, jnp.nan, skewed(position))
-        return KernelState(position, potential, jnp.ones_like(position))
+    class Broken(Potential):
+        def value_and_grad(self, position):
+            return self.value(position)._replace(grad=jnp.ones_like(position))
 
-    state = broken(-jnp.abs(random.normal(random.key(3), (1, 500))))
+    broken = Broken(lambda u: jnp.where(u > 0, jnp.nan, skewed(u)))
+    position = -jnp.abs(random.normal(random.key(3), (1, 500)))
+    state = KERNELS[kernel]().evaluate(broken, position)
     state, info = KERNELS[kernel]().step(random.key(4), state, broken, jnp.asarray(2.0))
     assert np.all(np.isfinite(state.potential))
     assert np.all(np.asarray(state.position) <= 0)
@@ -140,10 +139,8 @@ def test_a_step_size_per_batch_element():
     """Shapes (chains, walkers, batch, event): element 0 stands still, element 1
     moves."""
 
-    def bowl(position):
-        return KernelState(position, 0.5 * (position**2).sum(-1), position)
-
-    state = bowl(random.normal(random.key(7), (2, 5, 2, 3)))
+    bowl = Potential(lambda position: 0.5 * (position**2).sum(-1))
+    state = bowl.value_and_grad(random.normal(random.key(7), (2, 5, 2, 3)))
     moved, info = MALA().step(random.key(8), state, bowl, jnp.array([0.0, 0.5]))
     np.testing.assert_array_equal(moved.position[:, :, 0], state.position[:, :, 0])
     assert not np.array_equal(moved.position[:, :, 1], state.position[:, :, 1])
@@ -151,5 +148,24 @@ def test_a_step_size_per_batch_element():
 
 
 def test_initial_step_size_scales_with_dimension():
-    assert initial_step_size(MALA(), 64) == pytest.approx(1.36 / 4)
-    assert initial_step_size(MALA(0.2), 64) == 0.2
+    np.testing.assert_allclose(MALA().init_tuning(64, (2,)), [1.36 / 4] * 2, rtol=1e-6)
+    np.testing.assert_allclose(MALA(0.2).init_tuning(64, ()), 0.2, rtol=1e-6)
+
+
+def test_the_exact_form_of_a_kernel():
+    assert ULA(0.3).exactly() == MALA(0.3)
+    assert MALA(0.3).exactly() == MALA(0.3)
+
+
+def test_scaled_moves_are_longer_by_the_factor():
+    """At U = 0 a step is √(2h) ξ: four times h doubles it."""
+    flat = Potential(jnp.zeros_like)
+    for kernel in (MALA(), RandomWalk()):
+        state = kernel.evaluate(flat, jnp.zeros((1, 100)))
+        short, long = (
+            kernel.step(
+                random.key(9), state, flat, kernel.scaled(jnp.asarray(0.1), factor)
+            )[0].position
+            for factor in (1.0, 4.0)
+        )
+        np.testing.assert_allclose(long, 2 * short, rtol=1e-5)

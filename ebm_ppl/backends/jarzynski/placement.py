@@ -2,19 +2,16 @@
 
 from dataclasses import replace
 
-import jax.numpy as jnp
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.backends.jarzynski.warnings import warn_where_islands_disagree
-from ebm_ppl.energy.start import starting_coordinates
-from ebm_ppl.kernels.base import Kernel, initial_step_size
-from ebm_ppl.kernels.langevin import MALA
+from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.walkers.placement import anneal_site
-from ebm_ppl.walkers.site import SiteAtParams
+from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 from ebm_ppl.walkers.state import Walkers, initial_gradient
 
 
@@ -38,26 +35,24 @@ def place_walkers(
     """
     if transform is None:
         distribution = bound.energies(params)[name]
-        transform = starting_coordinates(distribution, name)
+        transform = coordinates_for(kernel, distribution, name, "placing walkers")
     site = SiteAtParams(name, bound, params, transform)
 
-    # Kernels without an accept step would bias the first walkers.
-    is_exact = kernel.target_acceptance is not None
+    # Kernels that are not exact would bias the first walkers.
     annealed = anneal_site(
         rng_key,
         site,
-        kernel if is_exact else MALA(kernel.step_size),
+        kernel.exactly(),
         options,
         num_chains=num_chains,
         num_walkers=num_walkers,
         num_temperatures=num_temperatures,
     )
-    ensemble, step_size = annealed.ensemble, annealed.ladder.step_sizes[-1]
+    ensemble, is_exact = annealed.ensemble, kernel.is_exact
     warn_where_islands_disagree(name, ensemble)
 
-    if not is_exact:
-        step_size = jnp.full_like(step_size, initial_step_size(kernel, site.dimension))
-    walkers = Walkers(ensemble, step_size, transform, None, num_holdout_chains)
+    tuning = annealed.ladder.tuning(-1) if is_exact else site.init_tuning(kernel)
+    walkers = Walkers(ensemble, tuning, transform, None, num_holdout_chains)
     if ensemble.log_normalizer.ndim == 1 and num_chains > num_holdout_chains:
         return replace(walkers, gradient=initial_gradient(site, walkers))
     return walkers
