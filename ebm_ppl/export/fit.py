@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import random
 
-from ebm_ppl.backends.jarzynski.state import JarzynskiState
-from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.energy.wrappers import rewrap
@@ -22,10 +20,7 @@ from ebm_ppl.model.masks import unmasked_rows
 from ebm_ppl.smc.resampling import systematic
 from ebm_ppl.smc.weights import ess_fraction, pareto_khat
 from ebm_ppl.training.fit import Fit
-from ebm_ppl.walkers.state import Walkers
-
-# A generator's draws are independent; ArviZ needs the two dimensions (chain, draw).
-GENERATED = (4, 1000)
+from ebm_ppl.training.state import Population
 
 
 def fit_groups(
@@ -38,18 +33,24 @@ def fit_groups(
     }
     groups["training"] = Group(_training(fit.history, held.naming))
 
+    # log Z
     reported = log_normalizer
-    if isinstance(state, JarzynskiState) and log_normalizer is None:
-        reported = state.log_normalizer()
-    attributes = attributes_of(reported, ends)
+    if log_normalizer is None:
+        reported = state.running_log_normalizer()
+    attributes = attributes_of(reported, ends) | state.attributes()
 
-    if isinstance(state, VERAState):
-        attributes |= _add_generated(groups, state, held)
-    if isinstance(state, JarzynskiState):
-        for index, (name, site) in enumerate(state.walkers.items()):
-            _add_walkers(groups, random.fold_in(held.rng_key, index), name, site, held)
-            held_out = list(range(site.num_training_chains, site.log_weight.shape[0]))
-            attributes[f"holdout_chains{ends[name]}"] = json.dumps(held_out)
+    # Draws
+    populations = state.populations(held.rng_key)
+    for index, (name, population) in enumerate(populations.items()):
+        if population.log_weight is None:
+            _add_draws(groups, name, population, held)
+            continue
+        key = random.fold_in(held.rng_key, index)
+        _add_weighted(groups, key, name, population, held)
+        held_out = np.flatnonzero(population.held_out).tolist()
+        attributes[f"holdout_chains{ends[name]}"] = json.dumps(held_out)
+
+    # Densities
     if usable:
         assert log_normalizer is not None
         attributes |= _mean_log_densities(
@@ -58,24 +59,26 @@ def fit_groups(
     return groups, attributes
 
 
-def _add_walkers(
+def _add_weighted(
     groups: dict[str, Group],
     rng_key: jax.Array,
     name: str,
-    site: Walkers,
+    population: Population,
     held: Contents,
 ) -> None:
-    """Add one energy site to the groups of a Jarzynski fit.
+    """Add the weighted draws of one energy site.
 
-    These are ``posterior_predictive``, ``sample_stats`` and ``islands``.
+    The groups are ``posterior_predictive``, ``sample_stats`` and ``islands``.
 
     One body: one group after another.
     """
     naming, event_dims, energy = held.naming, held.event_dims[name], held.energies[name]
-    end, num_batch_dims = naming.ends[name], site.log_weight.ndim - 2
+    log_weight, values = population.log_weight, np.array(population.values)
+    assert log_weight is not None
+    end, num_batch_dims = naming.ends[name], log_weight.ndim - 2
     # `to_event` around an energy with a batch shape makes the event's first dimensions
     # those of its normalisers.
-    num_declared = len(event_dims) - (site.values.ndim - site.log_weight.ndim)
+    num_declared = len(event_dims) - (values.ndim - log_weight.ndim)
     batch_dims = (
         *naming.batch(name, num_batch_dims - num_declared),
         *event_dims[:num_declared],
@@ -83,17 +86,15 @@ def _add_walkers(
     leading = ("chain", "draw", *batch_dims)
 
     stats = groups["sample_stats"]
-    stats.attrs |= {"draws": "walkers, which carry weights", "draws_are_weighted": 1}
+    what = population.what
+    stats.attrs |= {"draws": f"{what}, which carry weights", "draws_are_weighted": 1}
     stats.attrs[f"log_weights{end}"] = f"sample_stats/log_weight{end}"
-    stats.variables[f"log_weight{end}"] = (leading, np.array(site.log_weight))
-    stats.variables |= _energies(energy, site.values, leading, end)
+    stats.variables[f"log_weight{end}"] = (leading, np.array(log_weight))
+    stats.variables |= _energies(energy, population.values, leading, end)
 
     if name not in held.draws:
-        predictive, ancestors = (
-            groups["posterior_predictive"],
-            _ancestors(rng_key, site),
-        )
-        values = np.array(site.values)
+        predictive = groups["posterior_predictive"]
+        ancestors = _ancestors(rng_key, log_weight)
         indices = ancestors.reshape(
             ancestors.shape + (1,) * (values.ndim - ancestors.ndim)
         )
@@ -104,24 +105,24 @@ def _add_walkers(
             draws,
         )
         predictive.attrs |= {
-            "draws": "walkers, resampled by their weights",
+            "draws": f"{what}, resampled by their weights",
             "draws_are_weighted": 0,
         }
         stats.variables[f"ancestor{end}"] = (leading, ancestors)
 
-    num_chains = site.log_weight.shape[0]
-    held_out = (np.arange(num_chains) >= site.num_training_chains).astype(int)
     groups["islands"].variables |= {
         f"ess{end}": (
             ("chain", *batch_dims),
-            np.array(ess_fraction(site.log_weight, axis=1)),
+            np.array(ess_fraction(log_weight, axis=1)),
         ),
         f"khat{end}": (
             ("chain", *batch_dims),
-            np.array(pareto_khat(jnp.moveaxis(site.log_weight, 1, 0))),
+            np.array(pareto_khat(jnp.moveaxis(log_weight, 1, 0))),
         ),
-        f"held_out{end}": (("chain",), held_out),
     }
+    if population.held_out is not None:
+        held_out = np.array(population.held_out).astype(int)
+        groups["islands"].variables[f"held_out{end}"] = (("chain",), held_out)
 
 
 def _energies(
@@ -138,20 +139,14 @@ def _energies(
     return found
 
 
-def _add_generated(
-    groups: dict[str, Group], state: VERAState, held: Contents
-) -> dict[str, Any]:
-    """A generator's draws, or given ones, with their energies and attributes."""
-    name, num_chains = state.generator.name, GENERATED[0]
+def _add_draws(
+    groups: dict[str, Group], name: str, population: Population, held: Contents
+) -> None:
+    """Add draws that count equally, or given ones in their place, and their energies."""
     naming, event_dims = held.naming, held.event_dims[name]
+    values, what = population.values, population.what
     if name in held.draws:
         values, what = jnp.asarray(held.draws[name]), GIVEN
-    else:
-        _, values = state.draws(held.rng_key, num_chains * GENERATED[1])
-        values, what = (
-            values.reshape(num_chains, -1, *values.shape[1:]),
-            "of the generator, not of the model",
-        )
 
     attrs = {"draws": what, "draws_are_weighted": 0}
     stats, predictive = groups["sample_stats"], groups["posterior_predictive"]
@@ -164,15 +159,11 @@ def _add_generated(
     )
     stats.attrs |= attrs
     predictive.attrs |= attrs
-    return {
-        "entropy_weight": float(state.entropy_weight),
-        "log_normalizer_bound": float(state.log_normalizer_bound),
-    }
 
 
-def _ancestors(rng_key: jax.Array, walkers: Walkers) -> np.ndarray:
+def _ancestors(rng_key: jax.Array, log_weight: jax.Array) -> np.ndarray:
     """Ancestor indices per island and batch element, of the log weights' shape."""
-    rows = jnp.moveaxis(walkers.log_weight, 1, -1)
+    rows = jnp.moveaxis(log_weight, 1, -1)
     flat = rows.reshape(-1, rows.shape[-1])
     picked = jax.vmap(systematic)(random.split(rng_key, flat.shape[0]), flat)
     return np.moveaxis(np.array(picked).reshape(rows.shape), -1, 1)

@@ -80,6 +80,8 @@ class Kernel(ABC):
     """
 
     space: ClassVar[Space] = Space.REAL
+    uses_gradient: ClassVar[bool] = False
+    """Whether a step reads the gradient of the potential."""
     is_exact: ClassVar[bool] = True
     """Whether a move leaves exp(−U) invariant, so that its log weight is 0."""
 
@@ -97,7 +99,9 @@ class Kernel(ABC):
         """
 
     def evaluate(self, target: Target, position: Array) -> KernelState:
-        """What a step needs to know at the walkers' positions."""
+        """The potential at every walker, with its gradient where a step reads it."""
+        if self.uses_gradient:
+            return target.value_and_grad(position)
         return target.value(position)
 
     def init_tuning(self, dimension: int, batch_shape: tuple[int, ...]) -> Tuning:

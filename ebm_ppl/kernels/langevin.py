@@ -48,9 +48,7 @@ def log_transition_difference(
 class Langevin(StepSizeKernel):
     """What the Langevin kernels share: the proposal, from the gradient."""
 
-    def evaluate(self, target: Target, position: Array) -> KernelState:
-        """Potential and gradient of every walker."""
-        return target.value_and_grad(position)
+    uses_gradient: ClassVar[bool] = True
 
     def _propose(
         self, rng_key: Array, state: KernelState, target: Target, step_size: Array
@@ -62,7 +60,7 @@ class Langevin(StepSizeKernel):
         ).reshape(state.position.shape)
         h = with_event_dims(step_size, state.position.ndim - state.potential.ndim)
         position = state.position - h * state.grad + jnp.sqrt(2.0 * h) * noise
-        return target.value_and_grad(position)
+        return self.evaluate(target, position)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.loop import run
 
@@ -32,8 +33,8 @@ class Finite(NamedTuple):
 class Backend(ABC):
     """A training algorithm: subclasses write :meth:`_start` and :meth:`update`.
 
-    States are frozen dataclasses, registered as pytrees, with fields ``params``
-    (unconstrained), ``transforms`` and ``rng_key``.
+    States are frozen dataclasses, subclasses of :class:`State` and registered as
+    pytrees, with fields ``params`` (unconstrained), ``transforms`` and ``rng_key``.
     """
 
     parts: ClassVar[dict[str, str]] = {
@@ -41,6 +42,9 @@ class Backend(ABC):
         "gradient": "the gradient",
     }
     """Parts of a step that may fail to be finite, in words."""
+
+    diagnostics: ClassVar[tuple[Diagnostic, ...]] = (LOSS, GRAD_NORM)
+    """The keys of ``Fit.history``."""
 
     @abstractmethod
     def _start(

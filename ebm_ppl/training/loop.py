@@ -14,11 +14,11 @@ from ebm_ppl.errors import NonFiniteError
 from ebm_ppl.model.program import Params
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.programs.snapshot import Snapshot, snapshot
+from ebm_ppl.training.diagnostics import Diagnostic, progress_text
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.messages import (
     deferred_interrupt,
     non_finite_message,
-    progress_text,
 )
 
 MAX_CHUNK = 1024
@@ -32,6 +32,11 @@ class Steps(Protocol):
     @property
     def parts(self) -> dict[str, str]:
         """Parts of a step that may fail to be finite, in words."""
+        ...
+
+    @property
+    def diagnostics(self) -> tuple[Diagnostic, ...]:
+        """The keys of the history, and how the progress bar shows them."""
         ...
 
     def update(
@@ -96,7 +101,8 @@ def run(
                 raise NonFiniteError(message, done, fit)
 
             # The first chunk includes compilation, so its time is not used.
-            bar.set_postfix_str(progress_text(pieces[-1]), refresh=False)
+            text = progress_text(backend.diagnostics, pieces[-1])
+            bar.set_postfix_str(text, refresh=False)
             target = 16 if done == 1 else int(ran * SECONDS_PER_CHUNK / elapsed)
             length = max(1, min(target, MAX_CHUNK))
 

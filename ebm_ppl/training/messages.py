@@ -1,12 +1,10 @@
-"""Progress text, error messages and interrupts of the training loop."""
+"""Error messages and interrupts of the training loop."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-import numpy as np
 
 
 def non_finite_message(finite: Any, step: int, parts: dict[str, str]) -> str:
@@ -35,22 +33,6 @@ def non_finite_message(finite: Any, step: int, parts: dict[str, str]) -> str:
         "constraint=constraints.interval(0.01, 1.0), and its draws in the base's "
         "support: ebm_ppl.standardized_normal)."
     )
-
-
-def progress_text(history: dict[str, Any]) -> str:
-    """A short summary of the last entries of a history."""
-    parts = [f"loss {history['loss'][-1]:.4g}"]
-    if "ess" in history:
-        parts.append(
-            "ESS "
-            + ", ".join(f"{np.min(ess[-1]):.2f}" for ess in history["ess"].values())
-        )
-    if "log_normalizer" in history:
-        for name, value in history["log_normalizer"].items():
-            error = history["log_normalizer_stderr"][name][-1]
-            if np.ndim(error) == 0:
-                parts.append(f"log Z[{name}] {value[-1]:.3f} ± {error:.3f}")
-    return ", ".join(parts)
 
 
 @contextmanager

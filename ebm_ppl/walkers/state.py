@@ -60,6 +60,10 @@ class Walkers:
         """Number of islands that enter the gradient."""
         return self.ensemble.log_weight.shape[0] - self.num_holdout_chains
 
+    def is_training(self) -> Array:
+        """Which islands enter the gradient, ``(num_chains,)``."""
+        return jnp.arange(self.log_weight.shape[0]) < self.num_training_chains
+
     def log_normalizer(self) -> tuple[Array, Array]:
         """Held-out log Z and its jackknife standard error, each of the batch shape."""
         return jackknife_log_mean_exp(

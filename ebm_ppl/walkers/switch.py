@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from ebm_ppl.energy.start import potential_at
-from ebm_ppl.kernels.base import KernelState
+from ebm_ppl.kernels.base import Kernel, KernelState
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 from ebm_ppl.smc.weights import conditional_ess_fraction
@@ -20,7 +20,7 @@ def merge_islands(value: Array) -> Array:
 
 
 def switch(
-    bound: BoundModel, name: str, params: Params, walkers: Walkers
+    kernel: Kernel, bound: BoundModel, name: str, params: Params, walkers: Walkers
 ) -> tuple[Walkers, KernelState, Array]:
     """Reweight walkers at new parameters: ``A += U_θ(X) − U_θ'(X)`` at fixed X.
 
@@ -40,7 +40,7 @@ def switch(
     position = merge_islands(ensemble.position)
     potential, pull = jax.vjp(potential_of, params, position)
     (_, grad) = pull(jnp.ones_like(potential))
-    evaluated = KernelState(position, potential, grad)
+    evaluated = KernelState(position, potential, grad if kernel.uses_gradient else ())
 
     # Reweight
     potential = potential.reshape(ensemble.potential.shape)

@@ -289,7 +289,13 @@ def test_run_without_a_state_starts_with_init(trained):
 
 
 def test_history_has_one_entry_per_step_and_pinned_keys(trained):
+    declared = trained.backend.diagnostics
     assert set(trained.fit.history) == trained.entry.history
+    assert {diagnostic.key for diagnostic in declared} == trained.entry.history
+    for diagnostic in declared:
+        assert isinstance(trained.fit.history[diagnostic.key], dict) == (
+            diagnostic.by_site
+        )
     for leaf in jax.tree.leaves(trained.fit.history):
         assert isinstance(leaf, np.ndarray)
         assert len(leaf) == 40
@@ -300,6 +306,18 @@ def test_history_has_one_entry_per_step_and_pinned_keys(trained):
         if isinstance(entry, dict)
         for site in entry
     }
+
+
+def test_an_export_holds_the_draws_of_the_state(trained):
+    exported = ebm.to_arviz(trained.fit, model, X)
+    (population,) = trained.fit.state.populations(random.key(0)).values()
+    drawn = exported["posterior_predictive"]["x"]
+    assert drawn.dims[:2] == ("chain", "draw")
+    assert drawn.shape == population.values.shape
+    assert exported["sample_stats"]["energy"].shape == drawn.shape[:2]
+    assert ("log_weight" in exported["sample_stats"]) == (
+        population.log_weight is not None
+    )
 
 
 def test_params_and_state_belong_to_one_step(trained):

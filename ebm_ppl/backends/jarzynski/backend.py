@@ -8,7 +8,7 @@ parameter step stays near a target.
 
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import Resampling, systematic
 from ebm_ppl.training.backend import Backend, Finite
+from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, updates_of
 from ebm_ppl.walkers.moves import move_walkers, resample_or_return
@@ -85,6 +86,25 @@ class Jarzynski(Backend):
 
     Source: Carbone, Hua, Coste and Vanden-Eijnden (2023), Algorithms 1–4.
     """
+
+    diagnostics: ClassVar[tuple[Diagnostic, ...]] = (
+        LOSS,
+        Diagnostic("ess", by_site=True, label="ESS", spec=".2f"),
+        Diagnostic("ess_holdout", by_site=True),
+        Diagnostic(
+            "log_normalizer",
+            by_site=True,
+            label="log Z",
+            spec=".3f",
+            error="log_normalizer_stderr",
+        ),
+        Diagnostic("log_normalizer_stderr", by_site=True),
+        Diagnostic("log_normalizer_training", by_site=True),
+        Diagnostic("update_scale"),
+        Diagnostic("resampled", by_site=True),
+        Diagnostic("acceptance", by_site=True),
+        GRAD_NORM,
+    )
 
     model: Model
     optim: optax.GradientTransformation
@@ -153,6 +173,7 @@ class Jarzynski(Backend):
 
         # Switch
         scale, params, walkers, evaluated = controlled_switch(
+            self.kernel,
             bound,
             state.params,
             state.walkers,

@@ -8,7 +8,7 @@ import optax
 from jax import Array, lax
 
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.kernels.base import KernelState
+from ebm_ppl.kernels.base import Kernel, KernelState
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 from ebm_ppl.walkers.state import Walkers, training_mean_potential
@@ -59,6 +59,7 @@ class Switched(NamedTuple):
 
 
 def controlled_switch(
+    kernel: Kernel,
     bound: BoundModel,
     params: Params,
     walkers: dict[str, Walkers],
@@ -75,7 +76,9 @@ def controlled_switch(
     def attempt(scale: Array) -> tuple[Switched, Array]:
         scaled = jax.tree.map(lambda u: scale * u, updates)
         new = optax.apply_updates(params, scaled)
-        switched = {name: switch(bound, name, new, w) for name, w in walkers.items()}
+        switched = {
+            name: switch(kernel, bound, name, new, w) for name, w in walkers.items()
+        }
         ess = jnp.min(jnp.stack([jnp.min(ess) for _, _, ess in switched.values()]))
 
         reweighted = {name: w for name, (w, _, _) in switched.items()}

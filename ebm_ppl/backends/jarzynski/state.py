@@ -12,6 +12,7 @@ from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.training.state import Population, State
 from ebm_ppl.walkers.state import Walkers
 
 
@@ -28,7 +29,7 @@ from ebm_ppl.walkers.state import Walkers
     meta_fields=[],
 )
 @dataclass(frozen=True)
-class JarzynskiState:
+class JarzynskiState(State):
     """Everything that the next update needs.
 
     Attributes:
@@ -51,6 +52,19 @@ class JarzynskiState:
     def constrained_params(self) -> Params:
         """Values at the model's ``param`` and unobserved sample sites."""
         return constrain(self.transforms, self.params)
+
+    def populations(self, rng_key: Array) -> dict[str, Population]:
+        """The walkers, which carry weights."""
+        return {
+            name: Population(
+                site.values, "walkers", site.log_weight, ~site.is_training()
+            )
+            for name, site in self.walkers.items()
+        }
+
+    def running_log_normalizer(self) -> LogNormalizer:
+        """See :meth:`log_normalizer`."""
+        return self.log_normalizer()
 
     def log_normalizer(self, tolerance: float = 1.0) -> LogNormalizer:
         """The running log Z of the held-out islands, for monitoring a run.

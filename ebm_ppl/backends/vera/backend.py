@@ -35,6 +35,7 @@ from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite
+from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params
 
@@ -120,6 +121,16 @@ class VERA(Backend):
     importance_weights: bool = False
 
     parts: ClassVar[dict[str, str]] = Backend.parts | {"generator": "the generator"}
+    diagnostics: ClassVar[tuple[Diagnostic, ...]] = (
+        LOSS,
+        Diagnostic("generator_loss"),
+        Diagnostic("entropy", by_site=True),
+        Diagnostic("generator_ess", by_site=True),
+        Diagnostic("log_normalizer_bound", by_site=True),
+        Diagnostic("at_bound"),
+        GRAD_NORM,
+        Diagnostic("generator_grad_norm"),
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

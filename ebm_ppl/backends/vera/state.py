@@ -10,6 +10,10 @@ from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.model.program import Params
+from ebm_ppl.training.state import Population, State
+
+# A generator's draws are independent; ArviZ needs the two dimensions (chain, draw).
+POPULATION = (4, 1000)
 
 
 @partial(
@@ -29,7 +33,7 @@ from ebm_ppl.model.program import Params
     meta_fields=["entropy_weight"],
 )
 @dataclass(frozen=True)
-class VERAState:
+class VERAState(State):
     """Everything that the next update needs.
 
     Attributes:
@@ -58,6 +62,20 @@ class VERAState:
     log_normalizer_bound: Array
     rng_key: Array
     entropy_weight: float
+
+    def populations(self, rng_key: Array) -> dict[str, Population]:
+        """Independent draws of the generator."""
+        _, values = self.draws(rng_key, POPULATION[0] * POPULATION[1])
+        values = values.reshape(*POPULATION, *values.shape[1:])
+        what = "of the generator, not of the model"
+        return {self.generator.name: Population(values, what)}
+
+    def attributes(self) -> dict[str, float]:
+        """The entropy weight, and the generator's bound on log Z."""
+        return {
+            "entropy_weight": float(self.entropy_weight),
+            "log_normalizer_bound": float(self.log_normalizer_bound),
+        }
 
     def draws(self, rng_key: Array, num_draws: int) -> tuple[Array, Array]:
         """Draws ``(z, x)`` of the generator.

@@ -1,0 +1,40 @@
+"""What the state of any backend can tell an export."""
+
+from typing import NamedTuple
+
+from jax import Array
+
+from ebm_ppl.energy.log_normalizer import LogNormalizer
+
+
+class Population(NamedTuple):
+    """Draws of one energy site that a state holds.
+
+    Attributes:
+        values: ``(num_chains, num_draws, *batch_shape, *event_shape)``.
+        what: What they are, in words.
+        log_weight: Log weights A, ``(num_chains, num_draws, *batch_shape)``; None where
+            draws count equally.
+        held_out: Whether each chain is held out of the training, ``(num_chains,)``.
+    """
+
+    values: Array
+    what: str
+    log_weight: Array | None = None
+    held_out: Array | None = None
+
+
+class State:
+    """Base of the states of backends; a state without walkers overrides nothing."""
+
+    def populations(self, rng_key: Array) -> dict[str, Population]:
+        """Draws by energy site; ``rng_key`` is for states that make theirs."""
+        return {}
+
+    def attributes(self) -> dict[str, float]:
+        """Numbers that describe the fit, by attribute name."""
+        return {}
+
+    def running_log_normalizer(self) -> LogNormalizer | None:
+        """Log Z as the run estimates it; never certified."""
+        return None
