@@ -322,6 +322,12 @@ def main(arguments=None):
         help="rungs of the annealing that gives log Z",
     )
     parser.add_argument(
+        "--walkers",
+        type=int,
+        default=64,
+        help="walkers per island of that annealing, on 16 islands",
+    )
+    parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "output"
     )
     options = parser.parse_args(arguments)
@@ -354,6 +360,7 @@ def main(arguments=None):
             model,
             fit.params,
             *data,
+            num_walkers=options.walkers,
             num_temperatures=options.temperatures,
         )
         logits = lambda x, fit=fit: net.apply({"params": fit.params["net$params"]}, x)  # noqa: E731

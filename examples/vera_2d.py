@@ -87,9 +87,10 @@ def make_generator(base):
     return generator
 
 
-def fit_one(name, steps, particles, temperatures, folder):
+def fit_one(name, options):
     """Fit one density, print its row of the table, save its data; what the figure
     shows."""
+    steps = options.steps
     train, test = (
         DATA[name](size, seed).astype(np.float32)
         for size, seed in ((4_000, 0), (2_000, 1))
@@ -107,7 +108,7 @@ def fit_one(name, steps, particles, temperatures, folder):
         make_generator(base),
         optim,
         generator_optim,
-        num_particles=particles,
+        num_particles=options.particles,
         gradient_penalty=0.01,
     )
     began = time.perf_counter()
@@ -115,7 +116,12 @@ def fit_one(name, steps, particles, temperatures, folder):
     seconds = time.perf_counter() - began
 
     log_z = ebm.log_normalizer(
-        random.key(1), model, fit.params, train, num_temperatures=temperatures
+        random.key(1),
+        model,
+        fit.params,
+        train,
+        num_walkers=options.walkers,
+        num_temperatures=options.temperatures,
     )
     _, drawn = fit.state.draws(random.key(2), 2_000)
     # Many short chains, each from a draw of the generator.
@@ -134,7 +140,7 @@ def fit_one(name, steps, particles, temperatures, folder):
     idata = ebm.to_arviz(
         fit, model, test, log_normalizer=log_z, draws=refined, allow_uncertified=True
     )
-    idata.to_netcdf(folder / f"vera_{name}.nc")
+    idata.to_netcdf(options.output / f"vera_{name}.nc")
     mixture = GaussianMixture(20, random_state=0).fit(train).score(test)
     print(
         f"{name}: test log-likelihood {idata.attrs['mean_log_density']:.3f} ± "
@@ -174,6 +180,7 @@ def main(arguments=None):
     parser.add_argument("--particles", type=int, default=256)
     parser.add_argument("--names", nargs="+", choices=DATA, default=list(DATA))
     parser.add_argument("--temperatures", type=int, default=512)
+    parser.add_argument("--walkers", type=int, default=64)
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "output"
     )
@@ -184,9 +191,7 @@ def main(arguments=None):
         num_rows, 3, figsize=(10, 3.4 * num_rows), layout="constrained", squeeze=False
     )
     for name, row in zip(options.names, axes, strict=True):
-        fit, idata, base, train, drawn, refined = fit_one(
-            name, options.steps, options.particles, options.temperatures, options.output
-        )
+        fit, idata, base, train, drawn, refined = fit_one(name, options)
         draw_row(row, name, fit, base, train, drawn, refined)
     figure.savefig(options.output / "vera_2d.png", dpi=120)
     plt.close(figure)

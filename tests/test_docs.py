@@ -189,7 +189,7 @@ TINY = ["--steps", "20", "--temperatures", "16"]
     [
         (
             "digits",
-            [*TINY, "--walkers", "10"],
+            [*TINY, "--walkers", "4"],
             {"samples.png", "training.png", "energies.png", "digits.nc"},
             [
                 "energy model",
@@ -202,7 +202,7 @@ TINY = ["--steps", "20", "--temperatures", "16"]
         ),
         (
             "vera_2d",
-            [*TINY, "--names", "moons", "--particles", "8"],
+            [*TINY, "--walkers", "4", "--names", "moons", "--particles", "8"],
             {"vera_2d.png", "vera_moons.nc"},
             [
                 "moons: test log-likelihood",
@@ -213,7 +213,7 @@ TINY = ["--steps", "20", "--temperatures", "16"]
         ),
         (
             "semi_supervised",
-            [*TINY, "--table", "breast_cancer"],
+            [*TINY, "--walkers", "4", "--table", "breast_cancer"],
             {
                 "breast_cancer.png",
                 "breast_cancer_jarzynski.nc",
