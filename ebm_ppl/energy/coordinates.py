@@ -10,6 +10,7 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import (
+    AbsTransform,
     AffineTransform,
     ComposeTransform,
     IdentityTransform,
@@ -70,7 +71,11 @@ def standardizing_transform(base: dist.Distribution) -> Transform:
     summed.
     """
     inner = innermost(base)
-    if isinstance(inner, dist.TransformedDistribution):
+    # The map u → |u| has no inverse: a folded base takes its support's bijection.
+    is_folded = isinstance(inner, dist.TransformedDistribution) and any(
+        isinstance(part, AbsTransform) for part in inner.transforms
+    )
+    if isinstance(inner, dist.TransformedDistribution) and not is_folded:
         parts = [standardizing_transform(inner.base_dist), *inner.transforms]
         return _sum_event_dims(ComposeTransform(parts), base)
     if isinstance(inner, dist.Normal):

@@ -16,7 +16,7 @@ from ebm_ppl.energy.construction import (
     check_base_and_start,
     checked_factors,
 )
-from ebm_ppl.energy.draws import draw_annealed
+from ebm_ppl.energy.draws import draw_annealed, no_key
 from ebm_ppl.energy.fingerprint import Fingerprint, require_same_energy
 from ebm_ppl.energy.guard import (
     Constant,
@@ -334,7 +334,8 @@ class EnergyDistribution(dist.Distribution):
                 needs_continuous(self.base, name, "drawing by Langevin moves")
             )
 
-        assert key is not None
+        if key is None:
+            raise ValueError(no_key(name))
         return draw_annealed(key, self, start, tuple(sample_shape))
 
     def _site_name(self) -> str | None:

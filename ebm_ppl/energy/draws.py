@@ -10,6 +10,7 @@ from jax import Array, random
 from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.start import annealing_path
 from ebm_ppl.energy.unnormalized import Unnormalized
+from ebm_ppl.errors import at_site
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.smc.annealing import AnnealingOptions, anneal
 from ebm_ppl.smc.pilot import refine_ladder, run_pilot
@@ -70,3 +71,13 @@ def draw_annealed(
     indices = picked.reshape(picked.shape + (1,) * len(event_shape))
     draws = jnp.take_along_axis(values, indices, axis=0)
     return draws.reshape(sample_shape + batch_shape + event_shape)
+
+
+def no_key(name: str | None) -> str:
+    """Message for an energy that is to be drawn without a PRNG key."""
+    return (
+        f"The energy{at_site(name)} is to be drawn, and there is no key: give it data "
+        "(obs=; obs_mask= would make its masked rows latent, where "
+        "numpyro.handlers.mask leaves them out), or run the model under "
+        "numpyro.handlers.seed or Predictive."
+    )

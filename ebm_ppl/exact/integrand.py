@@ -4,11 +4,13 @@
 """
 
 import math
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+import numpyro.distributions as dist
+from jax import Array, random
 from numpyro.distributions.transforms import (
     AffineTransform,
     IdentityTransform,
@@ -30,6 +32,13 @@ from ebm_ppl.exact.judge import Density, Rows
 # negligible.
 REACH = 1e4
 
+# Draws of the base at all batch elements together.
+MAX_DRAWS = 2**16
+
+# Relative error of the density at a draw of the base that does not count: unlike data
+# rows, draws are there to find what was overlooked.
+SLACK = 0.01
+
 
 class Integrand:
     """log of ``base(x) exp(−E(x)) |dx/dt|`` over a box of t.
@@ -39,7 +48,8 @@ class Integrand:
 
     def __init__(self, distribution: EnergyDistribution, name: str | None) -> None:
         self.distribution = distribution
-        self.transform = _coordinates(distribution)
+        self.start = _start(distribution)
+        self.transform = standardizing_transform(self.start)
         self.batch_shape = distribution.batch_shape
         shape = self.transform.inverse_shape(
             distribution.batch_shape + distribution.event_shape
@@ -124,9 +134,53 @@ class Integrand:
         magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
         return potential, jnp.broadcast_to(magnitude, potential.shape)
 
-    def rows(self, values: Array) -> Rows:
-        """Data rows, ``(num_rows, *batch_shape, *event_shape)``, in coordinates t."""
-        values = jnp.asarray(values, self.dtype)
+    def rows(self, data: Array | None, num_draws: int, seed: int) -> Rows | None:
+        """Points near which mass is not overlooked, in coordinates t.
+
+        They are data rows, ``(num_rows, *batch_shape, *event_shape)``, and draws of the
+        base.
+        """
+        points = [] if data is None else [jnp.asarray(data, self.dtype)]
+        slack = [np.zeros(len(found)) for found in points]
+        draws = self.draws(num_draws, seed)
+        if draws is not None:
+            points.append(draws)
+            slack.append(np.full(len(draws), SLACK))
+        if not points:
+            return None
+        return self.at(jnp.concatenate(points), np.concatenate(slack))
+
+    def draws(self, num: int, seed: int) -> Array | None:
+        """Draws of the base, the same in every call; None where it has no sampler.
+
+        They are fewer than ``num`` where there are many batch elements.
+        """
+        if is_improper(self.start):
+            return None
+        num = min(num, max(16, MAX_DRAWS // max(self.batch, 1)))
+        leaves = jax.tree.leaves(self.start)
+        is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+        # Of a known base they are constants of a compiled model.
+        when = jax.ensure_compile_time_eval() if is_known else nullcontext()
+        try:
+            with when:
+                return self.start.sample(random.key(seed), (num,)).astype(self.dtype)
+        except NotImplementedError:
+            return None
+
+    def log_start(self, position: Array) -> Array:
+        """Log density of the base (or ``start``) at t, ``(num_points, batch)``."""
+        unconstrained = jnp.sinh(position).reshape(
+            -1, *self.batch_shape, *self.event_shape
+        )
+        value = self.transform(unconstrained)
+        log_det = log_abs_det(self.transform, unconstrained, value)
+        log_start = unchecked_log_prob(self.start, value) + log_det
+        log_jacobian = jnp.log(jnp.cosh(position)).sum(-1)
+        return log_start.reshape(log_jacobian.shape) + log_jacobian
+
+    def at(self, values: Array, slack: np.ndarray) -> Rows:
+        """Points in coordinates t, with their densities."""
         event_dims = tuple(range(1 + len(self.batch_shape), values.ndim))
         position = self.transform.inv(values).reshape(
             len(values), self.batch, self.dims
@@ -138,10 +192,16 @@ class Integrand:
         )
         is_valid = is_valid.reshape(position.shape[:2]) & jnp.isfinite(position).all(-1)
         position = jnp.where(is_valid[..., None], position, 0.0)
-        return Rows(position, is_valid, self.density(position, False))
+        return Rows(
+            position,
+            is_valid,
+            self.density(position, False),
+            jnp.asarray(slack, self.dtype),
+        )
 
 
-def _coordinates(distribution: EnergyDistribution) -> Transform:
+def _start(distribution: EnergyDistribution) -> dist.Distribution:
+    """The base, or ``start`` in the place of an improper one."""
     base = distribution.base
     start = distribution.start
     if (
@@ -149,8 +209,8 @@ def _coordinates(distribution: EnergyDistribution) -> Transform:
         and start is not None
         and same_support(start.support, base.support)
     ):
-        base = start
-    return standardizing_transform(base)
+        return start
+    return base
 
 
 def _is_affine(transform: Transform) -> bool:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.nn import logsumexp
 
 from ebm_ppl.exact.rule import (
     ANTIDERIVATIVE,
@@ -41,11 +42,19 @@ DensityAt = Callable[[Array, bool], Density]
 
 
 class Rows(NamedTuple):
-    """Data rows: coordinates ``(num_rows, batch, dims)``, validity and density."""
+    """Points near which no mass is to be overlooked.
+
+    Attributes:
+        position: Coordinates, ``(num_rows, batch, dims)``.
+        is_valid: Whether they lie in the support, ``(num_rows, batch)``.
+        density: The density there.
+        slack: Relative error of the density that does not count, ``(num_rows,)``.
+    """
 
     position: Array
     is_valid: Array
     density: Density
+    slack: Array
 
 
 class Cells(NamedTuple):
@@ -162,7 +171,34 @@ def _mismatch(value: Array, step: Array, axis: int) -> Array:
 def _error_at_rows(
     value: Array, top: Array, floor: Array, corner: Array, width: Array, rows: Rows
 ) -> Array:
-    """Interpolation error at the worst data row of each cell, divided by e^top."""
+    """Interpolation error at the worst row of each cell, divided by e^top."""
+    at = _interpolate(value, top, floor, corner, width, rows)
+    size = jnp.abs(at.found) + jnp.abs(at.predicted)
+    error = jnp.maximum(at.error - rows.slack[:, None] * size, 0.0)
+    return jnp.zeros_like(width).at[at.cell, at.element].max(error)
+
+
+class Interpolated(NamedTuple):
+    """The density at rows and by the polynomials of their cells, divided by e^top.
+
+    Attributes:
+        cell: Index of each row's cell, ``(num_rows, batch)``.
+        element: Index of its batch element, likewise.
+        found: The density; 0 in no cell, like the next two.
+        predicted: By interpolation.
+        error: Their difference beyond rounding.
+    """
+
+    cell: Array
+    element: Array
+    found: Array
+    predicted: Array
+    error: Array
+
+
+def _interpolate(
+    value: Array, top: Array, floor: Array, corner: Array, width: Array, rows: Rows
+) -> Interpolated:
     _, batch, dims = corner.shape
     local = (rows.position - corner[:, None]) / width[:, None, :, None]
     inside = jnp.all((local >= 0) & (local < 1), axis=-1) & rows.is_valid
@@ -184,8 +220,39 @@ def _error_at_rows(
     error = jnp.maximum(
         jnp.abs(found - predicted) - 4 * (floor[cell, element] + noise), 0.0
     )
-    return (
-        jnp.zeros_like(width)
-        .at[cell, element]
-        .max(jnp.where(jnp.any(inside, axis=0), error, 0.0))
+    # Beyond its cell a polynomial is soon infinite.
+    is_inside = jnp.any(inside, axis=0)
+    found, predicted, error = (
+        jnp.where(is_inside, part, 0.0) for part in (found, predicted, error)
     )
+    return Interpolated(cell, element, found, predicted, error)
+
+
+@jax.jit
+def log_overlooked(
+    log_value: Array, cells: Cells, draws: Rows, log_start: Array
+) -> Array:
+    """Log of the mass between the nodes that the cells' polynomials do not know.
+
+    Draws of the start, density s, estimate the integral of ``|f − f̂|`` as a mean of
+    ``|f − f̂| / s``; they must not have guided the splitting.
+
+    Args:
+        log_value: log f at the cells' nodes, ``(num_points, batch)``.
+        cells: Cells; those without mass, such as cells that were split, are ignored.
+        draws: Draws of the start.
+        log_start: log s at the draws, ``(num_draws, batch)``.
+    """
+    num_cells, _, dims = cells.corner.shape
+    shape = (num_cells, -1, *(NUM_NODES,) * dims)
+    log_value = _batch_first(log_value, num_cells).reshape(shape)
+    top = jnp.max(log_value, axis=tuple(range(2, 2 + dims)))
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    value = jnp.exp(jnp.minimum(log_value - _beside(top, dims), 0.0))
+
+    is_used = cells.log_mass > -jnp.inf
+    corner = jnp.where(is_used[..., None], cells.corner, jnp.inf)
+    no_floor = jnp.zeros_like(top)
+    at = _interpolate(value, top, no_floor, corner, cells.width, draws)
+    log_error = jnp.log(at.error) + top[at.cell, at.element] - log_start
+    return logsumexp(log_error, axis=0) - jnp.log(len(log_start))

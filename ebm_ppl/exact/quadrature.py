@@ -22,7 +22,12 @@ from ebm_ppl.exact.cells import (
     refine,
 )
 from ebm_ppl.exact.integrand import Integrand
-from ebm_ppl.exact.judge import NUM_CELLS_WITH_SLOPES, Cells, judge
+from ebm_ppl.exact.judge import (
+    NUM_CELLS_WITH_SLOPES,
+    Cells,
+    judge,
+    log_overlooked,
+)
 from ebm_ppl.exact.lattice import lattice, log_weights, nodes_of
 from ebm_ppl.exact.rule import NUM_NODES
 from ebm_ppl.exact.verdict import (
@@ -49,6 +54,10 @@ CELLS_IN_MODELS = {1: 160, 2: 256}
 EFFORT_IN_MODELS = {1: Effort(24, 8), 2: Effort(24, 16)}
 
 MAX_ROWS_IN_MODELS = 256
+
+# Draws of the base that guide the splitting, and as many others that judge its result.
+NUM_DRAWS, NUM_DRAWS_IN_MODELS = 1_024, 128
+NUM_CHECKS, NUM_CHECKS_IN_MODELS = 4_096, 256
 
 
 def quadrature(
@@ -79,7 +88,7 @@ def integral(
         name: The site's name, for messages.
         num_points: Per dimension, odd, before any cell is split.
         rows: Data at the site, ``(num_rows, *batch_shape, *event_shape)``: mass near
-            them is not overlooked.
+            them is not overlooked, nor near draws of the base.
 
     Raises:
         ValueError: More than two dimensions, or a discrete support.
@@ -101,7 +110,7 @@ def integral(
     if isinstance(density.log_value, jax.core.Tracer):
         return _integral_in_model(integrand, num_points, rows)
 
-    at_rows = None if rows is None else integrand.rows(rows)
+    at_rows = integrand.rows(rows, NUM_DRAWS, 0)
     cells = judge(density, corner, width, at_rows)
     if not has_slopes:
         cells = look_at_slopes(integrand.density, cells, at_rows)
@@ -117,7 +126,31 @@ def integral(
     log_missed = log_share_beyond(
         density.log_value, per_axis, integrand.dims, width[0, 0], integrand.steepening
     )
-    return read_verdict(integrand, cells, log_missed, at_rows)
+    overlooked = _look_at_draws(integrand, cells)
+    return read_verdict(integrand, cells, log_missed, at_rows, overlooked)
+
+
+def _look_at_draws(integrand: Integrand, cells: Cells) -> Array:
+    """Log of the mass that draws of the base find between the cells' nodes."""
+    draws = integrand.draws(NUM_CHECKS, 1)
+    if draws is None:
+        return jnp.full((integrand.batch,), -jnp.inf)
+
+    # Powers of two: a few compiled lengths serve all energies.
+    occupied = int(jnp.max(jnp.sum(cells.log_mass > -jnp.inf, axis=0)))
+    num = min(2 ** max(occupied - 1, 1).bit_length(), cells.width.shape[0])
+    _, chosen = heaviest(cells, num)
+    nodes = nodes_of(chosen.corner, chosen.width)
+    return _overlooked(
+        integrand, draws, integrand.density(nodes, False).log_value, chosen
+    )
+
+
+def _overlooked(
+    integrand: Integrand, draws: Array, log_value: Array, cells: Cells
+) -> Array:
+    rows = integrand.at(draws, np.zeros(len(draws)))
+    return log_overlooked(log_value, cells, rows, integrand.log_start(rows.position))
 
 
 def rows_at(distribution: EnergyDistribution, value: ArrayLike) -> Array | None:
@@ -169,7 +202,7 @@ def _integral_in_model(
     def search(position: Array) -> tuple[Cells, Verdict, Array, Array]:
         """The heaviest cells, their verdict, log mass of the others, and jumps."""
         density = integrand.density(position, False)
-        at_rows = None if rows is None else integrand.rows(rows)
+        at_rows = integrand.rows(rows, NUM_DRAWS_IN_MODELS, 0)
         cells = judge(density, corner, width, at_rows)
         cells = refine(
             integrand.density,
@@ -209,6 +242,14 @@ def _integral_in_model(
         lambda t: integrand.density(t, False).log_value, position
     )
     found = lax.stop_gradient(log_value(position, *map(lax.stop_gradient, constants)))
+
+    # Draws of the base that did not guide the choice
+    draws = integrand.draws(NUM_CHECKS_IN_MODELS, 1)
+    if draws is not None:
+        over = _overlooked(integrand, draws, found, cells)
+        share = jnp.exp(lax.stop_gradient(over) - logsumexp(cells.log_mass, axis=0))
+        verdict = verdict._replace(overlooked=share)
+
     is_used = (found > -jnp.inf) & jnp.repeat(
         cells.log_mass > -jnp.inf, NUM_NODES**dims, axis=0
     )

@@ -8,6 +8,11 @@ import numpy as np
 from jax import Array
 from jax.nn import logsumexp
 
+from ebm_ppl.energy.rounding import (
+    MAX_ERROR,
+    normalization_error,
+    not_normalized,
+)
 from ebm_ppl.exact.cells import relative_error
 from ebm_ppl.exact.integrand import Integrand
 from ebm_ppl.exact.judge import Cells, Rows
@@ -19,6 +24,9 @@ MAX_WITHOUT_SLOPE = 1e-3
 
 # In nats: how far rounding may shift log Z, and with it every row's log density.
 MAX_ROUNDING = 1e-3
+
+# The share of the mass that draws of the base may find between the points.
+MAX_OVERLOOKED = 1e-3
 
 
 class Exact(NamedTuple):
@@ -48,6 +56,7 @@ class Verdict(NamedTuple):
     beside_rows: Array
     unresolved: Array
     rounding: Array
+    overlooked: Array
 
     def is_good(self) -> Array:
         """Whether nothing speaks against the integral."""
@@ -56,6 +65,7 @@ class Verdict(NamedTuple):
             & (self.beside_rows < MAX_MISSED)
             & (self.unresolved <= accuracy())
             & (self.rounding <= MAX_ROUNDING)
+            & (self.overlooked <= MAX_OVERLOOKED)
         )
 
 
@@ -81,7 +91,11 @@ def verdict_of(
         )
 
     return log_z, Verdict(
-        jnp.exp(log_missed - log_z), beside_rows, relative_error(cells), rounding
+        jnp.exp(log_missed - log_z),
+        beside_rows,
+        relative_error(cells),
+        rounding,
+        jnp.zeros_like(log_z),
     )
 
 
@@ -92,11 +106,16 @@ def stated_error(verdict: Verdict) -> Array:
 
 
 def read_verdict(
-    integrand: Integrand, cells: Cells, log_missed: Array, rows: Rows | None
+    integrand: Integrand,
+    cells: Cells,
+    log_missed: Array,
+    rows: Rows | None,
+    log_overlooked: Array,
 ) -> Exact:
     """Estimate, error and flags from concrete values."""
     log_z, verdict = verdict_of(cells, log_missed, rows, integrand.half_width)
-    missed, beside_rows, unresolved, rounding = (
+    verdict = verdict._replace(overlooked=jnp.exp(log_overlooked - log_z))
+    missed, beside_rows, unresolved, rounding, overlooked = (
         float(np.max(column)) for column in verdict
     )
 
@@ -123,6 +142,16 @@ def read_verdict(
             "take more num_points, a base nearer to the energy, or a smooth energy "
             "(truncate by the base's support, not by infinite energies)."
         )
+
+    elif not overlooked <= MAX_OVERLOOKED:
+        flags.append(
+            f"draws of the base find about {overlooked:.1e} of the integral between "
+            "the points: the energy varies faster than the grid. Take more num_points, "
+            "or method='bracket'."
+        )
+
+    if (off := float(np.max(np.abs(normalization_error(integrand.start))))) > MAX_ERROR:
+        flags.append(not_normalized(off).format(where=""))
 
     shape = integrand.batch_shape
     return Exact(

@@ -99,11 +99,7 @@ def rows_that_count(
     for name, value in values.items():
         rows = np.broadcast_to(unmasked_rows(data[name].distribution), value.shape[2:])
         if np.any(value[:, :, ~rows]):
-            raise ValueError(
-                f"The mask at site '{name}' is not the same for every draw, so that "
-                "its rows that count are not either: LOO has no meaning there. Mask "
-                "by data alone."
-            )
+            raise ValueError(masks_differ(name))
 
         if rows.any():
             kept[name] = _Kept(naming.rows(name, data[name]), rows)
@@ -112,6 +108,14 @@ def rows_that_count(
         others = [other for key, other in kept.items() if key != name]
         _add_kept(group, name, values[name], own, others, naming)
     return group
+
+
+def masks_differ(name: str) -> str:
+    """Message for a mask that depends on parameters."""
+    return (
+        f"The mask at site '{name}' is not the same for every draw, so that its rows "
+        "that count are not either: LOO has no meaning there. Mask by data alone."
+    )
 
 
 @dataclass(frozen=True)

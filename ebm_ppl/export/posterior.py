@@ -1,16 +1,23 @@
 """The groups of posterior draws."""
 
+import warnings
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpyro import handlers
 from numpyro.infer import log_likelihood
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.errors import level_of_caller
 from ebm_ppl.export.attributes import attributes_of
 from ebm_ppl.export.contents import GIVEN, Contents
-from ebm_ppl.export.groups import Group, rows_that_count
-from ebm_ppl.model.program import Model
+from ebm_ppl.export.groups import Group, masks_differ, rows_that_count
+from ebm_ppl.model.data import observations
+from ebm_ppl.model.masks import masks_of
+from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.known import normalized
 from ebm_ppl.programs.arguments import Arguments
 
@@ -54,6 +61,10 @@ def _log_likelihood(
             "batch_ndims=2)."
         )
 
+    _require_same_masks(model, arguments, log_normalizer.params, held)
+    # As in a fit: rows are picked by a plate's indices, which are traced here.
+    arguments = jax.tree.map(jnp.asarray, arguments)
+
     # Only keys that the model requests itself (initial values of a net) are seeded;
     # sample sites must not be drawn here.
     keyed = handlers.seed(
@@ -69,8 +80,60 @@ def _log_likelihood(
         **arguments.kwargs,
     )
 
+    found = {name: np.array(value) for name, value in found.items()}
+    _warn_of_rows_without_density(found, held)
     return rows_that_count(
-        {name: np.array(value) for name, value in found.items() if name in held.data},
+        {name: value for name, value in found.items() if name in held.data},
         held.data,
         held.naming,
     )
+
+
+def _require_same_masks(
+    model: Model, arguments: Arguments, draws: Params, held: Contents
+) -> None:
+    """Refuse a mask that differs from draw to draw.
+
+    Raises:
+        ValueError: The message names the site.
+    """
+    masked = {
+        name: list(masks_of(found.distribution)) for name, found in held.data.items()
+    }
+    if not any(masked.values()):
+        return
+
+    def differs(draw: Params) -> dict[str, Array]:
+        found = observations(held.rng_key, model, draw, arguments)
+        return {
+            name: jnp.any(
+                jnp.stack(
+                    [
+                        jnp.any(mask != first)
+                        for mask, first in zip(
+                            masks_of(found[name].distribution), firsts, strict=True
+                        )
+                    ]
+                )
+            )
+            for name, firsts in masked.items()
+            if firsts
+        }
+
+    for name, anywhere in jax.vmap(jax.vmap(differs))(draws).items():
+        if bool(jnp.any(anywhere)):
+            raise ValueError(masks_differ(name))
+
+
+def _warn_of_rows_without_density(found: dict[str, np.ndarray], held: Contents) -> None:
+    for name, value in found.items():
+        bad = ~np.isfinite(value)
+        if name in held.data and bad.any():
+            rows = bad.any((0, 1))
+            warnings.warn(
+                f"The log likelihood at site '{name}' is NaN or infinite at "
+                f"{int(rows.sum())} of {rows.size} rows, where LOO has no meaning: "
+                "look for missing or impossible values in the data, and leave such "
+                "rows out with numpyro.handlers.mask.",
+                stacklevel=level_of_caller(),
+            )

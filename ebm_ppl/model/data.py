@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -51,7 +52,8 @@ def observations(
         if auxiliary or not site["is_observed"] or isinstance(site["fn"], dist.Unit):
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
-        num_batch_dims = jnp.ndim(site["value"]) - len(site["fn"].event_shape)
+        value = _in_full(site["value"], site["fn"])
+        num_batch_dims = jnp.ndim(value) - len(site["fn"].event_shape)
         energy = unwrap(site["fn"])
 
         # The energy's own dimensions are counted as for the walkers.
@@ -65,5 +67,11 @@ def observations(
         dims = tuple(
             plates.get(k - num_batch_dims, k - shared) for k in range(num_batch_dims)
         )
-        found[name] = Observation(site["value"], dims, site["fn"])
+        found[name] = Observation(value, dims, site["fn"])
     return found
+
+
+def _in_full(value: Any, distribution: dist.Distribution) -> Any:
+    """The value of every row, where one stands for several of a plate."""
+    shape = jnp.broadcast_shapes(jnp.shape(value), distribution.shape())
+    return value if jnp.shape(value) == shape else jnp.broadcast_to(value, shape)

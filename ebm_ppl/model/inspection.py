@@ -17,6 +17,7 @@ from ebm_ppl.energy.pointwise import require_no_rows
 from ebm_ppl.energy.start import check_start_covers, starting_distribution
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.jumps import check_no_moving_jump
 from ebm_ppl.model.masks import unmasked
 from ebm_ppl.model.parameters import (
     check_init_params,
@@ -87,12 +88,9 @@ def inspect_model(
         lambda value: jnp.asarray(value, jnp.result_type(value)),
         transform_fn(transforms, values, invert=True),
     )
-    check_repeatable(
-        rng_key,
-        BoundModel(model, transforms, rng_key, arguments),
-        params,
-        recorder.found,
-    )
+    bound = BoundModel(model, transforms, rng_key, arguments)
+    check_repeatable(rng_key, bound, params, recorder.found)
+    check_no_moving_jump(rng_key, bound, params, recorder.found)
     return Inspection(params, transforms, recorder.found)
 
 

@@ -1,8 +1,10 @@
 """Unmasked elements and rows of an observed site."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 
@@ -31,3 +33,13 @@ def unmasked_rows(wrapped: Any) -> np.ndarray:
     """Rows with any unmasked element, a boolean array of the batch shape."""
     elements = unmasked(wrapped)
     return elements.any(tuple(range(len(wrapped.batch_shape), elements.ndim)))
+
+
+def masks_of(wrapped: Any) -> Iterator[Any]:
+    """The arrays that mask a site, traced ones too, from the outside in."""
+    while hasattr(wrapped, "base_dist"):
+        if isinstance(wrapped, dist.MaskedDistribution):
+            mask = wrapped._mask
+            if not isinstance(mask, bool):
+                yield jnp.asarray(mask)
+        wrapped = wrapped.base_dist

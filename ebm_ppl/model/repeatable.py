@@ -117,10 +117,22 @@ def fingerprints(
 def _supports_agree(
     bound: BoundModel, params: Params, moved: Params, rng_key: Array
 ) -> dict[str, Array]:
-    """Whether points of either support lie in the other, by site."""
-    there = bound.energies(moved)
+    """Whether supports have the same parameters and each other's points, by site."""
+    here, there = bound.energies(params), bound.energies(moved)
     return {
-        name: jnp.all(there[name].support(points_in_support(energy.base, rng_key, 64)))
+        name: _same_leaves(energy.support, there[name].support)
+        & jnp.all(there[name].support(points_in_support(energy.base, rng_key, 64)))
         & jnp.all(energy.support(points_in_support(there[name].base, rng_key, 64)))
-        for name, energy in bound.energies(params).items()
+        for name, energy in here.items()
     }
+
+
+def _same_leaves(
+    one: constraints.Constraint, other: constraints.Constraint
+) -> Array | bool:
+    """Whether the parameters of two supports are equal; True where they are unknown."""
+    try:
+        pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    except (NotImplementedError, ValueError):  # no tree_flatten; another structure
+        return True
+    return jnp.all(jnp.stack([jnp.all(a == b) for a, b in pairs] or [jnp.ones(())]))

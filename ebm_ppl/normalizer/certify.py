@@ -6,6 +6,7 @@ from jax import Array
 from scipy.stats import t as student_t
 
 from ebm_ppl.energy.log_normalizer import SiteCertificate, flag_where
+from ebm_ppl.energy.rounding import MAX_ERROR, not_normalized
 from ebm_ppl.normalizer.evidence import Evidence
 from ebm_ppl.normalizer.flags import (
     MAX_DRIFT_PROBABILITY,
@@ -141,6 +142,13 @@ def with_reference(certificate: SiteCertificate, evidence: Evidence) -> SiteCert
 
     if evidence.beyond is not None:
         upper = upper - jnp.log1p(-jnp.minimum(evidence.beyond, 0.99))
+
+    if evidence.normalization is not None:
+        off = jnp.abs(jnp.asarray(evidence.normalization, stderr.dtype))
+        flags += flag_where(
+            off > jnp.maximum(MAX_ERROR, 0.5 * stderr),
+            not_normalized(worst_of(off)),
+        )
 
     if evidence.reference is not None and evidence.magnitude is not None:
         rounding = _rounding(evidence, estimate)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from jax import Array
+from jax.typing import ArrayLike
 
 from ebm_ppl.smc.passes import Pass
 
@@ -47,6 +48,8 @@ class Evidence(NamedTuple):
         room: The dimension minus the nats that U falls per e-fold of distance to its
             lowest points, ``batch``: the mass within r of such a point scales as r to
             this power.
+        normalization: Log of what the start's density integrates to in this precision,
+            ``batch``.
     """
 
     forward: Pass | None = None
@@ -57,3 +60,4 @@ class Evidence(NamedTuple):
     reference: Array | None = None
     magnitude: Array | None = None
     room: Array | None = None
+    normalization: ArrayLike | None = None

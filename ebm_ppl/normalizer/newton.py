@@ -30,6 +30,13 @@ LOST = 1e-6
 # Eigenvalues of the information, in units of its diagonal, under which a direction says
 # nothing: parameters that do not matter, or that others repeat.
 MIN_INFORMATION = 1e-5
+# What a score along such a direction may be, in units of the root of its curvature: one
+# whose Newton step would be a standard error, were the curvature information.
+MAX_UNTOLD = 1.0
+# That unit where there is no curvature at all: scores over 0.01 nats count.
+WITHOUT_SCALE = 100.0
+# Monte Carlo errors that are taken off a score.
+MAX_ERRORS = 5.0
 
 
 def groups_of(params: Params) -> dict[str, slice]:
@@ -74,7 +81,10 @@ class Maximum(NamedTuple):
         gain: Nats gained, without what noise alone would seem to gain.
         counts: How often every log Z enters, by site.
         left: The Newton step that is left there, zero where the maximum was reached.
-        is_reached: Whether the draws reach that far: the last step was short.
+        is_reached: Whether the draws reach that far: the last step was short, and
+            nothing slopes where it does not curve.
+        untold: The score along directions without information, in units of its
+            curvature there, ``(k,)``: where it is not 0 no Newton step can judge.
     """
 
     score: np.ndarray
@@ -85,6 +95,7 @@ class Maximum(NamedTuple):
     counts: dict[str, np.ndarray]
     left: np.ndarray
     is_reached: bool
+    untold: np.ndarray
 
 
 def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
@@ -121,6 +132,8 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
             break
         step, here = step + newton, there
 
+    untold = _untold_score(here)
+    is_reached = is_reached and bool(np.all(np.abs(untold) <= MAX_UNTOLD))
     covariance = pseudo_inverse(here.information)
     left = np.zeros_like(step) if is_reached else covariance @ here.score
     noise = covariance @ here.noise @ covariance
@@ -134,6 +147,7 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
         here.counts,
         left,
         is_reached,
+        untold,
     )
 
 
@@ -156,11 +170,32 @@ def pseudo_inverse(information: np.ndarray) -> np.ndarray:
     """The inverse, in units of the diagonal, along directions with information."""
     if not np.all(np.isfinite(information)):
         return np.full_like(information, np.nan)
-    scale = np.sqrt(np.maximum(np.diag(information), 0.0))
-    unit = np.where(scale > 0, 1.0 / np.where(scale > 0, scale, 1.0), 0.0)
-    units = np.outer(unit, unit)
-
-    values, vectors = np.linalg.eigh(information * units)
+    unit, values, vectors = _spectrum(information)
     is_told = values > MIN_INFORMATION
     inverse = np.where(is_told, 1.0 / np.where(is_told, values, 1.0), 0.0)
-    return (vectors * inverse) @ vectors.T * units
+    return (vectors * inverse) @ vectors.T * np.outer(unit, unit)
+
+
+def _spectrum(information: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Units of the diagonal, and eigenvalues and vectors of the information in them."""
+    scale = np.sqrt(np.abs(np.diag(information)))
+    unit = np.where(scale > 0, 1.0 / np.where(scale > 0, scale, 1.0), WITHOUT_SCALE)
+    values, vectors = np.linalg.eigh(information * np.outer(unit, unit))
+    return unit, values, vectors
+
+
+def _untold_score(here: Any) -> np.ndarray:
+    """The score along directions without information, beyond its Monte Carlo error.
+
+    A likelihood that slopes where it does not curve down has no maximum nearby.
+    """
+    if not np.all(np.isfinite(here.information)):
+        return np.zeros_like(here.score)
+    unit, values, vectors = _spectrum(here.information)
+    vectors = vectors[:, values <= MIN_INFORMATION]
+
+    along = vectors.T @ (unit * here.score)
+    noise = np.outer(unit, unit) * here.noise
+    error = np.sqrt(np.maximum(np.diag(vectors.T @ noise @ vectors), 0.0))
+    beyond = np.sign(along) * np.maximum(np.abs(along) - MAX_ERRORS * error, 0.0)
+    return vectors @ beyond

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
+from ebm_ppl.energy.rounding import normalization_error
+from ebm_ppl.energy.start import starting_distribution
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.normalizer.drift import changes
 from ebm_ppl.normalizer.edges import has_edges, share_beyond
@@ -148,6 +150,7 @@ def gather(
         _magnitude(forward),
         math.prod(position.shape[2 + len(site.distribution.batch_shape) :])
         - steepest_fall(site, position),
+        normalization_error(starting_distribution(site.distribution, site.name)),
     )
 
     return Gathered(evidence, forward, position, spent)

@@ -6,7 +6,7 @@ covariance, the Fisher information; Rao's test compares the two.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
 from ebm_ppl.normalizer.newton import (
+    MAX_UNTOLD,
     NUM_DIRECTIONS,
     Maximum,
     climb_to_maximum,
@@ -32,6 +33,8 @@ from ebm_ppl.training.fit import Fit
 # A distance from the maximum, in standard errors, that is told; a net's gain, in nats a
 # row.
 MAX_DISTANCE = 1.0
+# Monte Carlo error of a distance, in the same unit, over which it cannot be judged.
+MAX_NOISE = 1.0
 MAX_GAIN = 0.01
 # Probability that Monte Carlo error alone passes for such a distance.
 FALSE_ALARM = 0.005
@@ -60,6 +63,7 @@ class ScoreTest:
         newton: Constrained parameters where those steps lead; None for nets.
         log_normalizer: The certified log Z that the draws came with.
         flags: Why the parameters are not at a maximum, or cannot be judged.
+        is_judged: Whether Monte Carlo errors are small enough to judge them.
     """
 
     params: Params
@@ -72,6 +76,7 @@ class ScoreTest:
     newton: Params | None
     log_normalizer: LogNormalizer
     flags: tuple[str, ...]
+    is_judged: bool = True
     covariance: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -82,6 +87,7 @@ class ScoreTest:
     def __str__(self) -> str:
         """The verdict, the largest distance of every site, and the flags."""
         verdict = "at a maximum" if self.is_at_maximum else "NOT at a maximum"
+        verdict = verdict if self.is_judged else "cannot be judged"
         lines = [f"{verdict}: going there gains {self.gain_per_row:.3g} nats a row"]
         for name, distance in self.distance.items():
             values, errors = np.ravel(distance), np.ravel(self.distance_error[name])
@@ -168,6 +174,9 @@ def verdict_on(
     # Where draws do not reach the maximum, the step that is left belongs to the distance.
     distance = (maximum.step + maximum.left) / scale
     error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
+    if not is_net:
+        far = np.copysign(np.inf, maximum.untold)
+        distance = np.where(np.abs(maximum.untold) > MAX_UNTOLD, far, distance)
     errors: dict[str, Any]
 
     # By site, or by module
@@ -183,27 +192,12 @@ def verdict_on(
         covariance, errors = constrained_errors(bound, there, maximum.covariance)
 
     # Flags
-    flags = flags_of_draws(log_z)
-    quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
-    beyond = np.abs(distance) - quantile * error
     gain_per_row = maximum.gain / num_rows
-
-    if not np.all(np.isfinite(maximum.step)):
-        flags += (NOT_FINITE,)
-    elif (
-        gain_per_row > MAX_GAIN or not maximum.is_reached
-        if is_net
-        else np.max(beyond) > MAX_DISTANCE
-    ):
-        worst = int(np.argmax(beyond))
-        site = next(n for n, p in places.items() if p.start <= worst < p.stop)
-        flags += (
-            "not at a maximum: "
-            + _how_far(site, distance[worst], error[worst], is_net)
-            + f"the way there gains {'' if maximum.is_reached else 'over '}"
-            f"{gain_per_row:.2g} nats a row. Train on from here with more walkers, a "
-            "lower learning rate or more steps.",
-        )
+    quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
+    limit = quantile * error
+    found = _Found(maximum, places, is_net, distance, error, limit, gain_per_row)
+    is_judged = is_net or bool(np.max(error) <= MAX_NOISE)
+    flags = flags_of_draws(log_z) + _flags_of(found)
 
     return ScoreTest(
         params=bound.constrain(params),
@@ -216,7 +210,74 @@ def verdict_on(
         newton=after,
         log_normalizer=log_z,
         flags=flags,
+        is_judged=is_judged,
         covariance=covariance,
+    )
+
+
+class _Found(NamedTuple):
+    """What the flags of a test are made from; arrays by parameter, or by direction."""
+
+    maximum: Maximum
+    places: dict[str, slice]
+    is_net: bool
+    distance: np.ndarray
+    error: np.ndarray
+    limit: np.ndarray
+    gain_per_row: float
+
+    def site(self, index: Any) -> str:
+        """The site, or module, of a parameter."""
+        return next(n for n, p in self.places.items() if p.start <= index < p.stop)
+
+
+def _flags_of(found: _Found) -> tuple[str, ...]:
+    """Why the parameters are not at a maximum, or cannot be judged."""
+    maximum, gain = found.maximum, found.gain_per_row
+    if not np.all(np.isfinite(maximum.step)):
+        return (NOT_FINITE,)
+    if found.is_net:
+        is_off = gain > MAX_GAIN or not maximum.is_reached
+        return (_not_at_maximum(found, ""),) if is_off else ()
+
+    # A slope without curvature
+    untold = np.abs(maximum.untold)
+    if np.any(untold > MAX_UNTOLD):
+        return (
+            "not at a maximum: the likelihood slopes along parameter "
+            f"'{found.site(np.argmax(untold))}' where it does not curve down, so that "
+            "Newton steps cannot say how far its maximum is. Train on from here, or "
+            "begin nearer to it.",
+        )
+
+    # A distance beyond its error
+    beyond = np.abs(found.distance) - found.limit
+    worst = np.argmax(beyond)
+    if beyond[worst] > MAX_DISTANCE:
+        how_far = (
+            f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
+            f"{found.error[worst]:.1f} of its standard errors away, and "
+        )
+        return (_not_at_maximum(found, how_far),)
+
+    # An error too large to tell
+    worst = np.argmax(found.error)
+    if found.error[worst] > MAX_NOISE:
+        return (
+            f"parameter '{found.site(worst)}' can be judged to {found.limit[worst]:.1f} "
+            "of its standard errors only, for Monte Carlo error: take "
+            f"{found.error[worst] ** 2:.0f} times the walkers (num_walkers), or more "
+            "islands (num_chains).",
+        )
+    return ()
+
+
+def _not_at_maximum(found: _Found, how_far: str) -> str:
+    over = "" if found.maximum.is_reached else "over "
+    return (
+        f"not at a maximum: {how_far}the way there gains {over}"
+        f"{found.gain_per_row:.2g} nats a row. Train on from here with more walkers, a "
+        "lower learning rate or more steps."
     )
 
 
@@ -226,15 +287,6 @@ def flags_of_draws(log_z: LogNormalizer) -> tuple[str, ...]:
         f"the draws at site '{name}' may not be the model's: {flag}"
         for name, found in log_z.flags.items()
         for flag in found
-    )
-
-
-def _how_far(site: str, distance: float, error: float, is_net: bool) -> str:
-    if is_net:
-        return ""
-    return (
-        f"parameter '{site}' is {abs(distance):.1f} ± {error:.1f} of its standard "
-        "errors away, and "
     )
 
 

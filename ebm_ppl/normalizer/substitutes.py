@@ -11,6 +11,7 @@ import numpyro
 from jax import Array, random
 from numpyro import handlers
 from numpyro.infer import log_likelihood
+from numpyro.primitives import _PYRO_STACK
 
 from ebm_ppl.energy.distribution import EnergyDistribution, unwrap
 from ebm_ppl.energy.fingerprint import require_same_energy
@@ -98,6 +99,8 @@ class FixedNormalizers(KnownNormalizers):
                 ("substitute", jax.tree.map(jnp.asarray, self.params))
             )
         if msg["type"] in ("param", "sample") and msg["name"] in self.params:
+            if msg["type"] == "sample":
+                self._require_own_value(msg)
             msg["value"] = self.params[msg["name"]]
             if msg["type"] == "sample":
                 msg["type"] = "deterministic"
@@ -112,6 +115,22 @@ class FixedNormalizers(KnownNormalizers):
             # An outer handler set the value; it must equal the one that log Z belongs
             # to.
             msg["value"] = self._own_value(msg, fixed)
+
+    def _require_own_value(self, msg: dict) -> None:
+        """Refuse ``do`` and ``condition`` around this handler with another value.
+
+        They act on sample sites alone, and would find a deterministic one.
+        """
+        for handler in _PYRO_STACK:
+            if handler is self:
+                return
+            value = None
+            if isinstance(handler, handlers.do | handlers.condition):
+                value = (handler.data or {}).get(msg["name"])
+            if isinstance(handler, handlers.condition) and handler.condition_fn:
+                value = handler.condition_fn(msg)
+            if value is not None:
+                self._own_value(msg | {"value": value}, self.params[msg["name"]])
 
     def _own_value(self, msg: dict, fixed: Any) -> Any:
         """The value that log Z belongs to.

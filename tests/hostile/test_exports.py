@@ -603,3 +603,82 @@ def test_attributes_are_strings_and_numbers():
             for value in dataset(data, group).attrs.values()
         )
     assert json.loads(data.attrs["holdout_chains"]) == [2, 3, 4, 5]
+
+
+# Posterior draws of odd models
+
+
+def exported(model, tau, *args, **more):
+    """Quadrature's log Z at every draw, and the export with it."""
+    draws = {"tau": tau} | more
+    log_z = ebm.log_normalizer(
+        None, model, draws, *args, batch_ndims=2, method="quadrature"
+    )
+    return ebm.to_arviz(draws, model, *args, log_normalizer=log_z)
+
+
+def test_a_mask_that_only_later_draws_change_is_refused():
+    """The first draw has every row: the others' zeros became log likelihoods."""
+
+    def model(x):
+        tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0))
+        least = numpyro.sample("least", dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", len(x)), handlers.mask(mask=x > least):
+            numpyro.sample("x", bowl(tau), obs=x)
+
+    least = np.where(np.arange(120).reshape(2, 60) == 0, -9.0, 0.0)
+    with pytest.raises(ValueError, match="mask at site 'x' is not the same for every"):
+        exported(model, TAU, X.ravel(), least=least)
+
+
+def test_one_value_for_all_rows_of_a_plate():
+    def model(x):
+        tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0))
+        outer, inner = (
+            numpyro.plate("a", 2, dim=-2),
+            numpyro.plate("b", 12, dim=-1),
+        )
+        with outer, inner:
+            numpyro.sample("x", bowl(tau), obs=x)
+            numpyro.sample("y", dist.Normal(tau, 1.0), obs=0.5)
+            numpyro.sample("z", dist.Normal(tau, 1.0), obs=np.array([[0.5], [0.6]]))
+
+    data = exported(model, TAU, X.reshape(2, 12))
+    assert dataset(data, "observed_data")["z"].dims == ("a", "b")
+    likelihood = dataset(data, "log_likelihood")
+    for name in ("x", "y", "z"):
+        assert likelihood[name].dims == ("chain", "draw", "a", "b")
+        assert likelihood[name].shape == (2, 60, 2, 12)
+
+
+def test_numpy_data_picked_by_a_plates_indices():
+    def model(x):
+        tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0))
+        with numpyro.plate("rows", len(x), subsample_size=4) as index:
+            numpyro.sample("x", bowl(tau), obs=x[index])
+
+    found = dataset(exported(model, TAU, X.ravel()), "log_likelihood")["x"]
+    np.testing.assert_allclose(found, log_density(X.ravel()), rtol=1e-4)
+
+
+def test_rows_without_a_density_are_told():
+    def model(x):
+        tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", bowl(tau), obs=x)
+
+    rows = np.where(np.arange(24) == 3, np.nan, X.ravel())
+    with pytest.warns(
+        UserWarning, match=r"site 'x' is NaN or infinite at 1 of 24 rows"
+    ):
+        exported(model, TAU, rows)
+
+
+def test_rows_under_an_obs_mask():
+    def model(x):
+        tau = numpyro.sample("tau", dist.Gamma(2.0, 2.0))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", bowl(tau), obs=x, obs_mask=x > 0)
+
+    with pytest.raises(ValueError, match=r"handlers\.mask"):
+        exported(model, TAU, X.ravel())

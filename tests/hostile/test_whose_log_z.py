@@ -16,6 +16,7 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS, DiscreteHMCGibbs, MixedHMC, log_likelihood
 from numpyro.infer.hmc import HMC
+from scipy.stats import norm
 
 import ebm_ppl as ebm
 from ebm_ppl.energy.fingerprint import fingerprint
@@ -532,3 +533,24 @@ def test_another_structure_than_the_one_log_z_belongs_to():
     given = handlers.substitute(known, data={"net": {"a": jnp.ones(())}})
     with pytest.raises(ValueError, match="'net' was given a value of structure"):
         handlers.seed(given, random.key(0))(jnp.zeros(()))
+
+
+@pytest.mark.parametrize("around", [handlers.do, handlers.condition])
+def test_values_given_around_a_normalised_model(around):
+    """They act on sample sites, which a constant log Z has fixed: they were ignored."""
+
+    def model(x):
+        lam = numpyro.sample("lam", dist.Gamma(2.0, 2.0))
+        with numpyro.plate("rows", len(x)):
+            energy = ebm.EnergyDistribution(lambda v: 0.5 * lam * v**2, NORMAL)
+            numpyro.sample("x", energy, obs=x)
+
+    params = {"lam": jnp.float32(2.0)}
+    log_z = ebm.log_normalizer(None, model, params, X, method="quadrature")
+    known = ebm.normalized(model, log_z)
+    draws = {"other": jnp.zeros(1)}
+    with pytest.raises(ValueError, match="Site 'lam' was given another value"):
+        log_likelihood(around(known, data={"lam": 3.0}), draws, X)
+    same = log_likelihood(around(known, data={"lam": jnp.float32(2.0)}), draws, X)
+    expected = norm.logpdf(X, 0, 3**-0.5)
+    np.testing.assert_allclose(same["x"][0], expected, rtol=1e-5)

@@ -223,6 +223,68 @@ def test_nets_are_tested_along_directions():
         ebm.polish(random.key(1), fit, model, x)
 
 
+# What Newton steps cannot judge
+
+
+def beside_a_location(x, y):
+    lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
+    mu = numpyro.param("mu", 0.0)
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.5 * (lam - 1) * v**2, dist.Normal(0.0, 1.0)
+    )
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+        numpyro.sample("y", dist.Cauchy(mu, 1.0), obs=y)
+
+
+def test_a_slope_where_the_likelihood_does_not_curve_down():
+    """20 widths from its centre a Cauchy likelihood is convex: a Newton step of 0 was
+    taken for a maximum."""
+    y = RNG.standard_cauchy(size=len(ROWS)).astype(np.float32)
+    params = {"lam": jnp.array(LAM), "mu": jnp.array(20.0)}
+    test = ebm.score_test(random.key(0), params, beside_a_location, ROWS, y)
+    assert any("slopes along parameter 'mu'" in flag for flag in test.flags)
+    assert test.distance["mu"] == -np.inf
+    assert abs(test.distance["lam"]) < 1
+
+    polished = ebm.polish(
+        random.key(1), params, beside_a_location, ROWS, y, max_rounds=1
+    )
+    assert any("no maximum was reached" in flag for flag in polished.flags)
+
+
+def test_a_parameter_without_effect_is_no_slope():
+    def model(x):
+        numpyro.param("idle", 0.3)
+        precision(x)
+
+    params = {"lam": jnp.array(LAM), "idle": jnp.array(0.3)}
+    test = ebm.score_test(random.key(0), params, model, ROWS)
+    assert test.is_at_maximum
+    assert test.distance["idle"] == 0
+
+
+def test_monte_carlo_errors_too_large_to_judge():
+    """Forty thousand rows tell λ to half a percent, 64 walkers do not."""
+    rows = np.tile(ROWS, 140)
+    options = {"num_chains": 4, "num_walkers": 16}
+    params = {"lam": jnp.array(1.05 * LAM)}
+    test = ebm.score_test(random.key(0), params, whole_precision, rows, **options)
+    assert not test.is_judged
+    assert not test.is_at_maximum
+    assert "cannot be judged" in str(test)
+    assert any("times the walkers (num_walkers)" in flag for flag in test.flags)
+
+
+def whole_precision(x):
+    lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.5 * (lam - 1) * v**2, dist.Normal(0.0, 1.0)
+    )
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="num_chains = 1"):
         ebm.score_test(random.key(0), {"lam": 1.0}, precision, ROWS, num_chains=1)

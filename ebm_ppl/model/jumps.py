@@ -1,0 +1,150 @@
+"""Check that no parameter moves a jump of an energy.
+
+Where the energy jumps at a point that a parameter moves, the derivative in that
+parameter lacks the jump: autodiff never sees it, and a fit would stand still, or go
+astray, with every diagnostic in order.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.supports import is_improper, points_in_support
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.program import Params
+
+# Steps relative to the parameters, the second a fifth of the first: what is left beside
+# a linear change falls to 4% where the energy is smooth, to 20% at a kink, and stays
+# where it jumps.
+LONG, SHORT = 0.1, 0.02
+MAX_LEFT = 0.5
+# A third step, a twentieth of the second: what is left falls to 1/400 where the
+# derivative is right, and to 1/20 where it is not.
+TINY = 0.001
+MAX_LEFT_TINY = 1 / 40
+# In nats: smaller jumps do not matter.
+SMALLEST = 0.02
+# Slopes that explain a change over the short step, times this, are no jump.
+STEEP = 3.0
+MAX_POINTS, MIN_POINTS, MAX_ELEMENTS = 4_096, 256, 2**20
+
+
+def check_no_moving_jump(
+    rng_key: Array,
+    bound: BoundModel,
+    params: Params,
+    found: dict[str, EnergyDistribution],
+) -> None:
+    """Refuse an energy whose jumps, or infinite regions, move with a parameter.
+
+    ``found`` holds the energies at ``params``.
+
+    Raises:
+        ValueError: The message names the site and the parameters.
+    """
+    jumps = _jumps(bound, params, rng_key, None)
+    for name in found:
+        if not bool(jumps[name]):
+            continue
+        movers = [
+            site for site in params if bool(_jumps(bound, params, rng_key, site)[name])
+        ]
+        named = ", ".join(f"'{site}'" for site in movers) or "the parameters"
+        raise ValueError(
+            f"The energy at site '{name}' jumps at points that {named} moves (a "
+            "comparison, rounding, argmax or stop_gradient of a parameter, or a region "
+            "of infinite energy): its derivative lacks the jump, so that no gradient "
+            "finds the maximum. Make the step smooth, such as jax.nn.sigmoid((x - c) / "
+            "width), or fix that parameter."
+        )
+
+
+def _jumps(
+    bound: BoundModel, params: Params, rng_key: Array, only: str | None
+) -> dict[str, Array]:
+    """Whether each site's energy jumps as parameters move, or one site's alone."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = random.split(rng_key, len(leaves))
+    step = jax.tree.unflatten(
+        treedef,
+        [
+            jnp.where(leaf == 0, 1.0, leaf) * random.uniform(key, jnp.shape(leaf))
+            for key, leaf in zip(keys, leaves, strict=True)
+        ],
+    )
+    if only is not None:
+        step = {
+            name: tree if name == only else jax.tree.map(jnp.zeros_like, tree)
+            for name, tree in step.items()
+        }
+    return _jumps_along(bound, params, step, rng_key)
+
+
+@jax.jit
+def _jumps_along(
+    bound: BoundModel, params: Params, step: Params, rng_key: Array
+) -> dict[str, Array]:
+    points = {
+        name: _points(energy, rng_key)
+        for name, energy in bound.energies(params).items()
+    }
+
+    def potentials(length: Array) -> dict[str, Array]:
+        there = jax.tree.map(
+            lambda leaf, along: leaf + (length * along).astype(leaf.dtype), params, step
+        )
+        found = bound.energies(there)
+        return {n: found[n].unchecked_potential(x) for n, x in points.items()}
+
+    zero, one = jnp.zeros(()), jnp.ones(())
+    here, slope = jax.jvp(potentials, (zero,), (one,))
+    there = {length: potentials(length * one) for length in (LONG, SHORT, TINY)}
+    return {
+        name: _is_wrong(
+            here[name], slope[name], {n: found[name] for n, found in there.items()}
+        )
+        for name in points
+    }
+
+
+def _is_wrong(here: Array, slope: Array, there: dict[float, Array]) -> Array:
+    """Whether the energy jumps along the way, or its slope is not its derivative.
+
+    ``there`` holds the energies after steps of each length.
+    """
+    eps = jnp.finfo(here.dtype).eps
+    slope = jnp.where(jnp.isfinite(slope), slope, 0.0)
+
+    def left(length: float) -> Array:
+        """The changes beside the linear ones, without rounding."""
+        after = there[length]
+        rest = jnp.abs(after - here - length * slope)
+        rest = rest - 64 * eps * (jnp.abs(here) + jnp.abs(after))
+        return jnp.where(jnp.isfinite(rest), jnp.maximum(rest, 0.0), 0.0)
+
+    # Jumps, at a few points
+    largest = {length: jnp.max(left(length), initial=0.0) for length in there}
+    steepest = jnp.max(jnp.abs(slope), initial=0.0)
+    is_jump = (
+        (largest[SHORT] > SMALLEST)
+        & (largest[SHORT] > MAX_LEFT * largest[LONG])
+        & (largest[SHORT] > STEEP * SHORT * steepest)
+    )
+    is_wall = jnp.any(jnp.isfinite(here) != jnp.isfinite(there[SHORT]))
+
+    # A slope that is wrong, at most points where the energy changes
+    changes = left(SHORT) > SHORT * SMALLEST
+    is_off = changes & (left(TINY) > MAX_LEFT_TINY * left(SHORT))
+    return is_jump | is_wall | (jnp.sum(is_off) > 0.5 * jnp.sum(changes))
+
+
+def _points(energy: EnergyDistribution, rng_key: Array) -> Array:
+    size = math.prod(energy.batch_shape + energy.event_shape)
+    num = min(max(MAX_ELEMENTS // max(size, 1), MIN_POINTS), MAX_POINTS)
+    start = energy.base if energy.start is None else energy.start
+    if is_improper(start):
+        return points_in_support(energy.base, rng_key, num)
+    return start.sample(rng_key, (num,))
