@@ -15,8 +15,21 @@ import numpyro.distributions as dist
 from jax import Array, random
 
 from ebm_ppl.energy.supports import is_improper, unchecked_log_prob
+from ebm_ppl.energy.wrappers import innermost
 
 NUM_DRAWS = 256
+
+# Their constants are closed forms of one scale: nothing to check, and time saved.
+WITHOUT_CANCELLATION = (
+    dist.Cauchy,
+    dist.Exponential,
+    dist.HalfCauchy,
+    dist.HalfNormal,
+    dist.Laplace,
+    dist.Logistic,
+    dist.Normal,
+    dist.Uniform,
+)
 
 # In nats: a tenth of what LOO over a hundred rows could tell.
 MAX_ERROR = 1e-3
@@ -28,11 +41,13 @@ def normalization_error(start: dist.Distribution) -> np.ndarray:
     The density is held against the same one in double precision, at draws of it.
     """
     zeros = np.zeros(start.batch_shape)
+    if isinstance(innermost(start), WITHOUT_CANCELLATION):
+        return zeros
     if is_improper(start) or jnp.result_type(float) == jnp.float64:
         return zeros
 
     try:
-        draws = start.sample(random.key(0), (NUM_DRAWS,))
+        draws = _sample(start, random.key(0))
         single = np.asarray(_log_prob(start, draws), np.float64)
         with jax.enable_x64(True):
             double = np.asarray(_log_prob(_doubled(start), _doubled(draws)))
@@ -46,6 +61,11 @@ def normalization_error(start: dist.Distribution) -> np.ndarray:
 
 
 _log_prob = jax.jit(unchecked_log_prob)
+
+
+@jax.jit
+def _sample(start: dist.Distribution, rng_key: Array) -> Array:
+    return start.sample(rng_key, (NUM_DRAWS,))
 
 
 def _doubled(tree: Any) -> Any:

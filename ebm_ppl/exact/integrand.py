@@ -5,6 +5,8 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,27 @@ MAX_DRAWS = 2**16
 # Relative error of the density at a draw of the base that does not count: unlike data
 # rows, draws are there to find what was overlooked.
 SLACK = 0.01
+
+
+class BaseDraws(NamedTuple):
+    """Draws of the base (or ``start``), in coordinates t.
+
+    Attributes:
+        guides: Those that guide the splitting of cells.
+        checks: Others, which judge its result.
+        log_start: Log density of the base in t at ``checks``, ``(num_checks, batch)``.
+    """
+
+    guides: Rows | None = None
+    checks: Rows | None = None
+    log_start: Array | None = None
+
+
+@partial(jax.jit, static_argnums=2)
+def _split(rows: Rows, log_start: Array, num_guides: int) -> BaseDraws:
+    guides = jax.tree.map(lambda leaf: leaf[:num_guides], rows)
+    checks, log_start = jax.tree.map(lambda leaf: leaf[num_guides:], (rows, log_start))
+    return BaseDraws(guides, checks, log_start)
 
 
 class Integrand:
@@ -134,41 +157,36 @@ class Integrand:
         magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
         return potential, jnp.broadcast_to(magnitude, potential.shape)
 
-    def rows(self, data: Array | None, num_draws: int, seed: int) -> Rows | None:
-        """Points near which mass is not overlooked, in coordinates t.
+    def rows(self, data: Array) -> Rows:
+        """Data rows, ``(num_rows, *batch_shape, *event_shape)``, in coordinates t."""
+        data = jnp.asarray(data, self.dtype)
+        return self._at_values(data, np.zeros(len(data)))
 
-        They are data rows, ``(num_rows, *batch_shape, *event_shape)``, and draws of the
-        base.
-        """
-        points = [] if data is None else [jnp.asarray(data, self.dtype)]
-        slack = [np.zeros(len(found)) for found in points]
-        draws = self.draws(num_draws, seed)
-        if draws is not None:
-            points.append(draws)
-            slack.append(np.full(len(draws), SLACK))
-        if not points:
-            return None
-        return self.at(jnp.concatenate(points), np.concatenate(slack))
+    def draws(self, num_guides: int, num_checks: int) -> "BaseDraws":
+        """Draws of the base, the same in every call; none where it has no sampler.
 
-    def draws(self, num: int, seed: int) -> Array | None:
-        """Draws of the base, the same in every call; None where it has no sampler.
-
-        They are fewer than ``num`` where there are many batch elements.
+        They are fewer where there are many batch elements.
         """
         if is_improper(self.start):
-            return None
-        num = min(num, max(16, MAX_DRAWS // max(self.batch, 1)))
+            return BaseDraws()
         leaves = jax.tree.leaves(self.start)
         is_known = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
         # Of a known base they are constants of a compiled model.
         when = jax.ensure_compile_time_eval() if is_known else nullcontext()
         try:
             with when:
-                return self.start.sample(random.key(seed), (num,)).astype(self.dtype)
+                drawn = self.start.sample(random.key(0), (num_guides + num_checks,))
         except NotImplementedError:
-            return None
+            return BaseDraws()
 
-    def log_start(self, position: Array) -> Array:
+        share = min(1.0, MAX_DRAWS / max(self.batch * len(drawn), 1))
+        num_guides = max(8, int(share * num_guides))
+        drawn = drawn[: max(16, int(share * len(drawn)))].astype(self.dtype)
+        slack = np.where(np.arange(len(drawn)) < num_guides, SLACK, 0.0)
+        rows = self._at_values(drawn, slack)
+        return _split(rows, self._log_start(rows.position), num_guides)
+
+    def _log_start(self, position: Array) -> Array:
         """Log density of the base (or ``start``) at t, ``(num_points, batch)``."""
         unconstrained = jnp.sinh(position).reshape(
             -1, *self.batch_shape, *self.event_shape
@@ -179,7 +197,7 @@ class Integrand:
         log_jacobian = jnp.log(jnp.cosh(position)).sum(-1)
         return log_start.reshape(log_jacobian.shape) + log_jacobian
 
-    def at(self, values: Array, slack: np.ndarray) -> Rows:
+    def _at_values(self, values: Array, slack: np.ndarray) -> Rows:
         """Points in coordinates t, with their densities."""
         event_dims = tuple(range(1 + len(self.batch_shape), values.ndim))
         position = self.transform.inv(values).reshape(

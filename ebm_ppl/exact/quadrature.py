@@ -21,10 +21,11 @@ from ebm_ppl.exact.cells import (
     look_at_slopes,
     refine,
 )
-from ebm_ppl.exact.integrand import Integrand
+from ebm_ppl.exact.integrand import BaseDraws, Integrand
 from ebm_ppl.exact.judge import (
     NUM_CELLS_WITH_SLOPES,
     Cells,
+    Rows,
     judge,
     log_overlooked,
 )
@@ -55,9 +56,9 @@ EFFORT_IN_MODELS = {1: Effort(24, 8), 2: Effort(24, 16)}
 
 MAX_ROWS_IN_MODELS = 256
 
-# Draws of the base that guide the splitting, and as many others that judge its result.
-NUM_DRAWS, NUM_DRAWS_IN_MODELS = 1_024, 128
-NUM_CHECKS, NUM_CHECKS_IN_MODELS = 4_096, 256
+# Draws of the base that guide the splitting, and others that judge its result: together
+# as many as a lattice has nodes, so that they share its compiled operations.
+DRAWS, DRAWS_IN_MODELS = (512, 1_536), (64, 128)
 
 
 def quadrature(
@@ -110,7 +111,8 @@ def integral(
     if isinstance(density.log_value, jax.core.Tracer):
         return _integral_in_model(integrand, num_points, rows)
 
-    at_rows = integrand.rows(rows, NUM_DRAWS, 0)
+    draws = integrand.draws(*DRAWS)
+    at_rows = _together(integrand, rows, draws.guides)
     cells = judge(density, corner, width, at_rows)
     if not has_slopes:
         cells = look_at_slopes(integrand.density, cells, at_rows)
@@ -126,14 +128,25 @@ def integral(
     log_missed = log_share_beyond(
         density.log_value, per_axis, integrand.dims, width[0, 0], integrand.steepening
     )
-    overlooked = _look_at_draws(integrand, cells)
+    overlooked = _look_at_draws(integrand, cells, draws)
     return read_verdict(integrand, cells, log_missed, at_rows, overlooked)
 
 
-def _look_at_draws(integrand: Integrand, cells: Cells) -> Array:
+def _together(
+    integrand: Integrand, data: Array | None, guides: Rows | None
+) -> Rows | None:
+    """Data rows and draws that guide the splitting."""
+    if data is None:
+        return guides
+    rows = integrand.rows(data)
+    if guides is None:
+        return rows
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), rows, guides)
+
+
+def _look_at_draws(integrand: Integrand, cells: Cells, draws: BaseDraws) -> Array:
     """Log of the mass that draws of the base find between the cells' nodes."""
-    draws = integrand.draws(NUM_CHECKS, 1)
-    if draws is None:
+    if draws.checks is None:
         return jnp.full((integrand.batch,), -jnp.inf)
 
     # Powers of two: a few compiled lengths serve all energies.
@@ -141,16 +154,8 @@ def _look_at_draws(integrand: Integrand, cells: Cells) -> Array:
     num = min(2 ** max(occupied - 1, 1).bit_length(), cells.width.shape[0])
     _, chosen = heaviest(cells, num)
     nodes = nodes_of(chosen.corner, chosen.width)
-    return _overlooked(
-        integrand, draws, integrand.density(nodes, False).log_value, chosen
-    )
-
-
-def _overlooked(
-    integrand: Integrand, draws: Array, log_value: Array, cells: Cells
-) -> Array:
-    rows = integrand.at(draws, np.zeros(len(draws)))
-    return log_overlooked(log_value, cells, rows, integrand.log_start(rows.position))
+    log_value = integrand.density(nodes, False).log_value
+    return log_overlooked(log_value, chosen, draws.checks, draws.log_start)
 
 
 def rows_at(distribution: EnergyDistribution, value: ArrayLike) -> Array | None:
@@ -199,10 +204,12 @@ def _integral_in_model(
         integrand.half_width, per_axis, batch, dims, integrand.dtype
     )
 
+    draws = integrand.draws(*DRAWS_IN_MODELS)
+
     def search(position: Array) -> tuple[Cells, Verdict, Array, Array]:
         """The heaviest cells, their verdict, log mass of the others, and jumps."""
         density = integrand.density(position, False)
-        at_rows = integrand.rows(rows, NUM_DRAWS_IN_MODELS, 0)
+        at_rows = _together(integrand, rows, draws.guides)
         cells = judge(density, corner, width, at_rows)
         cells = refine(
             integrand.density,
@@ -244,9 +251,8 @@ def _integral_in_model(
     found = lax.stop_gradient(log_value(position, *map(lax.stop_gradient, constants)))
 
     # Draws of the base that did not guide the choice
-    draws = integrand.draws(NUM_CHECKS_IN_MODELS, 1)
-    if draws is not None:
-        over = _overlooked(integrand, draws, found, cells)
+    if draws.checks is not None:
+        over = log_overlooked(found, cells, draws.checks, draws.log_start)
         share = jnp.exp(lax.stop_gradient(over) - logsumexp(cells.log_mass, axis=0))
         verdict = verdict._replace(overlooked=share)
 
