@@ -414,7 +414,7 @@ def to_hand(state):
         ensemble.position.reshape(ensemble.log_weight.size, -1),
         ensemble.potential.ravel(),
         ensemble.log_weight,
-        ensemble.log_normalizer,
+        ensemble.past,
         walkers.gradient,
         walkers.log_normalizer()[0],
         walkers.tuning,

@@ -14,7 +14,7 @@ from ebm_ppl.model.program import Params
 NUM_FITTING_STEPS = 150
 
 
-def estimator(score: T, generator: Generator) -> T | ExactScore:
+def score_for(score: T, generator: Generator) -> T | ExactScore:
     """``score``, or the exact score where the generator has no latents."""
     return score if generator.latents else ExactScore()
 

@@ -27,7 +27,7 @@ def _energy_alone(distribution: EnergyDistribution) -> None:
     numpyro.sample("x", distribution)
 
 
-def bind(
+def bind_model(
     rng_key: Array,
     model: Model | EnergyDistribution,
     params: Params,

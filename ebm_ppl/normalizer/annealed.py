@@ -14,7 +14,7 @@ from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.bridge import Reference, bridge_to_draws
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.options import NUM_SETTLING_MOVES
-from ebm_ppl.normalizer.passes import Plan, gather
+from ebm_ppl.normalizer.passes import Plan, run_passes
 from ebm_ppl.normalizer.rows import given_samples
 from ebm_ppl.walkers.follow import Progress
 from ebm_ppl.walkers.settle import resampled, settle
@@ -64,19 +64,19 @@ def certify_by_annealing(
         given = given_samples(site, samples, plan.num_chains, plan.num_walkers)
 
     # Certify
-    gathered = gather(key_site, site, plan, given, rows, progress)
-    certificate = certify(gathered.evidence, tolerance)
-    spent = gathered.num_evaluations
+    passes = run_passes(key_site, site, plan, given, rows, progress)
+    certificate = certify(passes.findings, tolerance)
+    spent = passes.num_evaluations
 
     # A model that uses this log Z must have the same energy at walkers and data.
-    walkers = site.transform(gathered.forward.ensemble.position)
+    walkers = site.transform(passes.forward.ensemble.position)
     visited = few(walkers.reshape(-1, *walkers.shape[2:]))
     if rows is not None:
         visited = jnp.concatenate([visited, few(rows)])
 
     # Bridge to the draws
     if draws is not None:
-        forward = gathered.forward
+        forward = passes.forward
         tuning, position = forward.ladder.tuning(-1), resampled(key_resample, forward)
         position = settle(
             site, plan.kernel, key_settle, position, tuning, NUM_SETTLING_MOVES

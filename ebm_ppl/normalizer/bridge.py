@@ -19,8 +19,8 @@ from ebm_ppl.kernels.base import Kernel, Tuning
 from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.certify import certify, disagreement
 from ebm_ppl.normalizer.certify_draws import certify_bridges
-from ebm_ppl.normalizer.evidence import Bridge
-from ebm_ppl.normalizer.passes import Plan, gather
+from ebm_ppl.normalizer.findings import Bridge
+from ebm_ppl.normalizer.passes import Plan, run_passes
 from ebm_ppl.smc.annealing import AnnealingOptions, anneal
 from ebm_ppl.smc.passes import pass_of
 from ebm_ppl.smc.path import Ladder, Path
@@ -140,8 +140,8 @@ def _alone(
         transform=starting_coordinates(there.distribution, site.name),
     )
 
-    found = gather(rng_key, there, plan, None, rows)
-    return certify(found.evidence, tolerance), found.num_evaluations
+    found = run_passes(rng_key, there, plan, None, rows)
+    return certify(found.findings, tolerance), found.num_evaluations
 
 
 def _draws_unlike(

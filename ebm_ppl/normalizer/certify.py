@@ -1,4 +1,4 @@
-"""A certificate from the evidence: estimate, limits and flags."""
+"""A certificate from findings: estimate, limits and flags."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +7,7 @@ from scipy.stats import t as student_t
 
 from ebm_ppl.energy.log_normalizer import SiteCertificate, flag_where
 from ebm_ppl.energy.rounding import MAX_ERROR, not_normalized
-from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.findings import Findings
 from ebm_ppl.normalizer.flags import (
     MAX_DRIFT_PROBABILITY,
     MIN_ACCEPTANCE,
@@ -26,7 +26,7 @@ MAX_ROUNDING = 1e-3
 
 
 def certify(
-    evidence: Evidence,
+    findings: Findings,
     tolerance: float,
     remedy: str = MORE_TEMPERATURES,
     *,
@@ -37,7 +37,7 @@ def certify(
     One body: estimate, limits and flags follow from one another.
 
     Args:
-        evidence: At least one of its two passes.
+        findings: At least one of its two passes.
         tolerance: Widest acceptable bracket (or, with one direction only, two-sided 95%
             interval), in nats.
         remedy: What a user should do about noisy weights.
@@ -45,7 +45,7 @@ def certify(
             reports that one direction is not enough.
     """
     # Limits
-    forward, reverse = evidence.forward, evidence.reverse
+    forward, reverse = findings.forward, findings.reverse
     passes = [p for p in (forward, reverse) if p is not None]
     shape = passes[0].log_ratios.shape[1:]
     lower, upper = jnp.full(shape, -jnp.inf), jnp.full(shape, jnp.inf)
@@ -76,7 +76,7 @@ def certify(
             lower
             - upper
             - jnp.hypot(stderr, reverse.limit()[1])
-            - 2 * _rounding(evidence, stderr)
+            - 2 * _rounding(findings, stderr)
         )
 
         # Limits that cross contradict each other: widen them to cover the interval of
@@ -121,16 +121,16 @@ def certify(
     )
 
     flags += (
-        () if is_running else flags_of_one_direction(evidence)
-    ) + flags_of_walkers(evidence)
+        () if is_running else flags_of_one_direction(findings)
+    ) + flags_of_walkers(findings)
 
     certificate = SiteCertificate(
         estimate, stderr, lower, upper, ess, khat, log_normalizers, flags
     )
-    return with_reference(certificate, evidence)
+    return with_reference(certificate, findings)
 
 
-def with_reference(certificate: SiteCertificate, evidence: Evidence) -> SiteCertificate:
+def with_reference(certificate: SiteCertificate, findings: Findings) -> SiteCertificate:
     """Add back the energy's reference, and widen the limits by floating-point error."""
     estimate, stderr, lower, upper = (
         certificate.estimate,
@@ -140,33 +140,33 @@ def with_reference(certificate: SiteCertificate, evidence: Evidence) -> SiteCert
     )
     flags, log_normalizers = certificate.flags, certificate.log_normalizers
 
-    if evidence.beyond is not None:
-        upper = upper - jnp.log1p(-jnp.minimum(evidence.beyond, 0.99))
+    if findings.beyond is not None:
+        upper = upper - jnp.log1p(-jnp.minimum(findings.beyond, 0.99))
 
-    if evidence.normalization is not None:
-        off = jnp.abs(jnp.asarray(evidence.normalization, stderr.dtype))
+    if findings.normalization is not None:
+        off = jnp.abs(jnp.asarray(findings.normalization, stderr.dtype))
         flags += flag_where(
             off > jnp.maximum(MAX_ERROR, 0.5 * stderr),
             not_normalized(worst_of(off)),
         )
 
-    if evidence.reference is not None and evidence.magnitude is not None:
-        rounding = _rounding(evidence, estimate)
+    if findings.reference is not None and findings.magnitude is not None:
+        rounding = _rounding(findings, estimate)
         flags += flag_where(
             rounding > jnp.maximum(MAX_ROUNDING, 0.5 * stderr),
-            f"the energy's values, of size {worst_of(evidence.magnitude):.2g}, are "
+            f"the energy's values, of size {worst_of(findings.magnitude):.2g}, are "
             f"rounded by {worst_of(rounding):.2g} nats{{where}}, beside a standard "
             f"error of {worst_of(stderr):.2g}: subtract a constant of about "
-            f"{largest_of(evidence.reference):.6g} from the energy, or run in double "
+            f"{largest_of(findings.reference):.6g} from the energy, or run in double "
             "precision (jax.config.update('jax_enable_x64', True)).",
         )
 
         stderr = jnp.hypot(stderr, rounding)
         estimate, lower, upper = (
-            value - evidence.reference for value in (estimate, lower, upper)
+            value - findings.reference for value in (estimate, lower, upper)
         )
         lower, upper = lower - rounding, upper + rounding
-        log_normalizers = log_normalizers - evidence.reference
+        log_normalizers = log_normalizers - findings.reference
 
     return certificate._replace(
         estimate=estimate,
@@ -178,12 +178,12 @@ def with_reference(certificate: SiteCertificate, evidence: Evidence) -> SiteCert
     )
 
 
-def _rounding(evidence: Evidence, like: Array) -> Array:
+def _rounding(findings: Findings, like: Array) -> Array:
     """Largest error of log Z from rounding of the energy's values, in nats."""
     return (
         jnp.zeros_like(like)
-        if evidence.magnitude is None
-        else jnp.finfo(like.dtype).eps * evidence.magnitude
+        if findings.magnitude is None
+        else jnp.finfo(like.dtype).eps * findings.magnitude
     )
 
 

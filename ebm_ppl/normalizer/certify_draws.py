@@ -5,7 +5,7 @@ from scipy.stats import t as student_t
 
 from ebm_ppl.energy.log_normalizer import SiteCertificate
 from ebm_ppl.normalizer.certify import with_reference
-from ebm_ppl.normalizer.evidence import Bridge, Evidence
+from ebm_ppl.normalizer.findings import Bridge, Findings
 from ebm_ppl.normalizer.flags import MORE_TEMPERATURES, flags_of_weights
 from ebm_ppl.smc.passes import LIMIT_LEVEL
 from ebm_ppl.smc.weights import jackknife_log_mean_exp
@@ -59,5 +59,5 @@ def certify_bridges(
 
     total = bridge.level - reference.estimate
     return with_reference(
-        certificate, Evidence(reference=total, magnitude=jnp.abs(total))
+        certificate, Findings(reference=total, magnitude=jnp.abs(total))
     )

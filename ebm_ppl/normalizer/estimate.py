@@ -14,7 +14,7 @@ from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.fingerprint import fingerprint
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.kernels.base import Kernel
-from ebm_ppl.model.binding import bind, conditions
+from ebm_ppl.model.binding import bind_model, conditions
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import fingerprints
 from ebm_ppl.normalizer.annealed import certify_by_annealing, few
@@ -128,7 +128,7 @@ def log_normalizer(
     key_bind = random.key(0) if rng_key is None else rng_key
 
     # Model
-    bound, found = bind(key_bind, model, one, args, kwargs, compiled=not is_exact)
+    bound, found = bind_model(key_bind, model, one, args, kwargs, compiled=not is_exact)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
     belongs_to: dict[str, Any] = {
         "params": params,

@@ -7,7 +7,7 @@ from jax import Array
 from scipy.stats import t as student_t
 
 from ebm_ppl.energy.log_normalizer import flag_where
-from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.findings import Findings
 
 # Largest share of the density beyond the range of floating point that is only added to
 # the upper limit; more is flagged.
@@ -37,18 +37,18 @@ MORE_TEMPERATURES = (
 )
 
 
-def flags_of_one_direction(evidence: Evidence) -> tuple[str, ...]:
+def flags_of_one_direction(findings: Findings) -> tuple[str, ...]:
     """Flags where only one direction was run, which cannot detect missing mass alone.
 
     Ẑ misses modes that no walker has found; 1/Ẑ misses those that the reverse pass did
     not start from.
     """
-    if evidence.reverse is None:
+    if findings.reverse is None:
         return (
             "a forward pass has no upper limit, so log Z may be larger, or infinite: "
             "use method='bracket'.",
         )
-    if evidence.forward is None:
+    if findings.forward is None:
         return (
             "a reverse pass has no lower limit, so log Z may be smaller: use "
             "method='bracket'.",
@@ -56,13 +56,13 @@ def flags_of_one_direction(evidence: Evidence) -> tuple[str, ...]:
     return ()
 
 
-def flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
+def flags_of_walkers(findings: Findings) -> tuple[str, ...]:
     """Flags where walkers are not at equilibrium or miss part of the mass."""
     flags: tuple[str, ...] = ()
 
-    if evidence.drift is not None:
+    if findings.drift is not None:
         drifts, limits = _drifts(
-            evidence.drift, MAX_DRIFT_PROBABILITY, MAX_SHIFT_PROBABILITY
+            findings.drift, MAX_DRIFT_PROBABILITY, MAX_SHIFT_PROBABILITY
         )
         flags += flag_where(
             jnp.any(~(drifts <= limits), axis=0),
@@ -72,10 +72,10 @@ def flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "energy, or other samples=.",
         )
 
-    if evidence.unreached is not None:
-        share = 100.0 * worst_of(evidence.unreached)
+    if findings.unreached is not None:
+        share = 100.0 * worst_of(findings.unreached)
         flags += flag_where(
-            ~(evidence.unreached <= 0.0),
+            ~(findings.unreached <= 0.0),
             f"{share:.{0 if share >= 1 else 1}f}% of the data rows lie where annealing "
             "from the base does not "
             "lead{where}, in repeated tries: a mode is missing from log Z. Take a base "
@@ -83,10 +83,10 @@ def flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "data, or more temperatures.",
         )
 
-    if evidence.beyond is not None:
-        share = 100.0 * worst_of(evidence.beyond)
+    if findings.beyond is not None:
+        share = 100.0 * worst_of(findings.beyond)
         flags += flag_where(
-            ~(evidence.beyond <= MAX_BEYOND),
+            ~(findings.beyond <= MAX_BEYOND),
             f"about {share:.0f}% of the density lie beyond the last numbers that "
             "floating point has at the support's "
             "ends{where}, or the integral diverges there: make sure that it converges, "
@@ -96,14 +96,14 @@ def flags_of_walkers(evidence: Evidence) -> tuple[str, ...]:
             "(jax.config.update('jax_enable_x64', True)).",
         )
 
-    if evidence.room is not None:
+    if findings.room is not None:
         flags += flag_where(
-            evidence.room < MIN_ROOM,
+            findings.room < MIN_ROOM,
             "the energy falls without end towards a point{where}, so fast that the "
             "integral diverges there, or has "
             "mass where walkers do not come (mass within r of it goes as r to the "
             "power of "
-            f"{float(np.min(np.asarray(evidence.room))):.2g}): bound the energy from "
+            f"{float(np.min(np.asarray(findings.room))):.2g}): bound the energy from "
             "below.",
         )
 
@@ -133,7 +133,7 @@ def is_drift_suspicious(drift: Array, probability: float) -> bool:
     """Whether more moves are needed to tell if walkers drift.
 
     Args:
-        drift: As in :class:`Evidence`.
+        drift: As in :class:`Findings`.
         probability: False alarm rate at equilibrium of each of three tests: of mean
             ``|u|²``, of mean ``|u|``, and of all tail shares together.
     """

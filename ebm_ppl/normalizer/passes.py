@@ -1,6 +1,6 @@
-"""Evidence about log Z at one energy site.
+"""Passes of annealing at one energy site, and what they find.
 
-It comes from annealing to the energy, back from it, and back from data rows.
+They go to the energy, back from it, and back from data rows.
 """
 
 import math
@@ -16,7 +16,7 @@ from ebm_ppl.energy.start import starting_distribution
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.normalizer.drift import changes
 from ebm_ppl.normalizer.edges import has_edges, share_beyond
-from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.findings import Findings
 from ebm_ppl.normalizer.flags import is_drift_suspicious
 from ebm_ppl.normalizer.poles import steepest_fall
 from ebm_ppl.normalizer.reach import share_unreached
@@ -37,7 +37,7 @@ SETTLING_STAGES = ((1, 0.1), (1, 0.02), (2, 0.0))
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings with which evidence is gathered."""
+    """Settings of the passes."""
 
     method: str
     kernel: Kernel
@@ -49,31 +49,31 @@ class Plan:
     may_settle_longer: bool = True
 
 
-class Gathered(NamedTuple):
-    """Result of :func:`gather`.
+class Passes(NamedTuple):
+    """Result of :func:`run_passes`.
 
     Attributes:
-        evidence: Input of the certificate.
+        findings: Input of the certificate.
         forward: The forward pass's walkers.
         position: Equally weighted walkers, moved further under the energy itself,
             ``(num_chains, num_walkers, *batch, *event)``.
         num_evaluations: Energy evaluations spent.
     """
 
-    evidence: Evidence
+    findings: Findings
     forward: Annealed
     position: Array
     num_evaluations: int
 
 
-def gather(
+def run_passes(
     rng_key: Array,
     site: SiteAtParams,
     plan: Plan,
     samples: Array | None,
     rows: Array | None,
     progress: Progress | None = None,
-) -> Gathered:
+) -> Passes:
     """Run the passes that the method needs, and check them by walkers and data rows.
 
     One body: the passes, in order; each starts where another ends.
@@ -140,7 +140,7 @@ def gather(
         )
         spent += more
 
-    evidence = Evidence(
+    findings = Findings(
         None if plan.method == "reverse" else pass_of(forward.relative, forward.moves),
         reverse,
         drift,
@@ -153,7 +153,7 @@ def gather(
         normalization_error(starting_distribution(site.distribution, site.name)),
     )
 
-    return Gathered(evidence, forward, position, spent)
+    return Passes(findings, forward, position, spent)
 
 
 def _settle(

@@ -19,7 +19,7 @@ from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, Draws, LikelihoodSurface
 from ebm_ppl.normalizer.newton import directions_of, groups_of
 from ebm_ppl.normalizer.options import plan_of
-from ebm_ppl.normalizer.passes import Plan, gather
+from ebm_ppl.normalizer.passes import Plan, run_passes
 from ebm_ppl.normalizer.rows import data_rows
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
@@ -91,13 +91,13 @@ def _draws_of(
         transform = coordinates_for(plan.kernel, distribution, name, "annealing")
         site = SiteAtParams(name, bound, params, transform)
         key = random.fold_in(rng_key, index)
-        gathered = gather(key, site, plan, None, rows.get(name))
-        sites[name] = certify(gathered.evidence, tolerance)
-        spent += gathered.num_evaluations
+        passes = run_passes(key, site, plan, None, rows.get(name))
+        sites[name] = certify(passes.findings, tolerance)
+        spent += passes.num_evaluations
 
-        values = transform(gathered.position)
+        values = transform(passes.position)
         potential = distribution.unchecked_potential(values)
-        islands = gathered.forward.relative.log_normalizers[:, None]
+        islands = passes.forward.relative.log_normalizers[:, None]
         draws[name] = Draws(values, islands + jnp.zeros_like(potential), potential)
 
     log_z = LogNormalizer.from_sites(

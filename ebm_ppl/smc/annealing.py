@@ -33,7 +33,7 @@ def _reweight(ensemble: Ensemble, state: KernelState, beta_step: Array) -> Ensem
     )
 
 
-class Climb(NamedTuple):
+class Annealing(NamedTuple):
     """State of a run along a ladder between two temperatures.
 
     Attributes:
@@ -47,14 +47,16 @@ class Climb(NamedTuple):
     moves: Moves
 
 
-def begin_climb(kernel: Kernel, path: Path, position: Array, beta: Array) -> Climb:
+def begin_annealing(
+    kernel: Kernel, path: Path, position: Array, beta: Array
+) -> Annealing:
     """Equally weighted walkers at ``position`` under U_β.
 
     ``position`` is ``(num_chains, num_walkers, *batch, *event)``.
     """
     state = kernel.evaluate(AtTemperature(path, beta), position)
     zeros = jnp.zeros_like(state.potential)
-    return Climb(
+    return Annealing(
         Ensemble(position, state.potential, zeros, zeros[:, 0]),
         state,
         Moves(zeros[0, 0], zeros[0, 0]),
@@ -134,23 +136,23 @@ class AnnealingOptions(NamedTuple):
     resampling: Resampling
 
 
-def climb(
+def follow_rungs(
     kernel: Kernel,
     rng_key: Array,
     path: Path,
-    climb: Climb,
+    annealing: Annealing,
     ladder: Ladder,
     options: AnnealingOptions,
     first: ArrayLike,
     last: ArrayLike,
-) -> Climb:
+) -> Annealing:
     """Carry walkers over the temperatures ``first`` to ``last − 1`` of a fixed ladder.
 
     Args:
         kernel: Any kernel; its own log weights are added.
         rng_key: A JAX PRNG key, the same for all pieces of one run.
         path: U_start and D.
-        climb: From :func:`begin_climb` with exact draws at ``ladder.start``, or
+        annealing: From :func:`begin_annealing` with exact draws at ``ladder.start``, or
             returned by the previous piece.
         ladder: From :func:`refine_ladder`, or its reverse.
         options: See :class:`AnnealingOptions`.
@@ -159,21 +161,21 @@ def climb(
     """
     steps = jnp.diff(ladder.betas, prepend=ladder.start)
 
-    def body(rung: Array, climb: Climb) -> Climb:
+    def body(rung: Array, annealing: Annealing) -> Annealing:
         ensemble, state, moves = advance(
             kernel,
             random.fold_in(rng_key, rung),
             path,
-            climb.ensemble,
-            climb.state,
+            annealing.ensemble,
+            annealing.state,
             ladder.betas[rung],
             steps[rung],
             ladder.tuning(rung),
             options,
         )
-        return Climb(ensemble, state, jax.tree.map(jnp.add, climb.moves, moves))
+        return Annealing(ensemble, state, jax.tree.map(jnp.add, annealing.moves, moves))
 
-    return lax.fori_loop(first, last, body, climb)
+    return lax.fori_loop(first, last, body, annealing)
 
 
 def anneal(
@@ -184,7 +186,7 @@ def anneal(
     ladder: Ladder,
     options: AnnealingOptions,
 ) -> tuple[Ensemble, Moves]:
-    """Carry walkers along a whole ladder with :func:`climb`.
+    """Carry walkers along a whole ladder with :func:`follow_rungs`.
 
     ``position`` holds exact draws at ``ladder.start``.
 
@@ -192,10 +194,12 @@ def anneal(
         The ensemble at the ladder's end and the statistics of the moves.
     """
     start, num_temperatures = (
-        begin_climb(kernel, path, position, ladder.start),
+        begin_annealing(kernel, path, position, ladder.start),
         ladder.betas.shape[0],
     )
-    end = climb(kernel, rng_key, path, start, ladder, options, 0, num_temperatures)
+    end = follow_rungs(
+        kernel, rng_key, path, start, ladder, options, 0, num_temperatures
+    )
 
     return end.ensemble, end.moves._replace(
         acceptance=end.moves.acceptance / num_temperatures

@@ -18,19 +18,18 @@ class Ensemble(NamedTuple):
             *batch, *event)``.
         potential: Potential U of the walkers, ``(num_chains, num_walkers, *batch)``.
         log_weight: Log weights A, same shape.
-        log_normalizer: Sum of the log-mean-exps at past resamplings, ``(num_chains,
-            *batch)``.
+        past: Sum of the log-mean-exps at past resamplings, ``(num_chains, *batch)``.
     """
 
     position: Array
     potential: Array
     log_weight: Array
-    log_normalizer: Array
+    past: Array
 
     @property
     def log_normalizers(self) -> Array:
         """``log Ẑ_c`` of every island, ``(num_chains, *batch)``."""
-        return self.log_normalizer + log_mean_exp(self.log_weight, axis=1)
+        return self.past + log_mean_exp(self.log_weight, axis=1)
 
 
 def resample_islands(
@@ -63,9 +62,7 @@ def resample_islands(
         position=gather(ensemble.position, ancestors),
         potential=gather(ensemble.potential, ancestors),
         log_weight=jnp.where(low[:, None], 0.0, log_weight),
-        log_normalizer=jnp.where(
-            low, ensemble.log_normalizers, ensemble.log_normalizer
-        ),
+        past=jnp.where(low, ensemble.log_normalizers, ensemble.past),
     )
 
 

@@ -64,8 +64,8 @@ def pass_of(
     ensemble: Ensemble, moves: Moves, log_island_weights: Array | None = None
 ) -> Pass:
     """The :class:`Pass` of an ensemble at the end of a ladder."""
-    log_weights = ensemble.log_normalizer[:, None] + ensemble.log_weight
-    resampled = jnp.any(ensemble.log_normalizer != 0, axis=0)
+    log_weights = ensemble.past[:, None] + ensemble.log_weight
+    resampled = jnp.any(ensemble.past != 0, axis=0)
     return Pass(
         ensemble.log_normalizers, log_weights, moves, resampled, log_island_weights
     )

@@ -12,7 +12,7 @@ from ebm_ppl.smc.annealing import (
     NUM_SETTLING_MOVES,
     AnnealingOptions,
     advance,
-    begin_climb,
+    begin_annealing,
 )
 from ebm_ppl.smc.ensemble import Ensemble
 from ebm_ppl.smc.path import AtTemperature, Ladder, Path, difference_at
@@ -65,7 +65,7 @@ def run_pilot(
             ``ladder.betas`` ends below 1.
         ess_target: Conditional ESS fraction of one step.
     """
-    ensemble, state, _ = begin_climb(kernel, path, position, jnp.zeros(()))
+    ensemble, state, _ = begin_annealing(kernel, path, position, jnp.zeros(()))
 
     def next_beta(ensemble: Ensemble, state: KernelState, beta: Array) -> Array:
         def enough(candidate: Array) -> Array:
@@ -87,7 +87,7 @@ def run_pilot(
         # about one ulp above β.
         return jnp.where(enough(one), one, jnp.where(low > beta, low, high))
 
-    def climbing(carry: tuple) -> Array:
+    def is_below(carry: tuple) -> Array:
         rung, beta = carry[0], carry[1]
         return (rung < max_rungs) & (beta < 1.0)
 
@@ -99,7 +99,7 @@ def run_pilot(
         acceptance = jnp.mean(info.acceptance, axis=(0, 1))
         return (state, kernel.adapt(tuning, acceptance, gain=0.5)), None
 
-    def climb(carry: tuple) -> tuple:
+    def next_rung(carry: tuple) -> tuple:
         rung, beta, tuning, rng_key, ensemble, state, ladder = carry
         rng_key, key, key_settle = random.split(rng_key, 3)
 
@@ -153,7 +153,7 @@ def run_pilot(
         ladder,
     )
 
-    rung, *_, state, ladder = lax.while_loop(climbing, climb, carry)
+    rung, *_, state, ladder = lax.while_loop(is_below, next_rung, carry)
     return Pilot(ladder, rung, difference_at(state))
 
 

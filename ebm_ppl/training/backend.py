@@ -69,6 +69,12 @@ class Backend(ABC):
             ``info["finite"]`` says where.
         """
 
+    def _template(
+        self, rng_key: Array, arguments: Arguments, init_params: Params | None
+    ) -> Any:
+        """A state of the first one's shapes, made without what takes time."""
+        return self._start(rng_key, arguments, init_params)
+
     def _resume(self, state: Any) -> Any:
         """A given state with this backend's own settings in it."""
         return state
@@ -99,6 +105,21 @@ class Backend(ABC):
         """
         state = self._start(rng_key, Arguments(args, kwargs), init_params)
         return jax.tree.map(_as_strong_array, state)
+
+    def template(
+        self,
+        rng_key: Array,
+        *args: Any,
+        init_params: Params | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Shapes and types of :meth:`init`'s state, without annealing or fitting.
+
+        A saved state is read into it: its leaves are ``jax.ShapeDtypeStruct``, what
+        Orbax calls an abstract state.  Arguments are those of :meth:`init`.
+        """
+        state = self._template(rng_key, Arguments(args, kwargs), init_params)
+        return jax.tree.map(_shape_of, state)
 
     def run(
         self,
@@ -150,3 +171,9 @@ def _as_strong_array(leaf: Any) -> Array:
     if isinstance(leaf, Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     return lax.convert_element_type(leaf, jnp.result_type(leaf))
+
+
+def _shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.start import potential_at
 from ebm_ppl.kernels.langevin import MALA
-from ebm_ppl.model.binding import bind
+from ebm_ppl.model.binding import bind_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import systematic
@@ -98,7 +98,7 @@ def sample(
 
     # Model
     params = {} if params is None else dict(params)
-    bound, found = bind(rng_key, model, params, args, kwargs)
+    bound, found = bind_model(rng_key, model, params, args, kwargs)
     if initial is not None and not set(initial) <= set(found):
         raise ValueError(
             f"initial has sites {sorted(initial)}; expected energy sites among "

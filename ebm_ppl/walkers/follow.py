@@ -9,7 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from ebm_ppl.kernels.base import Kernel
-from ebm_ppl.smc.annealing import AnnealingOptions, Climb, begin_climb, climb
+from ebm_ppl.smc.annealing import (
+    Annealing,
+    AnnealingOptions,
+    begin_annealing,
+    follow_rungs,
+)
 from ebm_ppl.smc.ensemble import Ensemble, Moves
 from ebm_ppl.smc.path import Ladder
 from ebm_ppl.walkers.site import Progress, SiteAtParams
@@ -45,7 +50,7 @@ class Annealed(NamedTuple):
 def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
     return ensemble._replace(
         potential=ensemble.potential + reference,
-        log_normalizer=ensemble.log_normalizer - reference,
+        past=ensemble.past - reference,
     )
 
 
@@ -63,20 +68,20 @@ def follow(
     They start at ``position``, which holds draws under U at ``ladder.start`` and is
     donated.
     """
-    climb = _begin(site, kernel, position, ladder.start)
+    annealing = _begin(site, kernel, position, ladder.start)
     total = ladder.betas.shape[0]
     done, length = 0, total if progress is None else 1
 
     while done < total:
         length = min(length, total - done)
         began = time.perf_counter()
-        climb = advance_climb(
-            site, kernel, options, rng_key, climb, ladder, done, done + length
+        annealing = advance_piece(
+            site, kernel, options, rng_key, annealing, ladder, done, done + length
         )
         done += length
 
         if progress is not None:
-            jax.block_until_ready(climb)
+            jax.block_until_ready(annealing)
             progress(length, total)
             # The first piece includes compilation, so its time gives no speed.
             length = (
@@ -87,11 +92,11 @@ def follow(
                 )
             )
 
-    moves = climb.moves._replace(acceptance=climb.moves.acceptance / total)
+    moves = annealing.moves._replace(acceptance=annealing.moves.acceptance / total)
     reference = (
         jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
     )
-    return Annealed(climb.ensemble, ladder, moves, reference)
+    return Annealed(annealing.ensemble, ladder, moves, reference)
 
 
 @partial(jax.jit, static_argnames=("shape",))
@@ -101,20 +106,24 @@ def draw(site: SiteAtParams, rng_key: Array, shape: tuple[int, int]) -> Array:
 
 
 @partial(jax.jit, static_argnames=("kernel",), donate_argnames=("position",))
-def _begin(site: SiteAtParams, kernel: Kernel, position: Array, beta: Array) -> Climb:
-    return begin_climb(kernel, site.path(), position, beta)
+def _begin(
+    site: SiteAtParams, kernel: Kernel, position: Array, beta: Array
+) -> Annealing:
+    return begin_annealing(kernel, site.path(), position, beta)
 
 
 @partial(jax.jit, static_argnames=("kernel", "options"), donate_argnames=("state",))
-def advance_climb(
+def advance_piece(
     site: SiteAtParams,
     kernel: Kernel,
     options: AnnealingOptions,
     rng_key: Array,
-    state: Climb,
+    state: Annealing,
     ladder: Ladder,
     first: int,
     last: int,
-) -> Climb:
+) -> Annealing:
     """Carry walkers over some of a ladder's temperatures."""
-    return climb(kernel, rng_key, site.path(), state, ladder, options, first, last)
+    return follow_rungs(
+        kernel, rng_key, site.path(), state, ladder, options, first, last
+    )

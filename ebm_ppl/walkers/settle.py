@@ -21,7 +21,7 @@ SETTLING_SCALES = (1.0, 1 / 4, 1.0, 1 / 16, 1.0, 1 / 64)
 def resampled(rng_key: Array, annealed: Annealed) -> Array:
     """Equally weighted positions: every island resampled, with copies adjacent."""
     ensemble = annealed.relative
-    everywhere = jnp.ones(ensemble.log_normalizer.shape, bool)
+    everywhere = jnp.ones(ensemble.past.shape, bool)
     return resample_islands(rng_key, ensemble, everywhere, systematic).position
 
 

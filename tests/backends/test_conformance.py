@@ -20,6 +20,7 @@ from numpyro.distributions import constraints
 from pages import definitions_of
 
 import ebm_ppl as ebm
+from ebm_ppl.backends.jarzynski import placement
 from ebm_ppl.training import loop
 
 pytestmark = pytest.mark.xdist_group("conformance")
@@ -207,6 +208,20 @@ def test_state_is_a_pytree_of_arrays(trained):
     back = jax.tree.unflatten(treedef, leaves)
     assert type(back) is type(trained.state)
     assert_equal(trained.update(back, X), trained.update(trained.state, X))
+
+
+def test_a_template_has_the_states_shapes(trained, monkeypatch):
+    """And reads a saved state's arrays, without a walker annealed."""
+    monkeypatch.setattr(placement, "anneal_site", None)
+    template = trained.backend.template(random.key(3), X)
+    leaves, treedef = jax.tree.flatten(template)
+    saved = jax.tree.leaves(trained.fit.state)
+    assert treedef == jax.tree.structure(trained.fit.state)
+    assert [(leaf.shape, leaf.dtype) for leaf in leaves] == [
+        (leaf.shape, leaf.dtype) for leaf in saved
+    ]
+    restored = jax.tree.unflatten(treedef, saved)
+    assert_equal(trained.update(restored, X), trained.update(trained.fit.state, X))
 
 
 def test_a_state_survives_a_trip_to_the_host(trained):

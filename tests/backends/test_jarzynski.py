@@ -336,7 +336,7 @@ def test_refresh_says_where_log_z_had_drifted():
     backend = ebm.Jarzynski(skewed_model, optax.adam(0.02), num_walkers=100)
     state = backend.init(random.key(0), SKEWED_DATA, (1.0, 2.0))
     site = state.walkers["x"]
-    ensemble = site.ensemble._replace(log_normalizer=site.ensemble.log_normalizer + 5.0)
+    ensemble = site.ensemble._replace(past=site.ensemble.past + 5.0)
     astray = replace(state, walkers={"x": replace(site, ensemble=ensemble)})
     with pytest.warns(
         UserWarning, match=r"site 'x' had drifted by \+[45].* standard errors"

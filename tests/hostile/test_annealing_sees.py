@@ -14,11 +14,11 @@ from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
 from ebm_ppl.energy.coordinates import standardizing_transform
-from ebm_ppl.model.binding import bind
+from ebm_ppl.model.binding import bind_model
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.drift import changes
 from ebm_ppl.normalizer.edges import share_beyond
-from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.findings import Findings
 from ebm_ppl.normalizer.flags import is_drift_suspicious
 from ebm_ppl.normalizer.reach import NUM_ROWS, choose_rows
 from ebm_ppl.smc.annealing import AnnealingOptions
@@ -41,7 +41,7 @@ def log_z_of(distribution, seed=0, **options):
 
 
 def site_of(distribution):
-    bound, _ = bind(random.key(0), distribution, {}, (), {})
+    bound, _ = bind_model(random.key(0), distribution, {}, (), {})
     start = distribution.base if distribution.start is None else distribution.start
     return SiteAtParams("x", bound, {}, standardizing_transform(start))
 
@@ -148,10 +148,10 @@ def test_rounding_enters_errors_and_limits():
     flagged, alone."""
     islands = 0.01 * np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
     there, back = passes(islands), passes(-islands)
-    plain = certify(Evidence(there, back), tolerance=1.0)
+    plain = certify(Findings(there, back), tolerance=1.0)
     size = jnp.array([1e3, 1e6])
     moved = certify(
-        Evidence(there, back, reference=size, magnitude=size), tolerance=1.0
+        Findings(there, back, reference=size, magnitude=size), tolerance=1.0
     )
     assert plain.flags == ()
     assert len(moved.flags) == 1
@@ -432,7 +432,7 @@ def test_tails_tell_what_means_do_not():
     there = passes(
         0.01 * np.random.default_rng(1).normal(size=(16,)).astype(np.float32)
     )
-    flags = certify(Evidence(there, there, drift=drift), tolerance=5.0).flags
+    flags = certify(Findings(there, there, drift=drift), tolerance=5.0).flags
     assert any("still drift" in flag for flag in flags)
 
 

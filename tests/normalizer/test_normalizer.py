@@ -17,7 +17,7 @@ from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
 from ebm_ppl.normalizer.certify import certify
-from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.findings import Findings
 from ebm_ppl.smc.ensemble import Moves
 from ebm_ppl.smc.passes import Pass
 from ebm_ppl.smc.weights import jackknife_log_mean_exp, pareto_khat
@@ -445,13 +445,13 @@ def test_pieces_do_not_matter(skewed, monkeypatch):
     """A pass runs in pieces that take a certain time, so of any length, to the same
     end: here of one temperature."""
     lengths = []
-    compiled = follow.advance_climb
+    compiled = follow.advance_piece
 
     def counted(*arguments):
         lengths.append(arguments[-1] - arguments[-2])
         return compiled(*arguments)
 
-    monkeypatch.setattr(follow, "advance_climb", counted)
+    monkeypatch.setattr(follow, "advance_piece", counted)
     monkeypatch.setattr(follow, "SECONDS_PER_PIECE", 1e-9)
     log_z = estimate(quartic(SKEWED), method="forward")
     assert sum(lengths) == 64
@@ -610,7 +610,7 @@ def test_doubts_about_some_batch_elements():
         [0.0, 0.2, 0.0, 0.3, 0.0]
     )
     flags = certify(
-        Evidence(forward=passes(there), reverse=passes(back)), tolerance=1.0
+        Findings(forward=passes(there), reverse=passes(back)), tolerance=1.0
     ).flags
     assert len(flags) == 1
     assert NOT_THE_MODELS in flags[0]
@@ -627,7 +627,7 @@ def test_an_upper_limit_under_the_estimate_stands_back():
         + 0.06
     )
     certificate = certify(
-        Evidence(forward=passes(there), reverse=passes(back)), tolerance=1.0
+        Findings(forward=passes(there), reverse=passes(back)), tolerance=1.0
     )
     assert not certificate.flags
     assert certificate.lower < -back.mean() < certificate.estimate < certificate.upper
@@ -645,7 +645,7 @@ def test_drift_by_chance():
     drifts = np.random.default_rng(1).normal(size=(8, 16, 2, 400)).astype(np.float32)
     flags = [
         certify(
-            Evidence(forward=there, reverse=there, drift=jnp.asarray(drift)),
+            Findings(forward=there, reverse=there, drift=jnp.asarray(drift)),
             tolerance=1.0,
         ).flags
         for drift in drifts

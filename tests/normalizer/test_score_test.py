@@ -194,7 +194,7 @@ def test_alarms_by_chance_are_rare():
     """Of 40 tests at the maximum at most as many as a binomial of 2% gives at 10⁻³."""
     alarms = sum(
         not ebm.score_test(
-            random.key(seed), {"lam": LAM}, precision, ROWS
+            random.key(seed), {"lam": LAM}, precision, ROWS, num_walkers=64
         ).is_at_maximum
         for seed in range(40)
     )

@@ -185,7 +185,7 @@ def test_resampling_happens_island_by_island():
     )
     np.testing.assert_allclose(
         ensemble.log_normalizers,
-        ensemble.log_normalizer + log_mean_exp(log_weight, axis=1),
+        ensemble.past + log_mean_exp(log_weight, axis=1),
         rtol=1e-6,
     )
 

@@ -6,6 +6,7 @@ noise it was trained on, and updates are scaled so that the conditional ESS of a
 parameter step stays near a target.
 """
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from jax import Array, random
 
 from ebm_ppl.backends.jarzynski.control import controlled_switch, negative_log_joint
 from ebm_ppl.backends.jarzynski.options import check_options
-from ebm_ppl.backends.jarzynski.placement import place_walkers
+from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_walkers
 from ebm_ppl.backends.jarzynski.state import JarzynskiState, without_ensembles
 from ebm_ppl.backends.jarzynski.warnings import (
     warn_where_log_z_drifted,
@@ -126,21 +127,53 @@ class Jarzynski(Backend):
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
     ) -> JarzynskiState:
         """Walkers of every site, annealed to the initial parameters where needed."""
+
+        def place(rng_key: Array, name: str, bound: BoundModel, params: Params) -> Any:
+            return self._place(
+                rng_key,
+                name,
+                bound,
+                params,
+                num_chains=self.num_chains,
+                num_temperatures=self.num_temperatures,
+            )
+
+        return self._state(rng_key, arguments, init_params, place)
+
+    def _template(
+        self, rng_key: Array, arguments: Arguments, init_params: Params | None
+    ) -> JarzynskiState:
+        """The same with walkers that are shapes."""
+
+        def place(rng_key: Array, name: str, bound: BoundModel, params: Params) -> Any:
+            return abstract_walkers(
+                name,
+                bound,
+                params,
+                self.kernel,
+                num_chains=self.num_chains,
+                num_walkers=self.num_walkers,
+                num_holdout_chains=self.num_holdout_chains,
+            )
+
+        return self._state(rng_key, arguments, init_params, place)
+
+    def _state(
+        self,
+        rng_key: Array,
+        arguments: Arguments,
+        init_params: Params | None,
+        place: Callable[[Array, str, BoundModel, Params], Walkers],
+    ) -> JarzynskiState:
         key_model, key_walkers, key_next = random.split(rng_key, 3)
         found = inspect_model(key_model, self.model, arguments, init_params=init_params)
         check_on_params("optim", self.optim, found.params)
         bound = BoundModel(self.model, found.transforms, key_model, arguments)
 
-        walkers = {}
-        for index, name in enumerate(found.energies):
-            walkers[name] = self._place(
-                random.fold_in(key_walkers, index),
-                name,
-                bound,
-                found.params,
-                num_chains=self.num_chains,
-                num_temperatures=self.num_temperatures,
-            )
+        walkers = {
+            name: place(random.fold_in(key_walkers, index), name, bound, found.params)
+            for index, name in enumerate(found.energies)
+        }
 
         return JarzynskiState(
             params=found.params,

@@ -2,7 +2,9 @@
 
 from dataclasses import replace
 
-from jax import Array
+import jax
+import jax.numpy as jnp
+from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.backends.jarzynski.warnings import warn_where_islands_disagree
@@ -10,6 +12,7 @@ from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 from ebm_ppl.smc.annealing import AnnealingOptions
+from ebm_ppl.smc.ensemble import Ensemble
 from ebm_ppl.walkers.placement import anneal_site
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 from ebm_ppl.walkers.state import Walkers, initial_gradient
@@ -53,6 +56,35 @@ def place_walkers(
 
     tuning = annealed.ladder.tuning(-1) if is_exact else site.init_tuning(kernel)
     walkers = Walkers(ensemble, tuning, transform, None, num_holdout_chains)
-    if ensemble.log_normalizer.ndim == 1 and num_chains > num_holdout_chains:
+    if ensemble.past.ndim == 1 and num_chains > num_holdout_chains:
         return replace(walkers, gradient=initial_gradient(site, walkers))
     return walkers
+
+
+def abstract_walkers(
+    name: str,
+    bound: BoundModel,
+    params: Params,
+    kernel: Kernel,
+    *,
+    num_chains: int,
+    num_walkers: int,
+    num_holdout_chains: int,
+) -> Walkers:
+    """Shapes of :func:`place_walkers`'s result."""
+    transform = coordinates_for(
+        kernel, bound.energies(params)[name], name, "placing walkers"
+    )
+    site = SiteAtParams(name, bound, params, transform)
+
+    def walkers() -> Walkers:
+        position = site.draw(random.key(0), (num_chains, num_walkers))
+        potential = site.path().start(position)
+        zeros = jnp.zeros_like(potential)
+        ensemble = Ensemble(position, potential, zeros, zeros[:, 0])
+        gradient = site.params if zeros.ndim == 2 else None
+        return Walkers(
+            ensemble, site.init_tuning(kernel), transform, gradient, num_holdout_chains
+        )
+
+    return jax.eval_shape(walkers)

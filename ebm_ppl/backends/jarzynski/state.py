@@ -11,7 +11,7 @@ from numpyro.distributions.transforms import Transform
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.normalizer.certify import certify
-from ebm_ppl.normalizer.evidence import Evidence
+from ebm_ppl.normalizer.findings import Findings
 from ebm_ppl.training.state import Population, State
 from ebm_ppl.walkers.state import Walkers
 
@@ -80,7 +80,7 @@ class JarzynskiState(State):
             "ebm_ppl.log_normalizer(...)"
         )
         sites = {
-            name: certify(Evidence(w.held_out()), tolerance, remedy, is_running=True)
+            name: certify(Findings(w.held_out()), tolerance, remedy, is_running=True)
             for name, w in self.walkers.items()
         }
 

@@ -3,6 +3,7 @@
 Grathwohl, Kelly, Hashemi, Norouzi, Swersky and Duvenaud (ICLR 2021), Algorithm 1.
 """
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, random
 
+from ebm_ppl.backends.vera.first_score import fit_first_score
 from ebm_ppl.backends.vera.health import (
     warn_of_bounds,
     warn_of_collapse,
@@ -20,13 +22,12 @@ from ebm_ppl.backends.vera.health import (
 from ebm_ppl.backends.vera.options import check_options, resolve_score
 from ebm_ppl.backends.vera.state import GeneratorProgress, VERAState
 from ebm_ppl.backends.vera.steps import (
-    BOUND_MEMORY,
     energy_step,
     generator_step,
     repeat,
 )
 from ebm_ppl.energy.start import starting_coordinates
-from ebm_ppl.generators.fitting import estimator, fit_score
+from ebm_ppl.generators.fitting import score_for
 from ebm_ppl.generators.inspection import inspect_generator
 from ebm_ppl.generators.program import Generator, Program
 from ebm_ppl.generators.scores.base import Score
@@ -140,6 +141,21 @@ class VERA(Backend):
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
     ) -> VERAState:
         """Check the model and the generator on the data, and fit the first score."""
+        return self._state(rng_key, arguments, init_params, lambda fit: fit())
+
+    def _template(
+        self, rng_key: Array, arguments: Arguments, init_params: Params | None
+    ) -> VERAState:
+        """The same without the fit."""
+        return self._state(rng_key, arguments, init_params, jax.eval_shape)
+
+    def _state(
+        self,
+        rng_key: Array,
+        arguments: Arguments,
+        init_params: Params | None,
+        run: Callable[[Callable[[], Any]], Any],
+    ) -> VERAState:
         key_model, key_generator, key_score, key_next = random.split(rng_key, 4)
         found = inspect_model(key_model, self.model, arguments, init_params=init_params)
         if len(found.energies) != 1:
@@ -163,8 +179,16 @@ class VERA(Backend):
         check_on_params("optim", self.optim, found.params)
         check_on_params("generator_optim", self.generator_optim, generator_params)
         bound_model = BoundModel(self.model, found.transforms, key_model, arguments)
-        score_state, bound = _fit_first_score(
-            self, key_score, bound_model, generator, found.params, generator_params
+        score_state, bound = run(
+            lambda: fit_first_score(
+                self._score_of(generator),
+                self.num_particles,
+                key_score,
+                bound_model,
+                generator,
+                found.params,
+                generator_params,
+            )
         )
 
         return VERAState(
@@ -175,7 +199,7 @@ class VERA(Backend):
             generator_params=generator_params,
             generator_optim_state=self.generator_optim.init(generator_params),
             score_state=score_state,
-            standardizer=starting_coordinates(distribution, name),
+            coordinates=starting_coordinates(distribution, name),
             log_normalizer_bound=bound,
             rng_key=key_next,
             entropy_weight=self.entropy_weight,
@@ -287,7 +311,7 @@ class VERA(Backend):
 
     def _score_of(self, generator: Generator) -> Score:
         assert not isinstance(self.score, str)
-        return estimator(self.score, generator)
+        return score_for(self.score, generator)
 
 
 def _all_finite(tree: Any) -> Array:
@@ -297,29 +321,3 @@ def _all_finite(tree: Any) -> Array:
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in leaves]))
-
-
-@partial(jax.jit, static_argnums=0)
-def _fit_first_score(
-    backend: VERA,
-    rng_key: Array,
-    bound: BoundModel,
-    generator: Generator,
-    params: Params,
-    generator_params: Params,
-) -> tuple[Any, Array]:
-    """Fit the score's estimator to the first generator, and find the bound on log Z.
-
-    Then no gradient rests on an estimator that was not fitted.  The bound is
-    ``E_q[−U] + H(q)``.
-    """
-    distribution = bound.energies(params)[generator.name]
-
-    def elbo(values: Array, log_density: Array) -> Array:
-        return -jnp.mean(distribution.unchecked_potential(values) + log_density)
-
-    score = backend._score_of(generator)
-    score_state, bounds = fit_score(
-        score, rng_key, generator, generator_params, backend.num_particles, elbo
-    )
-    return score_state, jnp.mean(bounds[-BOUND_MEMORY:])

@@ -16,11 +16,11 @@ from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.wrappers import innermost
-from ebm_ppl.generators.fitting import estimator, fit_score
+from ebm_ppl.generators.fitting import fit_score, score_for
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.generators.scores.exact import ExactScore
 from ebm_ppl.generators.scores.importance import ImportanceScore
-from ebm_ppl.model.binding import bind
+from ebm_ppl.model.binding import bind_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.training.fit import Fit
 
@@ -105,7 +105,7 @@ def latent_model(
         )
 
     key_bind, key_lent, key_fit, key_noise = random.split(rng_key, 4)
-    _, found = bind(key_bind, model, fit.params, args, kwargs)
+    _, found = bind_model(key_bind, model, fit.params, args, kwargs)
     generator, params = state.generator, state.generator_params
     name = generator.name
     if name not in found:
@@ -121,7 +121,7 @@ def latent_model(
             "log q̂ can be followed by chains."
         )
 
-    log_q = estimator(score, generator)
+    log_q = score_for(score, generator)
     energy, (lent, _) = found[name], state.draws(key_lent, num_lent)
     score_state = _fitted(log_q, key_fit, generator, params) if correct else None
 

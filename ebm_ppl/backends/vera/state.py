@@ -26,7 +26,7 @@ POPULATION = (4, 1000)
         "generator_params",
         "generator_optim_state",
         "score_state",
-        "standardizer",
+        "coordinates",
         "log_normalizer_bound",
         "rng_key",
     ],
@@ -44,7 +44,7 @@ class VERAState(State):
         generator_params: The generator's unconstrained parameters φ.
         generator_optim_state: State of the generator's optimiser.
         score_state: State of the score estimator.
-        standardizer: The map from base-standard coordinates to x, frozen at the initial
+        coordinates: The map from base-standard coordinates to x, frozen at the initial
             parameters.
         log_normalizer_bound: Running mean of ``E_q[−U] + H(q)``.
         rng_key: The key of the next update.
@@ -58,7 +58,7 @@ class VERAState(State):
     generator_params: Params
     generator_optim_state: Any
     score_state: Any
-    standardizer: Transform
+    coordinates: Transform
     log_normalizer_bound: Array
     rng_key: Array
     entropy_weight: float

@@ -145,7 +145,7 @@ def energy_step(
 
         if gradient_penalty:
             distribution = with_penalty(
-                distribution, state.standardizer, gradient_penalty
+                distribution, state.coordinates, gradient_penalty
             )
         return distribution.with_log_normalizer(log_z)
 

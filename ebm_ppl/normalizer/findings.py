@@ -30,7 +30,7 @@ class Bridge(NamedTuple):
     level: Array
 
 
-class Evidence(NamedTuple):
+class Findings(NamedTuple):
     """Input of :func:`certify` for one energy site.
 
     Attributes:
