@@ -19,7 +19,7 @@ from jax import Array, random
 from ebm_ppl.backends.jarzynski.control import controlled_switch, negative_log_joint
 from ebm_ppl.backends.jarzynski.options import check_options
 from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_walkers
-from ebm_ppl.backends.jarzynski.state import JarzynskiState, without_ensembles
+from ebm_ppl.backends.jarzynski.state import JarzynskiState, new_or_old
 from ebm_ppl.backends.jarzynski.warnings import (
     warn_where_log_z_drifted,
     warn_where_training_left_held_out,
@@ -250,7 +250,7 @@ class Jarzynski(Backend):
         new = JarzynskiState(
             params, state.transforms, optim_state, walkers, scale, key_next
         )
-        new = _where(finite.everywhere(), new, state)
+        new = new_or_old(finite.everywhere(), new, state)
 
         log_z = {name: w.log_normalizer() for name, w in walkers.items()}
         info = {
@@ -343,15 +343,3 @@ class Jarzynski(Backend):
             num_holdout_chains=self.num_holdout_chains,
             **options,
         )
-
-
-def _where(is_new: Array, new: JarzynskiState, old: JarzynskiState) -> JarzynskiState:
-    """The new state or the old one; the ensembles of ``new`` are selected already."""
-    chosen = jax.tree.map(
-        partial(jnp.where, is_new), without_ensembles(new), without_ensembles(old)
-    )
-    walkers = {
-        name: replace(w, ensemble=new.walkers[name].ensemble)
-        for name, w in chosen.walkers.items()
-    }
-    return replace(chosen, walkers=walkers)

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
@@ -98,7 +99,7 @@ class JarzynskiState(State):
         )
 
 
-def without_ensembles(state: JarzynskiState) -> JarzynskiState:
+def _without_ensembles(state: JarzynskiState) -> JarzynskiState:
     """The same state without its walkers, which are large."""
     return replace(
         state,
@@ -107,3 +108,17 @@ def without_ensembles(state: JarzynskiState) -> JarzynskiState:
             for name, w in state.walkers.items()
         },
     )
+
+
+def new_or_old(
+    is_new: Array, new: JarzynskiState, old: JarzynskiState
+) -> JarzynskiState:
+    """The new state or the old one; the ensembles of ``new`` are selected already."""
+    chosen = jax.tree.map(
+        partial(jnp.where, is_new), _without_ensembles(new), _without_ensembles(old)
+    )
+    walkers = {
+        name: replace(w, ensemble=new.walkers[name].ensemble)
+        for name, w in chosen.walkers.items()
+    }
+    return replace(chosen, walkers=walkers)
