@@ -112,6 +112,27 @@ class LogNormalizer:
         return not any(self.flags.values())
 
     @property
+    def value(self) -> Array:
+        """The certified log Z of the only site, of its shape; ``float`` gives it too.
+
+        Raises:
+            ValueError: There are several sites.
+            UncertifiedNormalizerError: It has flags; ``estimate`` holds it all the same.
+        """
+        if len(self.estimate) != 1:
+            raise ValueError(
+                f"There is one log Z for each of the sites {sorted(self.estimate)}; "
+                "take log_z.estimate[site]."
+            )
+        self.require_certified()
+        (estimate,) = self.estimate.values()
+        return estimate
+
+    def __float__(self) -> float:
+        """The certified log Z of the only site, a scalar."""
+        return float(self.value)
+
+    @property
     def markov_lower(self) -> dict[str, Array]:
         """Lower limit ``log Ẑ − log 20`` by site, from Markov's inequality alone.
 

@@ -35,7 +35,7 @@ STEPS = frozenset(
     "lt gt le ge eq ne select_n floor ceil round sign argmax argmin rem stop_gradient "
     "cond while is_finite pure_callback custom_vjp_call nextafter".split()
 )
-MAX_POINTS, MIN_POINTS, MAX_ELEMENTS = 4_096, 256, 2**20
+MAX_POINTS, MIN_POINTS, MAX_ELEMENTS = 4_096, 8, 2**18
 
 
 def check_no_moving_jump(

@@ -554,3 +554,17 @@ def test_values_given_around_a_normalised_model(around):
     same = log_likelihood(around(known, data={"lam": jnp.float32(2.0)}), draws, X)
     expected = norm.logpdf(X, 0, 3**-0.5)
     np.testing.assert_allclose(same["x"][0], expected, rtol=1e-5)
+
+
+def test_one_sites_value_is_a_number_if_it_is_certified():
+    log_z = exactly(bowl, NORMAL)
+    assert float(log_z) == pytest.approx(-0.5 * np.log(2.0), rel=1e-5)
+    assert log_z.value is log_z.estimate["x"]
+
+    two = ebm.LogNormalizer.exact({"x": 0.0, "y": 1.0})
+    with pytest.raises(
+        ValueError, match=r"one log Z for each of the sites \['x', 'y'\]"
+    ):
+        float(two)
+    with pytest.raises(ebm.UncertifiedNormalizerError):
+        float(ebm.LogNormalizer.exact({"x": np.inf}))
