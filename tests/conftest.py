@@ -28,7 +28,6 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 and hasattr(
 
 import jax  # noqa: E402
 
-
 # Each executable maps memory, of which Linux allows a process 65,530 pieces.
 MAX_MAPS = 25_000
 
