@@ -1,9 +1,9 @@
 """Whether a starting distribution's own density is normalised in single precision.
 
 Annealing takes log Z = 0 at its start for granted, and quadrature's log Z contains the
-base's constant.  NumPyro computes some constants by
-subtracting numbers that are nearly equal: the mass between two bounds far out in a
-tail, or log-gamma functions of large numbers.
+base's constant.  NumPyro computes some constants by subtracting numbers that are nearly
+equal: the mass between two bounds far out in a tail, or log-gamma functions of large
+numbers.
 """
 
 from typing import Any

@@ -138,16 +138,20 @@ class Integrand:
 
     def _at(self, position: Array) -> tuple[Array, Array, Array]:
         """x, the log density, and the magnitude of the terms that it is the sum of."""
+        value, log_det, log_jacobian = self._values(position)
+        potential, magnitude = self._potential(value)
+
+        log_density = log_jacobian + (log_det - potential).reshape(log_jacobian.shape)
+        return value, log_density, magnitude.reshape(log_jacobian.shape)
+
+    def _values(self, position: Array) -> tuple[Array, Array, Array]:
+        """X at t, ``log |det dx/du|`` of x's batch shape and ``log |du/dt|`` of t's."""
         unconstrained = jnp.sinh(position).reshape(
             -1, *self.batch_shape, *self.event_shape
         )
         value = self.transform(unconstrained)
-        potential, magnitude = self._potential(value)
-
         log_det = log_abs_det(self.transform, unconstrained, value)
-        log_jacobian = jnp.log(jnp.cosh(position)).sum(-1)
-        log_density = log_jacobian + (log_det - potential).reshape(log_jacobian.shape)
-        return value, log_density, magnitude.reshape(log_jacobian.shape)
+        return value, log_det, jnp.log(jnp.cosh(position)).sum(-1)
 
     def _potential(self, value: Array) -> tuple[Array, Array]:
         """U, and the magnitude of the terms that it is the sum of."""
@@ -162,7 +166,7 @@ class Integrand:
         data = jnp.asarray(data, self.dtype)
         return self._at_values(data, np.zeros(len(data)))
 
-    def draws(self, num_guides: int, num_checks: int) -> "BaseDraws":
+    def draws(self, num_guides: int, num_checks: int) -> BaseDraws:
         """Draws of the base, the same in every call; none where it has no sampler.
 
         They are fewer where there are many batch elements.
@@ -188,13 +192,8 @@ class Integrand:
 
     def _log_start(self, position: Array) -> Array:
         """Log density of the base (or ``start``) at t, ``(num_points, batch)``."""
-        unconstrained = jnp.sinh(position).reshape(
-            -1, *self.batch_shape, *self.event_shape
-        )
-        value = self.transform(unconstrained)
-        log_det = log_abs_det(self.transform, unconstrained, value)
+        value, log_det, log_jacobian = self._values(position)
         log_start = unchecked_log_prob(self.start, value) + log_det
-        log_jacobian = jnp.log(jnp.cosh(position)).sum(-1)
         return log_start.reshape(log_jacobian.shape) + log_jacobian
 
     def _at_values(self, values: Array, slack: np.ndarray) -> Rows:

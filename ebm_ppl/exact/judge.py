@@ -87,11 +87,7 @@ def judge(density: Density, corner: Array, width: Array, rows: Rows | None) -> C
         _batch_first(values, num_cells).reshape(shape) for values in density[:2]
     )
 
-    top = jnp.max(log_value, axis=axes)
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    # Compiled code may evaluate the same density twice with different rounding (about
-    # 100 nats at 1e9 in float32): clip values over the maximum.
-    value = jnp.exp(jnp.minimum(log_value - _beside(top, dims), 0.0))
+    value, top = _relative(log_value, axes)
     noise = eps * jnp.where(value > 0, value * magnitude, 0.0)
     floor = 4 * jnp.max(noise, axis=axes)
 
@@ -126,6 +122,15 @@ def judge(density: Density, corner: Array, width: Array, rows: Rows | None) -> C
     return Cells(
         corner, width, *(jnp.log(part) + log_size for part in (mass, error, rounding))
     )
+
+
+def _relative(log_value: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Each cell's density divided by its largest, e^top, and top."""
+    top = jnp.max(log_value, axis=axes)
+    top = jnp.where(jnp.isfinite(top), top, 0.0)
+    # Compiled code may evaluate the same density twice with different rounding (about
+    # 100 nats at 1e9 in float32): clip values over the maximum.
+    return jnp.exp(jnp.minimum(log_value - _beside(top, len(axes)), 0.0)), top
 
 
 def _batch_first(values: Array, num_cells: int) -> Array:
@@ -246,9 +251,7 @@ def log_overlooked(
     num_cells, _, dims = cells.corner.shape
     shape = (num_cells, -1, *(NUM_NODES,) * dims)
     log_value = _batch_first(log_value, num_cells).reshape(shape)
-    top = jnp.max(log_value, axis=tuple(range(2, 2 + dims)))
-    top = jnp.where(jnp.isfinite(top), top, 0.0)
-    value = jnp.exp(jnp.minimum(log_value - _beside(top, dims), 0.0))
+    value, top = _relative(log_value, tuple(range(2, 2 + dims)))
 
     is_used = cells.log_mass > -jnp.inf
     corner = jnp.where(is_used[..., None], cells.corner, jnp.inf)

@@ -39,8 +39,12 @@ def fit_groups(
         reported = state.running_log_normalizer()
     attributes = attributes_of(reported, ends) | state.attributes()
 
-    # Draws
-    populations = state.populations(held.rng_key)
+    # Draws; given ones take the place of those that count equally
+    populations = state.populations(held.rng_key, held.draws)
+    for name, values in held.draws.items():
+        own = populations.get(name)
+        if name in held.energies and (own is None or own.log_weight is None):
+            populations[name] = Population(jnp.asarray(values), GIVEN)
     for index, (name, population) in enumerate(populations.items()):
         if population.log_weight is None:
             _add_draws(groups, name, population, held)
@@ -142,13 +146,9 @@ def _energies(
 def _add_draws(
     groups: dict[str, Group], name: str, population: Population, held: Contents
 ) -> None:
-    """Add draws that count equally, or given ones in their place, and their energies."""
-    naming, event_dims = held.naming, held.event_dims[name]
-    values, what = population.values, population.what
-    if name in held.draws:
-        values, what = jnp.asarray(held.draws[name]), GIVEN
-
-    attrs = {"draws": what, "draws_are_weighted": 0}
+    """Add draws that count equally, and their energies."""
+    naming, event_dims, values = held.naming, held.event_dims[name], population.values
+    attrs = {"draws": population.what, "draws_are_weighted": 0}
     stats, predictive = groups["sample_stats"], groups["posterior_predictive"]
     stats.variables |= _energies(
         held.energies[name], values, ("chain", "draw"), naming.ends[name]

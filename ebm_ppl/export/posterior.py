@@ -98,26 +98,22 @@ def _require_same_masks(
         ValueError: The message names the site.
     """
     masked = {
-        name: list(masks_of(found.distribution)) for name, found in held.data.items()
+        name: firsts
+        for name, found in held.data.items()
+        if (firsts := list(masks_of(found.distribution)))
     }
-    if not any(masked.values()):
+    if not masked:
         return
 
     def differs(draw: Params) -> dict[str, Array]:
         found = observations(held.rng_key, model, draw, arguments)
-        return {
-            name: jnp.any(
-                jnp.stack(
-                    [
-                        jnp.any(mask != first)
-                        for mask, first in zip(
-                            masks_of(found[name].distribution), firsts, strict=True
-                        )
-                    ]
-                )
-            )
+        pairs = {
+            name: zip(masks_of(found[name].distribution), firsts, strict=True)
             for name, firsts in masked.items()
-            if firsts
+        }
+        return {
+            name: jnp.stack([jnp.any(mask != first) for mask, first in masks])
+            for name, masks in pairs.items()
         }
 
     for name, anywhere in jax.vmap(jax.vmap(differs))(draws).items():

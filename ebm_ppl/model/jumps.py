@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax, random
+from jax import Array, lax
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.supports import is_improper, points_in_support
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
+from ebm_ppl.model.repeatable import moved_along, random_direction
 
 # Steps relative to the parameters, the second a fifth of the first: what is left beside
 # a linear change falls to 4% where the energy is smooth, to 20% at a kink, and stays
@@ -84,11 +85,15 @@ def _may_jump(
         for name, energy in found.items()
     }
 
-    def potentials(params: Params, points: dict[str, Array]) -> dict[str, Array]:
-        energies = bound.energies(params)
-        return {n: energies[n].unchecked_potential(x) for n, x in points.items()}
+    program = jax.make_jaxpr(_potentials)(bound, params, points)
+    return _has_steps(program.jaxpr)
 
-    return _has_steps(jax.make_jaxpr(potentials)(params, points).jaxpr)
+
+def _potentials(
+    bound: BoundModel, params: Params, points: dict[str, Array]
+) -> dict[str, Array]:
+    energies = bound.energies(params)
+    return {name: energies[name].unchecked_potential(x) for name, x in points.items()}
 
 
 def _has_steps(jaxpr: Any) -> bool:
@@ -113,26 +118,18 @@ def _jumps(
     bound: BoundModel, params: Params, rng_key: Array, only: str | None
 ) -> dict[str, Array]:
     """Whether each site's energy jumps as parameters move, or one site's alone."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = random.split(rng_key, len(leaves))
-    step = jax.tree.unflatten(
-        treedef,
-        [
-            jnp.where(leaf == 0, 1.0, leaf) * random.uniform(key, jnp.shape(leaf))
-            for key, leaf in zip(keys, leaves, strict=True)
-        ],
-    )
+    direction = random_direction(rng_key, params)
     if only is not None:
-        step = {
+        direction = {
             name: tree if name == only else jax.tree.map(jnp.zeros_like, tree)
-            for name, tree in step.items()
+            for name, tree in direction.items()
         }
-    return _jumps_along(bound, params, step, rng_key)
+    return _jumps_along(bound, params, direction, rng_key)
 
 
 @jax.jit
 def _jumps_along(
-    bound: BoundModel, params: Params, step: Params, rng_key: Array
+    bound: BoundModel, params: Params, direction: Params, rng_key: Array
 ) -> dict[str, Array]:
     points = {
         name: _points(energy, rng_key)
@@ -140,11 +137,7 @@ def _jumps_along(
     }
 
     def potentials(length: Array) -> dict[str, Array]:
-        there = jax.tree.map(
-            lambda leaf, along: leaf + (length * along).astype(leaf.dtype), params, step
-        )
-        found = bound.energies(there)
-        return {n: found[n].unchecked_potential(x) for n, x in points.items()}
+        return _potentials(bound, moved_along(params, direction, length), points)
 
     def along(length: Array) -> tuple[dict[str, Array], dict[str, Array]]:
         return jax.jvp(potentials, (length,), (jnp.ones_like(length),))

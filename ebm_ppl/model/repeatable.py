@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
+from jax.typing import ArrayLike
 from numpyro.distributions import constraints
 
 from ebm_ppl.energy.distribution import EnergyDistribution
@@ -17,20 +18,30 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 
 
+def random_direction(rng_key: Array, params: Params) -> Params:
+    """Random shares of the parameters, of their signs; of 1 where they are zero."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = random.split(rng_key, len(leaves))
+    shares = [
+        jnp.where(leaf == 0, 1.0, leaf) * random.uniform(key, jnp.shape(leaf))
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, shares)
+
+
+def moved_along(params: Params, direction: Params, length: ArrayLike) -> Params:
+    """Parameters a step of ``length`` away, of the same types."""
+    return jax.tree.map(
+        lambda leaf, along: leaf + (length * along).astype(jnp.result_type(leaf)),
+        params,
+        direction,
+    )
+
+
 @jax.jit
 def _moved(rng_key: Array, params: Params) -> Params:
     """Parameters scaled by up to 1.1, which keeps signs; zeros become at most 0.1."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = random.split(rng_key, len(leaves))
-    steps = [
-        0.1 * random.uniform(key, jnp.shape(leaf))
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
-    moved = [
-        leaf + (jnp.where(leaf == 0, 1.0, leaf) * step).astype(jnp.result_type(leaf))
-        for leaf, step in zip(leaves, steps, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, moved)
+    return moved_along(params, random_direction(rng_key, params), 0.1)
 
 
 def check_repeatable(

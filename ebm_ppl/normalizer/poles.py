@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array, lax
 
 from ebm_ppl.energy.start import potential_at, target_of
-from ebm_ppl.kernels.base import KernelState
+from ebm_ppl.kernels.base import KernelState, choose
 from ebm_ppl.walkers.site import SiteAtParams
 
 NUM_STARTS, NUM_STEPS, NUM_DIRECTIONS = 8, 200, 8
@@ -88,21 +88,11 @@ def _descend(
         )
 
         is_lower = proposal.potential < state.potential
+        step = step * jnp.where(is_lower, 1.5, 0.5)
+        return choose(is_lower, proposal, state), step
 
-        def choose(new: Array, old: Array) -> Array:
-            return jnp.where(
-                is_lower.reshape(is_lower.shape + (1,) * (new.ndim - is_lower.ndim)),
-                new,
-                old,
-            )
-
-        return jax.tree.map(choose, proposal, state), step * jnp.where(
-            is_lower, 1.5, 0.5
-        )
-
-    return lax.fori_loop(0, NUM_STEPS, body, (target.value_and_grad(start), step))[
-        0
-    ].position
+    first = target.value_and_grad(start)
+    return lax.fori_loop(0, NUM_STEPS, body, (first, step))[0].position
 
 
 def _at_distance(

@@ -63,7 +63,7 @@ class ScoreTest:
         newton: Constrained parameters where those steps lead; None for nets.
         log_normalizer: The certified log Z that the draws came with.
         flags: Why the parameters are not at a maximum, or cannot be judged.
-        is_judged: Whether Monte Carlo errors are small enough to judge them.
+        is_judged: False where Monte Carlo errors are too large to tell.
     """
 
     params: Params
@@ -196,8 +196,8 @@ def verdict_on(
     quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
     limit = quantile * error
     found = _Found(maximum, places, is_net, distance, error, limit, gain_per_row)
-    is_judged = is_net or bool(np.max(error) <= MAX_NOISE)
-    flags = flags_of_draws(log_z) + _flags_of(found)
+    is_judged, reasons = _judgement(found)
+    flags = flags_of_draws(log_z) + reasons
 
     return ScoreTest(
         params=bound.constrain(params),
@@ -231,19 +231,19 @@ class _Found(NamedTuple):
         return next(n for n, p in self.places.items() if p.start <= index < p.stop)
 
 
-def _flags_of(found: _Found) -> tuple[str, ...]:
-    """Why the parameters are not at a maximum, or cannot be judged."""
+def _judgement(found: _Found) -> tuple[bool, tuple[str, ...]]:
+    """Whether the parameters can be judged, and what speaks against them."""
     maximum, gain = found.maximum, found.gain_per_row
     if not np.all(np.isfinite(maximum.step)):
-        return (NOT_FINITE,)
+        return True, (NOT_FINITE,)
     if found.is_net:
         is_off = gain > MAX_GAIN or not maximum.is_reached
-        return (_not_at_maximum(found, ""),) if is_off else ()
+        return True, (_not_at_maximum(found, ""),) if is_off else ()
 
     # A slope without curvature
     untold = np.abs(maximum.untold)
     if np.any(untold > MAX_UNTOLD):
-        return (
+        return True, (
             "not at a maximum: the likelihood slopes along parameter "
             f"'{found.site(np.argmax(untold))}' where it does not curve down, so that "
             "Newton steps cannot say how far its maximum is. Train on from here, or "
@@ -258,18 +258,18 @@ def _flags_of(found: _Found) -> tuple[str, ...]:
             f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
             f"{found.error[worst]:.1f} of its standard errors away, and "
         )
-        return (_not_at_maximum(found, how_far),)
+        return True, (_not_at_maximum(found, how_far),)
 
     # An error too large to tell
     worst = np.argmax(found.error)
     if found.error[worst] > MAX_NOISE:
-        return (
+        return False, (
             f"parameter '{found.site(worst)}' can be judged to {found.limit[worst]:.1f} "
             "of its standard errors only, for Monte Carlo error: take "
             f"{found.error[worst] ** 2:.0f} times the walkers (num_walkers), or more "
             "islands (num_chains).",
         )
-    return ()
+    return True, ()
 
 
 def _not_at_maximum(found: _Found, how_far: str) -> str:

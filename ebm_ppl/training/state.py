@@ -1,5 +1,6 @@
 """What the state of any backend can tell an export."""
 
+from collections.abc import Container
 from typing import NamedTuple
 
 from jax import Array
@@ -27,8 +28,15 @@ class Population(NamedTuple):
 class State:
     """Base of the states of backends; a state without walkers overrides nothing."""
 
-    def populations(self, rng_key: Array) -> dict[str, Population]:
-        """Draws by energy site; ``rng_key`` is for states that make theirs."""
+    def populations(
+        self, rng_key: Array, given: Container[str] = ()
+    ) -> dict[str, Population]:
+        """Draws by energy site.
+
+        Args:
+            rng_key: For states that make theirs.
+            given: Sites whose draws come from elsewhere, and need not be made.
+        """
         return {}
 
     def attributes(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ebm_ppl.kernels.base import (
     KernelInfo,
     Potential,
     Space,
+    choose,
     move,
 )
 from ebm_ppl.smc.annealing import AnnealingOptions, anneal
@@ -41,12 +42,7 @@ class Gibbs(Kernel):
             flipped = target.value(state.position.at[..., spin].multiply(-1.0))
             odds = jax.nn.sigmoid(state.potential - flipped.potential)
             is_flipped = random.uniform(site_and_key[1], odds.shape) < odds
-
-            def choose(new, old):
-                where = is_flipped.reshape(odds.shape + (1,) * (new.ndim - odds.ndim))
-                return jnp.where(where, new, old)
-
-            return jax.tree.map(choose, flipped, state), odds
+            return choose(is_flipped, flipped, state), odds
 
         spins = jnp.arange(state.position.shape[-1])
         keys = random.split(rng_key, len(spins))

@@ -269,20 +269,21 @@ def test_monte_carlo_errors_too_large_to_judge():
     rows = np.tile(ROWS, 140)
     options = {"num_chains": 4, "num_walkers": 16}
     params = {"lam": jnp.array(1.05 * LAM)}
-    test = ebm.score_test(random.key(0), params, whole_precision, rows, **options)
+    test = ebm.score_test(random.key(0), params, precision, rows, **options)
     assert not test.is_judged
     assert not test.is_at_maximum
     assert "cannot be judged" in str(test)
     assert any("times the walkers (num_walkers)" in flag for flag in test.flags)
 
 
-def whole_precision(x):
-    lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
-    energy = ebm.EnergyDistribution(
-        lambda v: 0.5 * (lam - 1) * v**2, dist.Normal(0.0, 1.0)
-    )
-    with numpyro.plate("rows", len(x)):
-        numpyro.sample("x", energy, obs=x)
+def test_a_distance_far_beyond_its_error_is_judged():
+    """The same rows at 1.5 times the maximum: 72 standard errors, known to a few."""
+    rows = np.tile(ROWS, 140)
+    params = {"lam": jnp.array(1.5 * LAM)}
+    test = ebm.score_test(random.key(0), params, precision, rows, num_walkers=64)
+    assert float(test.distance_error["lam"]) > 1
+    assert test.is_judged
+    assert str(test).startswith("NOT at a maximum")
 
 
 def test_bad_options():

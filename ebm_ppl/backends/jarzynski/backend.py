@@ -127,35 +127,24 @@ class Jarzynski(Backend):
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
     ) -> JarzynskiState:
         """Walkers of every site, annealed to the initial parameters where needed."""
-
-        def place(rng_key: Array, name: str, bound: BoundModel, params: Params) -> Any:
-            return self._place(
-                rng_key,
-                name,
-                bound,
-                params,
-                num_chains=self.num_chains,
-                num_temperatures=self.num_temperatures,
-            )
-
+        place = partial(
+            self._place,
+            num_chains=self.num_chains,
+            num_temperatures=self.num_temperatures,
+        )
         return self._state(rng_key, arguments, init_params, place)
 
     def _template(
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
     ) -> JarzynskiState:
         """The same with walkers that are shapes."""
-
-        def place(rng_key: Array, name: str, bound: BoundModel, params: Params) -> Any:
-            return abstract_walkers(
-                name,
-                bound,
-                params,
-                self.kernel,
-                num_chains=self.num_chains,
-                num_walkers=self.num_walkers,
-                num_holdout_chains=self.num_holdout_chains,
-            )
-
+        place = partial(
+            abstract_walkers,
+            kernel=self.kernel,
+            num_chains=self.num_chains,
+            num_walkers=self.num_walkers,
+            num_holdout_chains=self.num_holdout_chains,
+        )
         return self._state(rng_key, arguments, init_params, place)
 
     def _state(
@@ -163,7 +152,7 @@ class Jarzynski(Backend):
         rng_key: Array,
         arguments: Arguments,
         init_params: Params | None,
-        place: Callable[[Array, str, BoundModel, Params], Walkers],
+        place: Callable[..., Walkers],
     ) -> JarzynskiState:
         key_model, key_walkers, key_next = random.split(rng_key, 3)
         found = inspect_model(key_model, self.model, arguments, init_params=init_params)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from jax import Array, random
+from jax import Array
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.backends.jarzynski.warnings import warn_where_islands_disagree
@@ -36,10 +36,9 @@ def place_walkers(
 
     No initial gradient is computed where all islands are held out.
     """
-    if transform is None:
-        distribution = bound.energies(params)[name]
-        transform = coordinates_for(kernel, distribution, name, "placing walkers")
-    site = SiteAtParams(name, bound, params, transform)
+    site = _site(name, bound, params, kernel)
+    if transform is not None:
+        site = replace(site, transform=transform)
 
     # Kernels that are not exact would bias the first walkers.
     annealed = anneal_site(
@@ -55,36 +54,39 @@ def place_walkers(
     warn_where_islands_disagree(name, ensemble)
 
     tuning = annealed.ladder.tuning(-1) if is_exact else site.init_tuning(kernel)
-    walkers = Walkers(ensemble, tuning, transform, None, num_holdout_chains)
+    walkers = Walkers(ensemble, tuning, site.transform, None, num_holdout_chains)
     if ensemble.past.ndim == 1 and num_chains > num_holdout_chains:
         return replace(walkers, gradient=initial_gradient(site, walkers))
     return walkers
 
 
+def _site(name: str, bound: BoundModel, params: Params, kernel: Kernel) -> SiteAtParams:
+    distribution = bound.energies(params)[name]
+    transform = coordinates_for(kernel, distribution, name, "placing walkers")
+    return SiteAtParams(name, bound, params, transform)
+
+
 def abstract_walkers(
+    rng_key: Array,
     name: str,
     bound: BoundModel,
     params: Params,
-    kernel: Kernel,
     *,
+    kernel: Kernel,
     num_chains: int,
     num_walkers: int,
     num_holdout_chains: int,
 ) -> Walkers:
     """Shapes of :func:`place_walkers`'s result."""
-    transform = coordinates_for(
-        kernel, bound.energies(params)[name], name, "placing walkers"
-    )
-    site = SiteAtParams(name, bound, params, transform)
+    site = _site(name, bound, params, kernel)
 
     def walkers() -> Walkers:
-        position = site.draw(random.key(0), (num_chains, num_walkers))
+        position = site.draw(rng_key, (num_chains, num_walkers))
         potential = site.path().start(position)
         zeros = jnp.zeros_like(potential)
         ensemble = Ensemble(position, potential, zeros, zeros[:, 0])
         gradient = site.params if zeros.ndim == 2 else None
-        return Walkers(
-            ensemble, site.init_tuning(kernel), transform, gradient, num_holdout_chains
-        )
+        tuning = site.init_tuning(kernel)
+        return Walkers(ensemble, tuning, site.transform, gradient, num_holdout_chains)
 
     return jax.eval_shape(walkers)

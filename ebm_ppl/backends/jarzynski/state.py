@@ -1,5 +1,6 @@
 """The state of the Jarzynski backend."""
 
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,7 +55,9 @@ class JarzynskiState(State):
         """Values at the model's ``param`` and unobserved sample sites."""
         return constrain(self.transforms, self.params)
 
-    def populations(self, rng_key: Array) -> dict[str, Population]:
+    def populations(
+        self, rng_key: Array, given: Container[str] = ()
+    ) -> dict[str, Population]:
         """The walkers, which carry weights."""
         return {
             name: Population(

@@ -1,5 +1,6 @@
 """The state of the VERA backend."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,8 +64,12 @@ class VERAState(State):
     rng_key: Array
     entropy_weight: float
 
-    def populations(self, rng_key: Array) -> dict[str, Population]:
+    def populations(
+        self, rng_key: Array, given: Container[str] = ()
+    ) -> dict[str, Population]:
         """Independent draws of the generator."""
+        if self.generator.name in given:
+            return {}
         _, values = self.draws(rng_key, POPULATION[0] * POPULATION[1])
         values = values.reshape(*POPULATION, *values.shape[1:])
         what = "of the generator, not of the model"
