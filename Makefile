@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --dist loadgroup -q
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export MPLBACKEND ?= Agg
@@ -16,7 +16,7 @@ INSTALL = $(BIN)/python -m pip install -qq --constraint constraints.txt --editab
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [PYTEST_ARGS='-n 2 --dist loadgroup -q']"
+	@echo "usage: make TARGET [PYTHON=python3.12] [VENV=.venv] [PYTEST_ARGS='tests/energy -q']"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' Makefile
 
 demo: $(VENV)/.installed-examples ## fit handwritten digits end to end

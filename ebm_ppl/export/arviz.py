@@ -16,8 +16,10 @@ from ebm_ppl.export.attributes import warn_of_flags
 from ebm_ppl.export.contents import contents_of
 from ebm_ppl.export.fit import fit_groups
 from ebm_ppl.export.groups import Group, sizes_of, without_masked
+from ebm_ppl.export.parameters import parameter_groups
 from ebm_ppl.export.posterior import add_draws, draws_groups
 from ebm_ppl.model.program import Model
+from ebm_ppl.normalizer.score_test import ScoreTest
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 
@@ -36,6 +38,7 @@ def to_arviz(
     *args: Any,
     log_normalizer: LogNormalizer | None = None,
     draws: Mapping[str, Any] | None = None,
+    score_test: ScoreTest | None = None,
     allow_uncertified: bool = False,
     coords: Mapping[str, Sequence] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
@@ -64,7 +67,9 @@ def to_arviz(
     is given.
 
     A point fit has no posterior draws of the parameters, so there is no ``posterior``
-    and no ``log_likelihood`` (LOO needs both).  With a ``log_normalizer`` the data's
+    and no ``log_likelihood`` (LOO needs both): ``parameters`` holds their values, and
+    ``standard_errors`` and ``distances`` (from the maximum of the likelihood, in
+    standard errors) what a ``score_test`` found.  With a ``log_normalizer`` the data's
     normalised mean log density goes to the attributes.  With several energy sites,
     variables that every site has end in ``_<site>``.
 
@@ -90,6 +95,8 @@ def to_arviz(
             then hold the running held-out log Z with its flags.
         draws: Draws of x by site name, ``(chain, draw, ...)``, from :func:`sample`:
             ``posterior_predictive`` is then made of them.
+        score_test: From :func:`score_test` at ``fit.params``; its verdict goes to the
+            attributes ``is_at_maximum``, ``gain_per_row`` and ``score_test_flags``.
         allow_uncertified: Write numbers that rest on an uncertified log Z; the flags go
             to the attributes.
         coords: Coordinate values by dimension name, plates' included.
@@ -102,7 +109,8 @@ def to_arviz(
         works on both.
 
     Raises:
-        ValueError: ``log_normalizer`` lacks a site or belongs to other parameters;
+        ValueError: ``log_normalizer`` lacks a site or belongs to other parameters, or
+            ``score_test`` does;
             ``dims`` or ``coords`` hold unknown names or do not fit; a mask differs
             from draw to draw.
     """
@@ -116,6 +124,10 @@ def to_arviz(
 
     if isinstance(source, Fit):
         groups, attributes = fit_groups(source, held, log_normalizer, usable)
+        tested, verdict = parameter_groups(held, score_test)
+        groups, attributes = groups | tested, attributes | verdict
+    elif score_test is not None:
+        raise ValueError("score_test is of a point fit, and the source is draws.")
     else:
         groups, attributes = draws_groups(
             model, arguments, held, log_normalizer, usable

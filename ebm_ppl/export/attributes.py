@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -31,6 +31,11 @@ SHARED = (
     "log_normalizer_source",
     "log_normalizer_bound",
     "entropy_weight",
+    "gradient_penalty",
+    "contradictions",
+    "is_at_maximum",
+    "gain_per_row",
+    "score_test_flags",
 )
 
 
@@ -47,6 +52,15 @@ def warn_of_flags(log_normalizer: LogNormalizer, missing: str) -> None:
         "these parameters, or allow_uncertified=True.",
         stacklevel=level_of_caller(),
     )
+
+
+def warn_of_contradictions(found: Sequence[str]) -> None:
+    """Warn of what a certified log Z shows to be wrong with a fit."""
+    for contradiction in found:
+        warnings.warn(
+            f"{contradiction} Look at the fit with ebm_ppl.score_test(...).",
+            stacklevel=level_of_caller(),
+        )
 
 
 def attributes_of(

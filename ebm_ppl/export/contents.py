@@ -14,7 +14,7 @@ from ebm_ppl.energy.fingerprint import require_same_energy
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.energy.pointwise import require_pointwise
 from ebm_ppl.export.attributes import ATTRIBUTES, SHARED, STATISTICS
-from ebm_ppl.export.groups import Naming, Variable
+from ebm_ppl.export.groups import Naming, Variable, storable
 from ebm_ppl.export.names import Dimensions, distinct, labels
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.data import Observation, observations
@@ -73,7 +73,7 @@ def contents_of(
     leaves = _leaves(params)
     naming = _naming(energies, data, leaves, history, dims)
     event_dims = {name: naming.event(name, found) for name, found in data.items()}
-    parameters = _parameters(leaves, naming, num_draw_dims=0 if is_fit else 2)
+    parameters = parameters_of(params, naming, num_draw_dims=0 if is_fit else 2)
     _check_draws(draws or {}, data)
     return Contents(
         key_resample,
@@ -128,21 +128,33 @@ def _check_belongs(
                 "ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
             )
 
-    for name in set(log_normalizer.params) | set(params):
-        ours, theirs = (
-            jax.tree.leaves(where.get(name))
-            for where in (params, log_normalizer.params)
-        )
+    require_same_parameters("log_normalizer", log_normalizer.params, params)
+
+
+def require_same_parameters(
+    option: str, given: Mapping[str, Any], params: Mapping[str, Any]
+) -> None:
+    """Refuse what was found at other parameters.
+
+    Raises:
+        ValueError: The message names the parameter.
+    """
+    for name in set(given) | set(params):
+        ours, theirs = (jax.tree.leaves(where.get(name)) for where in (params, given))
         same = len(ours) == len(theirs) and all(
             np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-8)
             for a, b in zip(ours, theirs, strict=True)
         )
 
         if not same:
+            how = (
+                ""
+                if option == "score_test"
+                else (", or with batch_ndims=2 at draws (chain, draw)")
+            )
             raise ValueError(
-                f"log_normalizer belongs to other parameters: '{name}' differs. "
-                "Estimate it at these: ebm_ppl.log_normalizer(rng_key, model, "
-                "fit.params, ...), or with batch_ndims=2 at draws (chain, draw)."
+                f"{option} belongs to other parameters: '{name}' differs. Find it at "
+                f"these: ebm_ppl.{option}(rng_key, ...) of this fit{how}."
             )
 
 
@@ -155,12 +167,12 @@ def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parameters(
-    leaves: Mapping[str, Any], naming: Naming, num_draw_dims: int
+def parameters_of(
+    params: Mapping[str, Any], naming: Naming, num_draw_dims: int = 0
 ) -> dict[str, Variable]:
-    """Parameters as variables.
+    """Parameters, or numbers about each, as variables.
 
-    This also checks their ``dims`` in exports that have no ``posterior`` group.
+    This also checks their ``dims``.
     """
     return {
         naming.variables[name]: (
@@ -170,9 +182,9 @@ def _parameters(
                     name, np.ndim(leaf) - num_draw_dims, "a value of parameter"
                 ),
             ),
-            np.array(leaf),
+            storable(leaf),
         )
-        for name, leaf in leaves.items()
+        for name, leaf in _leaves(params).items()
     }
 
 

@@ -12,11 +12,12 @@ from jax import random
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.energy.wrappers import rewrap
-from ebm_ppl.export.attributes import attributes_of
+from ebm_ppl.export.attributes import attributes_of, warn_of_contradictions
 from ebm_ppl.export.contents import GIVEN, Contents, named_factors
 from ebm_ppl.export.groups import Group, Naming, Variable
 from ebm_ppl.model.data import Observation
 from ebm_ppl.model.masks import unmasked_rows
+from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, num_params
 from ebm_ppl.smc.resampling import systematic
 from ebm_ppl.smc.weights import ess_fraction, pareto_khat
 from ebm_ppl.training.fit import Fit
@@ -60,6 +61,10 @@ def fit_groups(
         attributes |= _mean_log_densities(
             log_normalizer, held.energies, held.data, ends
         )
+        found = state.contradictions(log_normalizer)
+        attributes["contradictions"] = json.dumps(found, ensure_ascii=False)
+        if num_params(fit.params) <= MAX_PARAMETERS:
+            warn_of_contradictions(found)
     return groups, attributes
 
 

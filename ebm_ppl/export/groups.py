@@ -69,11 +69,15 @@ class Naming:
         return tuple(self.own(name, k) for k in range(count))
 
 
+def storable(value: Any) -> np.ndarray:
+    """A copy of NumPy's own dtypes, the only ones that netCDF stores."""
+    value = np.array(value)
+    return value.astype(np.float32) if value.dtype.kind == "V" else value
+
+
 def without_masked(found: Observation) -> np.ndarray:
     """Data with NaN where they are masked out."""
-    value, counts = np.array(found.value), unmasked(found.distribution)
-    if value.dtype.kind == "V":
-        value = value.astype(np.float32)  # netCDF stores NumPy's own dtypes only
+    value, counts = storable(found.value), unmasked(found.distribution)
     if counts.all():
         return value
     counts = counts.reshape(

@@ -1,8 +1,10 @@
 """The choice of a score estimator for a generator, and its fit."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import jax
 from jax import Array, lax, random
 
 from ebm_ppl.generators.program import Generator, T
@@ -12,6 +14,8 @@ from ebm_ppl.model.program import Params
 
 # Evaluations over which a score estimator is fitted.
 NUM_FITTING_STEPS = 150
+# Draws per evaluation where nobody says otherwise.
+NUM_FITTING_DRAWS = 64
 
 
 def score_for(score: T, generator: Generator) -> T | ExactScore:
@@ -46,3 +50,13 @@ def fit_score(
         score.init(generator.num_latents),
         random.split(rng_key, NUM_FITTING_STEPS),
     )
+
+
+@partial(jax.jit, static_argnums=0)
+def fitted_score(
+    score: Score, rng_key: Array, generator: Generator, params: Params
+) -> Any:
+    """The state of a score estimator, fitted to a fixed generator."""
+    return fit_score(
+        score, rng_key, generator, params, NUM_FITTING_DRAWS, lambda *_: None
+    )[0]

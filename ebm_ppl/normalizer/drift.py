@@ -20,7 +20,6 @@ TAIL = 0.05
 NUM_DIRECTIONS = 4
 
 
-@jax.jit
 def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
     """Changes of statistics per island, zero in expectation at equilibrium.
 
@@ -34,13 +33,22 @@ def changes(site: SiteAtParams, before: Array, after: Array) -> Array:
         ``|u|``, then of the shares in both tails of ``|u|``, of U, of ``|∇U|``, of
         every coordinate and of some random directions.
     """
-    target = target_of(site.distribution, site.transform)
-    states = [target.value_and_grad(u) for u in (before, after)]
-    position, potential, grad = (
-        jnp.stack([getattr(state, name) for state in states])
-        for name in ("position", "potential", "grad")
-    )
+    position = jnp.stack([before, after])
+    return _changes(position, *_potential_and_grad(site, position))
 
+
+@jax.jit
+def _potential_and_grad(site: SiteAtParams, position: Array) -> tuple[Array, Array]:
+    """U and its gradient, with one more leading axis than walkers have."""
+    target = target_of(site.distribution, site.transform)
+    state = target.value_and_grad(position.reshape(-1, *position.shape[2:]))
+    shape = (*position.shape[:2], *state.potential.shape[1:])
+    return state.potential.reshape(shape), state.grad.reshape(position.shape)
+
+
+@jax.jit
+def _changes(position: Array, potential: Array, grad: Array) -> Array:
+    """The statistics, whose program serves all energies of the same shapes."""
     # Means
     event_axes = tuple(range(potential.ndim, position.ndim))
     radius = jnp.sqrt(jnp.sum(position**2, axis=event_axes))

@@ -16,13 +16,13 @@ from ebm_ppl.normalizer.likelihood import (
 )
 from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
 from ebm_ppl.normalizer.score_test import (
-    NOT_FINITE,
     ScoreTest,
     constrained_errors,
     flags_of_draws,
     verdict_on,
 )
 from ebm_ppl.normalizer.surface import surface_at
+from ebm_ppl.normalizer.verdict import NOT_FINITE
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 

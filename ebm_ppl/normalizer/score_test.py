@@ -6,39 +6,23 @@ covariance, the Fisher information; Rao's test compares the two.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from scipy.stats import t as student_t
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
-from ebm_ppl.normalizer.newton import (
-    MAX_UNTOLD,
-    NUM_DIRECTIONS,
-    Maximum,
-    climb_to_maximum,
-    groups_of,
-)
+from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
 from ebm_ppl.normalizer.surface import surface_at
+from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
-
-# A distance from the maximum, in standard errors, that is told; a net's gain, in nats a
-# row.
-MAX_DISTANCE = 1.0
-# Monte Carlo error of a distance, in the same unit, over which it cannot be judged.
-MAX_NOISE = 1.0
-MAX_GAIN = 0.01
-# Probability that Monte Carlo error alone passes for such a distance.
-FALSE_ALARM = 0.005
-NOT_FINITE = "the score or the information is not finite."
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,29 +145,15 @@ def verdict_on(
     num_chains: int,
     log_z: LogNormalizer,
 ) -> ScoreTest:
-    """Distances by site, and flags.
-
-    One body: numbers, then flags.
-    """
+    """Distances by site, and flags."""
     bound, params = surface.bound, surface.params
-    places = groups_of(params)
-    is_net = surface.is_net
-    num_rows = max(float(np.sum(count)) for count in maximum.counts.values())
-    stderr = np.sqrt(np.maximum(np.diag(maximum.covariance), 0.0))
-    scale = np.where(stderr > 0, stderr, np.inf)
-    # Where draws do not reach the maximum, the step that is left belongs to the distance.
-    distance = (maximum.step + maximum.left) / scale
-    error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
-    if not is_net:
-        far = np.copysign(np.inf, maximum.untold)
-        distance = np.where(np.abs(maximum.untold) > MAX_UNTOLD, far, distance)
+    found = distances_of(surface, maximum, num_chains)
+    is_judged, reasons = judgement(found)
     errors: dict[str, Any]
 
     # By site, or by module
-    if is_net:
-        size = 1 + NUM_DIRECTIONS
-        places = {n: slice(i * size, (i + 1) * size) for i, n in enumerate(places)}
-        by_site = lambda values: {n: values[p] for n, p in places.items()}  # noqa: E731
+    if surface.is_net:
+        by_site = lambda values: {n: values[p] for n, p in found.places.items()}  # noqa: E731
         after, covariance, errors = None, None, {}
     else:
         by_site = lambda values: _like(params, values)  # noqa: E731
@@ -191,93 +161,19 @@ def verdict_on(
         after = bound.constrain(there)
         covariance, errors = constrained_errors(bound, there, maximum.covariance)
 
-    # Flags
-    gain_per_row = maximum.gain / num_rows
-    quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
-    limit = quantile * error
-    found = _Found(maximum, places, is_net, distance, error, limit, gain_per_row)
-    is_judged, reasons = _judgement(found)
-    flags = flags_of_draws(log_z) + reasons
-
     return ScoreTest(
         params=bound.constrain(params),
         score=by_site(maximum.score),
-        distance=by_site(distance),
-        distance_error=by_site(error),
+        distance=by_site(found.distance),
+        distance_error=by_site(found.error),
         standard_errors=errors,
         gain=maximum.gain,
-        gain_per_row=gain_per_row,
+        gain_per_row=found.gain_per_row,
         newton=after,
         log_normalizer=log_z,
-        flags=flags,
+        flags=flags_of_draws(log_z) + reasons,
         is_judged=is_judged,
         covariance=covariance,
-    )
-
-
-class _Found(NamedTuple):
-    """What the flags of a test are made from; arrays by parameter, or by direction."""
-
-    maximum: Maximum
-    places: dict[str, slice]
-    is_net: bool
-    distance: np.ndarray
-    error: np.ndarray
-    limit: np.ndarray
-    gain_per_row: float
-
-    def site(self, index: Any) -> str:
-        """The site, or module, of a parameter."""
-        return next(n for n, p in self.places.items() if p.start <= index < p.stop)
-
-
-def _judgement(found: _Found) -> tuple[bool, tuple[str, ...]]:
-    """Whether the parameters can be judged, and what speaks against them."""
-    maximum, gain = found.maximum, found.gain_per_row
-    if not np.all(np.isfinite(maximum.step)):
-        return True, (NOT_FINITE,)
-    if found.is_net:
-        is_off = gain > MAX_GAIN or not maximum.is_reached
-        return True, (_not_at_maximum(found, ""),) if is_off else ()
-
-    # A slope without curvature
-    untold = np.abs(maximum.untold)
-    if np.any(untold > MAX_UNTOLD):
-        return True, (
-            "not at a maximum: the likelihood slopes along parameter "
-            f"'{found.site(np.argmax(untold))}' where it does not curve down, so that "
-            "Newton steps cannot say how far its maximum is. Train on from here, or "
-            "begin nearer to it.",
-        )
-
-    # A distance beyond its error
-    beyond = np.abs(found.distance) - found.limit
-    worst = np.argmax(beyond)
-    if beyond[worst] > MAX_DISTANCE:
-        how_far = (
-            f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
-            f"{found.error[worst]:.1f} of its standard errors away, and "
-        )
-        return True, (_not_at_maximum(found, how_far),)
-
-    # An error too large to tell
-    worst = np.argmax(found.error)
-    if found.error[worst] > MAX_NOISE:
-        return False, (
-            f"parameter '{found.site(worst)}' can be judged to {found.limit[worst]:.1f} "
-            "of its standard errors only, for Monte Carlo error: take "
-            f"{found.error[worst] ** 2:.0f} times the walkers (num_walkers), or more "
-            "islands (num_chains).",
-        )
-    return True, ()
-
-
-def _not_at_maximum(found: _Found, how_far: str) -> str:
-    over = "" if found.maximum.is_reached else "over "
-    return (
-        f"not at a maximum: {how_far}the way there gains {over}"
-        f"{found.gain_per_row:.2g} nats a row. Train on from here with more walkers, a "
-        "lower learning rate or more steps."
     )
 
 

@@ -51,7 +51,7 @@ def surface_at(
             "least 2 islands, for Monte Carlo errors, and a walker in each."
         )
     key_model, key_walkers = random.split(rng_key)
-    full = _with_full_plates(model)
+    full = with_full_plates(model)
     found = inspect_model(key_model, full, arguments, init_params=params)
     bound = BoundModel(full, found.transforms, key_model, arguments)
 
@@ -65,7 +65,7 @@ def surface_at(
 
 
 @lru_cache(maxsize=16)
-def _with_full_plates(model: Model) -> Model:
+def with_full_plates(model: Model) -> Model:
     """The model without subsampling; one object, so that calls share programs."""
 
     def full(*args: Any, **kwargs: Any) -> Any:

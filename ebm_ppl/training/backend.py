@@ -79,7 +79,7 @@ class Backend(ABC):
         """A given state with this backend's own settings in it."""
         return state
 
-    def _check_fit(self, fit: Fit, init_state: Any) -> None:
+    def _check_fit(self, fit: Fit, init_state: Any, arguments: Arguments) -> None:
         """Warn of what a finished run shows."""
         return
 
@@ -151,14 +151,9 @@ class Backend(ABC):
             init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         init_state = self._resume(init_state)
 
-        fit = run(
-            self,
-            init_state,
-            num_steps,
-            Arguments(args, kwargs),
-            progress_bar=progress_bar,
-        )
-        self._check_fit(fit, init_state)
+        arguments = Arguments(args, kwargs)
+        fit = run(self, init_state, num_steps, arguments, progress_bar=progress_bar)
+        self._check_fit(fit, init_state, arguments)
         return fit
 
     def get_params(self, state: Any) -> Params:

@@ -82,6 +82,23 @@ def updates_of(
     return optim.update(grads, optim_state, params, **told)
 
 
+def carries_on(optim: optax.GradientTransformation, params: Params) -> bool:
+    """Whether updates go on in a direction in which the gradient has ended: momentum."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+
+    @jax.jit
+    def last_update() -> Params:
+        optim_state = optim.init(zeros)
+        for grads in (ones, ones, zeros):
+            updates, optim_state = updates_of(
+                optim, grads, optim_state, zeros, jnp.ones(())
+            )
+        return updates
+
+    return any(bool(jnp.any(leaf < 0)) for leaf in jax.tree.leaves(last_update()))
+
+
 class _WantsMoreError(TypeError):
     pass
 

@@ -46,3 +46,7 @@ class State:
     def running_log_normalizer(self) -> LogNormalizer | None:
         """Log Z as the run estimates it; never certified."""
         return None
+
+    def contradictions(self, log_normalizer: LogNormalizer) -> tuple[str, ...]:
+        """What a certified log Z at the fit's parameters shows to be wrong with it."""
+        return ()

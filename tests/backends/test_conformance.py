@@ -502,6 +502,7 @@ def test_batches_masks_and_scales_keep_numpyros_meaning(trained):
     assert other["loss"] != same["loss"]
 
 
+@pytest.mark.filterwarnings("ignore:Not at a maximum")
 def test_a_subsampled_plate_draws_new_rows_each_step_and_is_unbiased(distinct):
     """With rate 0 the losses are the scaled losses of random mini-batches; their mean
     is the full loss."""

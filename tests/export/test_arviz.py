@@ -109,6 +109,7 @@ def test_groups_of_a_point_fit(exported):
         "posterior_predictive",
         "sample_stats",
         "islands",
+        "parameters",
         "observed_data",
         "training",
     }
@@ -642,6 +643,47 @@ def test_importing_the_package_does_not_import_arviz():
     assert result.stdout.strip() == "[]"
 
 
+# Parameters
+
+
+def test_parameters_with_a_score_test(fit, tmp_path):
+    test = ebm.score_test(random.key(0), fit, model, X, Y, num_walkers=64)
+    data = ebm.to_arviz(fit, model, X, Y, score_test=test, dims={"a": ["axis"]})
+    path = str(tmp_path / "fit.nc")
+    data.to_netcdf(path)
+    data = az.from_netcdf(path)
+    for group, expected in (
+        ("parameters", fit.params),
+        ("standard_errors", test.standard_errors),
+        ("distances", test.distance),
+    ):
+        written = dataset(data, group)
+        assert written["a"].dims == ("axis",)
+        for name in ("a", "r"):
+            np.testing.assert_array_equal(written[name].values, expected[name])
+    assert data.attrs["is_at_maximum"] == int(test.is_at_maximum)
+    assert data.attrs["gain_per_row"] == test.gain_per_row
+    assert tuple(json.loads(data.attrs["score_test_flags"])) == test.flags
+
+    moved = replace(fit, params=fit.params | {"r": fit.params["r"] + 0.1})
+    with pytest.raises(ValueError, match=r"score_test belongs to other .*'r' differs"):
+        ebm.to_arviz(moved, model, X, Y, score_test=test)
+    draws = {name: np.asarray(value)[None, None] for name, value in fit.params.items()}
+    with pytest.raises(ValueError, match="score_test is of a point fit"):
+        ebm.to_arviz(draws, model, X, Y, score_test=test)
+
+
+def test_a_fit_prints_what_it_is(fit, generated):
+    text = str(fit)
+    assert text.startswith(f"Fit by Jarzynski after {len(fit.history['loss'])} updates")
+    assert f"r = {np.array2string(np.asarray(fit.params['r']), precision=4)}" in text
+    text = repr(generated)
+    assert "entropy_weight = 0.5" in text
+    assert "gradient_penalty = 0" in text
+    net = replace(fit, params={"net$params": {"w": np.zeros((3, 5)), "b": np.zeros(5)}})
+    assert "net$params: 20 numbers in 2 arrays" in str(net)
+
+
 # VERA
 
 
@@ -656,7 +698,11 @@ def generator():
 @pytest.fixture(scope="module")
 def generated():
     backend = ebm.VERA(
-        model, generator, optax.adam(0.05), optax.adam(0.05), entropy_weight=0.5
+        model,
+        generator,
+        optax.adam(0.05, b1=0.0),
+        optax.adam(0.05, b1=0.0),
+        entropy_weight=0.5,
     )
     with pytest.warns(UserWarning, match=r"entropy_weight = 0\.5"):
         return backend.run(random.key(0), 40, X, Y, progress_bar=False)
@@ -666,7 +712,12 @@ def test_a_generators_draws_and_their_energies(generated):
     log_z = ebm.LogNormalizer.exact(
         {"x": exact_log_normalizer(generated.params)}, generated.params
     )
-    data = ebm.to_arviz(generated, model, X, Y, log_normalizer=log_z)
+    with pytest.warns(
+        UserWarning, match="log Z of energy site 'x' is .* the generator's"
+    ):
+        data = ebm.to_arviz(generated, model, X, Y, log_normalizer=log_z)
+    (contradiction,) = json.loads(data.attrs["contradictions"])
+    assert f"{float(log_z.lower['x']):.3g} at least" in contradiction
     draws, stats = dataset(data, "posterior_predictive"), dataset(data, "sample_stats")
     assert draws["x"].shape == (4, 1000, 2)
     a, r = generated.params["a"], generated.params["r"]
@@ -680,6 +731,7 @@ def test_a_generators_draws_and_their_energies(generated):
     variance = float(expected["w"] ** 2 + expected["scale"] ** 2)
     assert abs(draws["x"].values.var() - variance) < 5 * variance * np.sqrt(2 / 8000)
     assert data.attrs["entropy_weight"] == 0.5
+    assert data.attrs["gradient_penalty"] == 0.0
     assert (
         data.attrs["log_normalizer_bound"]
         == generated.history["log_normalizer_bound"]["x"][-1]

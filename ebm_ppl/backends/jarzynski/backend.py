@@ -21,6 +21,7 @@ from ebm_ppl.backends.jarzynski.options import check_options
 from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_walkers
 from ebm_ppl.backends.jarzynski.state import JarzynskiState, new_or_old
 from ebm_ppl.backends.jarzynski.warnings import (
+    held_out_draws,
     warn_where_log_z_drifted,
     warn_where_training_left_held_out,
 )
@@ -29,6 +30,7 @@ from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.own_draws import is_checked, warn_unless_at_maximum
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import Resampling, systematic
@@ -259,8 +261,13 @@ class Jarzynski(Backend):
         }
         return new, info
 
-    def _check_fit(self, fit: Fit, init_state: JarzynskiState) -> None:
+    def _check_fit(
+        self, fit: Fit, init_state: JarzynskiState, arguments: Arguments
+    ) -> None:
         warn_where_training_left_held_out(fit)
+        if is_checked(fit):
+            held = held_out_draws(fit.state.walkers)
+            warn_unless_at_maximum(fit, self.model, arguments, held, "")
 
     def refresh(
         self,

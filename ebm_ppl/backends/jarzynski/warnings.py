@@ -1,12 +1,14 @@
 """Warnings of the Jarzynski backend."""
 
 import warnings
+from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 from scipy.stats import t as student_t
 
 from ebm_ppl.errors import level_of_caller
+from ebm_ppl.normalizer.own_draws import OwnDraws
 from ebm_ppl.smc.ensemble import Ensemble
 from ebm_ppl.smc.weights import jackknife_log_mean_exp
 from ebm_ppl.training.fit import Fit
@@ -84,3 +86,13 @@ def warn_where_training_left_held_out(fit: Fit) -> None:
             "which places fresh walkers) with more walkers or a lower learning rate.",
             stacklevel=level_of_caller(),
         )
+
+
+def held_out_draws(walkers: Mapping[str, Walkers]) -> dict[str, OwnDraws]:
+    """Weighted draws by which a run is judged; training ones follow their own noise."""
+    held = {}
+    for name, site in walkers.items():
+        split, ensemble = site.num_training_chains, site.ensemble
+        log_weight = ensemble.past[:, None] + ensemble.log_weight
+        held[name] = OwnDraws(site.values[split:], log_weight[split:])
+    return held

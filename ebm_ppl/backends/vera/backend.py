@@ -17,6 +17,8 @@ from ebm_ppl.backends.vera.first_score import fit_first_score
 from ebm_ppl.backends.vera.health import (
     warn_of_bounds,
     warn_of_collapse,
+    warn_of_draws,
+    warn_of_momentum,
     warn_of_tempering,
 )
 from ebm_ppl.backends.vera.options import check_options, resolve_score
@@ -34,6 +36,7 @@ from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.own_draws import is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
@@ -141,7 +144,12 @@ class VERA(Backend):
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
     ) -> VERAState:
         """Check the model and the generator on the data, and fit the first score."""
-        return self._state(rng_key, arguments, init_params, lambda fit: fit())
+        state = self._state(rng_key, arguments, init_params, lambda fit: fit())
+        warn_of_momentum("optim", self.optim, state.params)
+        warn_of_momentum(
+            "generator_optim", self.generator_optim, state.generator_params
+        )
+        return state
 
     def _template(
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
@@ -203,6 +211,7 @@ class VERA(Backend):
             log_normalizer_bound=bound,
             rng_key=key_next,
             entropy_weight=self.entropy_weight,
+            gradient_penalty=self.gradient_penalty,
         )
 
     def update(
@@ -302,12 +311,19 @@ class VERA(Backend):
                 "init_state belongs to another generator; continue with the VERA that "
                 "made it, or without it."
             )
-        return replace(state, entropy_weight=self.entropy_weight)
+        return replace(
+            state,
+            entropy_weight=self.entropy_weight,
+            gradient_penalty=self.gradient_penalty,
+        )
 
-    def _check_fit(self, fit: Fit, init_state: VERAState) -> None:
+    def _check_fit(self, fit: Fit, init_state: VERAState, arguments: Arguments) -> None:
         warn_of_bounds(fit)
         warn_of_collapse(fit, init_state)
         warn_of_tempering(self.entropy_weight, self.importance_weights)
+        if is_checked(fit):
+            score = self._score_of(fit.state.generator)
+            warn_of_draws(fit, self.model, arguments, score)
 
     def _score_of(self, generator: Generator) -> Score:
         assert not isinstance(self.score, str)

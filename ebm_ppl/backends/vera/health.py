@@ -1,13 +1,41 @@
 """Warnings of the VERA backend."""
 
 import warnings
+from typing import Any
 
 import jax
 import numpy as np
+from jax import Array, random
 
+from ebm_ppl.backends.vera.reach import log_ratios
 from ebm_ppl.backends.vera.state import VERAState
+from ebm_ppl.backends.vera.weighted import weighted_draws
+from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.errors import level_of_caller
+from ebm_ppl.generators.scores.base import Score
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.own_draws import warn_unless_at_maximum
+from ebm_ppl.normalizer.rows import data_rows
+from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
+from ebm_ppl.training.optimizers import carries_on
+
+# Updates over which a diagnostic is averaged, at least.
+MIN_UPDATES = 50
+# ESS fraction of the generator's draws, under which they do not stand for the model's.
+MIN_ESS = 0.5
+# Rows looked at, log q̂ − log p at which a row is out of reach, and the share of such
+# rows that is told.
+MAX_ROWS = 256
+MIN_LOG_RATIO = -3.0
+MAX_UNREACHED = 0.05
+
+REMEDIES = (
+    "Check the fit with ebm_ppl.score_test(...); mend one of few parameters with "
+    "ebm_ppl.polish(...), or train on with Jarzynski (init_params=fit.params), whose "
+    "walkers are placed by the energy."
+)
 
 
 def warn_of_bounds(fit: Fit) -> None:
@@ -84,3 +112,79 @@ def warn_of_tempering(entropy_weight: float, importance_weights: bool) -> None:
         "likelihood.",
         stacklevel=level_of_caller(),
     )
+
+
+def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) -> None:
+    """Warn of what the draws miss, and of parameters that are not at a maximum."""
+    state: VERAState = fit.state
+    name = state.generator.name
+    key_model, key_rows, key_draws = random.split(state.rng_key, 3)
+    bound = BoundModel(model, state.transforms, key_model, arguments)
+    energy = bound.energies(state.params)[name]
+    _warn_of_low_ess(fit)
+    _warn_of_unreached_rows(fit, bound, energy, score, key_rows)
+
+    draws = weighted_draws(key_draws, state, energy, score)
+    why = (
+        f"gradient_penalty = {state.gradient_penalty} makes this a penalised fit. "
+        if state.gradient_penalty
+        else ""
+    )
+    warn_unless_at_maximum(fit, model, arguments, {name: draws}, why)
+
+
+def _warn_of_low_ess(fit: Fit) -> None:
+    """Warn where the draws that stood for the model's are not the model's."""
+    ((name, ess),) = (
+        fit.history["generator_ess"].items() if fit.history else (("", ()),)
+    )
+    recent = ess[-max(1, len(ess) // 4) :]
+    if len(recent) < MIN_UPDATES or np.mean(recent) >= MIN_ESS:
+        return
+    warnings.warn(
+        f"The generator's draws at energy site '{name}' are not the model's: weighted "
+        f"by exp(-U) / q they count as {100 * np.mean(recent):.2g}% of their number over "
+        "the last quarter of the run, and the gradient of log Z rests on them. A lower "
+        "rate for the energy or a higher one for the generator, more "
+        f"num_generator_steps or a larger generator bring them nearer. {REMEDIES}",
+        stacklevel=level_of_caller(),
+    )
+
+
+def _warn_of_unreached_rows(
+    fit: Fit,
+    bound: BoundModel,
+    energy: EnergyDistribution,
+    score: Score,
+    rng_key: Array,
+) -> None:
+    """Warn where the energy has data and the generator no draws."""
+    name = fit.state.generator.name
+    rows = data_rows(bound, fit.params, MAX_ROWS).get(name)
+    if rows is None:
+        return
+    ratios = log_ratios(rng_key, fit.state, energy, score, rows)
+    if ratios is None:
+        return
+
+    share = float(np.mean(~(np.asarray(ratios) >= MIN_LOG_RATIO)))
+    if share <= MAX_UNREACHED:
+        return
+    warnings.warn(
+        f"The generator does not reach {100 * share:.2g}% of the data rows at energy "
+        f"site '{name}' ({len(rows)} were looked at): its density there is under "
+        f"e^{MIN_LOG_RATIO:.0f} of the energy's. No draw pulls the energy there, so the "
+        "parameters are not at a maximum of the likelihood, and log Z is larger than "
+        f"log_normalizer_bound. {REMEDIES}",
+        stacklevel=level_of_caller(),
+    )
+
+
+def warn_of_momentum(option: str, optim: Any, params: Params) -> None:
+    """Warn of an optimiser that goes on where the gradient has ended."""
+    if carries_on(optim, params):
+        warnings.warn(
+            f"{option} has momentum: with it the two players circle each other, ever "
+            "wider. Leave it out, as in optax.adam(1e-3, b1=0.0) or optax.rmsprop(1e-3).",
+            stacklevel=level_of_caller(),
+        )

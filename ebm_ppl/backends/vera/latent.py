@@ -1,10 +1,8 @@
 """Chains in a generator's latent space, whose x follows the fitted energy."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
@@ -16,16 +14,12 @@ from numpyro.infer.reparam import LocScaleReparam, TransformReparam
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.wrappers import innermost
-from ebm_ppl.generators.fitting import fit_score, score_for
+from ebm_ppl.generators.fitting import fitted_score, score_for
 from ebm_ppl.generators.program import Generator
-from ebm_ppl.generators.scores.exact import ExactScore
 from ebm_ppl.generators.scores.importance import ImportanceScore
 from ebm_ppl.model.binding import bind_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.training.fit import Fit
-
-# Draws per evaluation while the proposals are fitted.
-NUM_FITTING_DRAWS = 64
 
 
 def latent_model(
@@ -123,7 +117,7 @@ def latent_model(
 
     log_q = score_for(score, generator)
     energy, (lent, _) = found[name], state.draws(key_lent, num_lent)
-    score_state = _fitted(log_q, key_fit, generator, params) if correct else None
+    score_state = fitted_score(log_q, key_fit, generator, params) if correct else None
 
     def program() -> Array:
         with handlers.trace() as trace, handlers.reparam(config=_standard_noise(name)):
@@ -171,16 +165,3 @@ def _standard_noise(name: str) -> Callable[[dict], Any]:
         return LocScaleReparam(0.0) if isinstance(found, dist.Normal) else None
 
     return configure
-
-
-@partial(jax.jit, static_argnums=0)
-def _fitted(
-    score: ImportanceScore | ExactScore,
-    rng_key: Array,
-    generator: Generator,
-    params: Params,
-) -> Any:
-    """The state of a score estimator, fitted to a fixed generator."""
-    return fit_score(
-        score, rng_key, generator, params, NUM_FITTING_DRAWS, lambda *_: None
-    )[0]

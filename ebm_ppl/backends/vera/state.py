@@ -9,10 +9,13 @@ import jax
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.model.program import Params
 from ebm_ppl.training.state import Population, State
 
+# Nats that a bound of a good generator may lie under log Z.
+MAX_GAP = 0.2
 # A generator's draws are independent; ArviZ needs the two dimensions (chain, draw).
 POPULATION = (4, 1000)
 
@@ -31,7 +34,7 @@ POPULATION = (4, 1000)
         "log_normalizer_bound",
         "rng_key",
     ],
-    meta_fields=["entropy_weight"],
+    meta_fields=["entropy_weight", "gradient_penalty"],
 )
 @dataclass(frozen=True)
 class VERAState(State):
@@ -50,6 +53,7 @@ class VERAState(State):
         log_normalizer_bound: Running mean of ``E_q[−U] + H(q)``.
         rng_key: The key of the next update.
         entropy_weight: λ; the generator approximates exp(−U/λ).
+        gradient_penalty: γ of the run; over 0 the fit is a penalised one.
     """
 
     params: Params
@@ -63,6 +67,7 @@ class VERAState(State):
     log_normalizer_bound: Array
     rng_key: Array
     entropy_weight: float
+    gradient_penalty: float
 
     def populations(
         self, rng_key: Array, given: Container[str] = ()
@@ -76,11 +81,24 @@ class VERAState(State):
         return {self.generator.name: Population(values, what)}
 
     def attributes(self) -> dict[str, float]:
-        """The entropy weight, and the generator's bound on log Z."""
+        """What was fitted (λ and γ), and the generator's bound on log Z."""
         return {
             "entropy_weight": float(self.entropy_weight),
+            "gradient_penalty": float(self.gradient_penalty),
             "log_normalizer_bound": float(self.log_normalizer_bound),
         }
+
+    def contradictions(self, log_normalizer: LogNormalizer) -> tuple[str, ...]:
+        """A certified log Z far above the generator's bound on it."""
+        name, bound = self.generator.name, float(self.log_normalizer_bound)
+        lower = float(log_normalizer.lower[name])
+        if not lower - bound > MAX_GAP:
+            return ()
+        return (
+            f"log Z of energy site '{name}' is {lower:.3g} at least, and the generator's "
+            f"bound on it {bound:.3g}: its draws, which stood for the model's in the "
+            "gradient, are not the model's.",
+        )
 
     def draws(self, rng_key: Array, num_draws: int) -> tuple[Array, Array]:
         """Draws ``(z, x)`` of the generator.

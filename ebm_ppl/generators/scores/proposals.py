@@ -40,7 +40,7 @@ def local_proposals(
 ) -> Proposals:
     """Proposals at the posterior of z in the generator that is linear around z."""
     assert pair.residuals is not None
-    residual, jacobian = jax.vmap(partial(_linearized, pair.residuals))(latents, values)
+    residual, jacobian = jax.vmap(partial(linearized, pair.residuals))(latents, values)
 
     # A QR decomposition, R = Q root and Λ = rootᵀ root, avoids forming RᵀR, which
     # squares the condition number.
@@ -103,7 +103,7 @@ def global_proposals(
     return _Global(proposals, slope, steps)
 
 
-def _linearized(
+def linearized(
     residuals: Callable[[Array, Array], tuple[Array, Array]],
     latents: Array,
     value: Array,

@@ -1,0 +1,109 @@
+"""VERA where the maximum of the likelihood is known: what it finds, and what it says.
+
+    python benchmarks/vera_truth.py [NAME ...] [--seeds 2] [--polish]
+
+Every fit ends within three standard errors of the maximum, or it is told twice: by a
+warning of the run, and by `score_test`.  Fits are 2,000 updates, as in the issue of
+record: Adam 1e-2 on a cosine, unless a row says otherwise.  ``--polish`` takes every
+fit to its maximum by `polish` besides, whose Monte Carlo errors stay under a fifth of
+the standard errors.
+"""
+
+import argparse
+import time
+import warnings
+
+import jax
+import numpy as np
+import optax
+from jax import random
+from vera_targets import SETTINGS, TARGETS, maximum_of, nats_a_row
+
+import ebm_ppl as ebm
+
+
+def rate(peak, num_steps):
+    return optax.adam(optax.cosine_decay_schedule(peak, num_steps, 0.02), b1=0.0)
+
+
+def fit_of(target, options, rates, seed, num_steps=2000):
+    backend = ebm.VERA(
+        target.model,
+        target.generator,
+        rate(rates[0], num_steps),
+        rate(rates[1], num_steps),
+        **options,
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = backend.run(random.key(seed), num_steps, target.x, progress_bar=False)
+    return fit, [str(w.message) for w in told if issubclass(w.category, UserWarning)]
+
+
+def distance(params, best, errors):
+    """Largest distance from the maximum over all parameters, in standard errors."""
+    gaps = jax.tree.map(lambda a, b, e: np.max(np.abs(a - b) / e), params, best, errors)
+    return max(jax.tree.leaves(gaps))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--polish", action="store_true")
+    asked = parser.parse_args()
+    right = told_twice = silent = total = 0
+
+    for name, settings in SETTINGS:
+        if asked.names and name not in asked.names:
+            continue
+        target = TARGETS[name]()
+        best, errors = maximum_of(target)
+        top = nats_a_row(target, best)
+        for seed in range(asked.seeds):
+            began = time.perf_counter()
+            options, rates = settings
+            fit, told = fit_of(target, options, rates, seed)
+            spent = time.perf_counter() - began
+            test = ebm.score_test(random.key(100 + seed), fit, target.model, target.x)
+
+            away = distance(fit.params, best, errors)
+            lost = top - nats_a_row(target, fit.params)
+            is_loud = bool(told) and not test.is_at_maximum
+            total, right = total + 1, right + (away <= 3)
+            told_twice += away > 3 and is_loud
+            silent += away > 3 and not is_loud
+            verdict = "right" if away <= 3 else "told" if is_loud else "SILENT"
+            print(
+                f"{name:22} {options} {rates} seed {seed}: {verdict:6} {away:6.1f} "
+                f"standard errors off, {lost:.4f} nats a row lost (the test says "
+                f"{test.gain_per_row:.4f}), test {'loud' if test.flags else 'silent'}, "
+                f"{len(told)} warnings, ESS "
+                f"{np.mean(fit.history['generator_ess']['x'][-500:]):.2f}, {spent:.0f} s",
+                flush=True,
+            )
+            if asked.polish:
+                polished = ebm.polish(
+                    random.key(200 + seed), fit, target.model, target.x
+                )
+                away = distance(polished.params, best, errors)
+                noise = distance(
+                    polished.monte_carlo_errors,
+                    jax.tree.map(np.zeros_like, polished.params),
+                    errors,
+                )
+                print(
+                    f"    polished in {polished.num_rounds} rounds: {away:.2f} standard "
+                    f"errors off, Monte Carlo {noise:.2f} of them, flags "
+                    f"{list(polished.flags)}",
+                    flush=True,
+                )
+
+    print(
+        f"{total} fits: {right} within three standard errors, {told_twice} told by a "
+        f"warning and the test, {silent} neither"
+    )
+
+
+if __name__ == "__main__":
+    main()

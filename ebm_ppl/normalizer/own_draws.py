@@ -1,0 +1,93 @@
+"""Whether a run ended at a maximum of its likelihood, by the draws that it holds itself."""
+
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, random
+from jax.flatten_util import ravel_pytree
+
+from ebm_ppl.errors import level_of_caller
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.program import Model
+from ebm_ppl.normalizer.likelihood import Draws, LikelihoodSurface, num_params
+from ebm_ppl.normalizer.newton import climb_to_maximum
+from ebm_ppl.normalizer.surface import with_full_plates
+from ebm_ppl.normalizer.verdict import distances_of, judgement
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.fit import Fit
+
+# Parameters, and log Z's, up to which this costs little beside the run.
+MAX_PARAMETERS = 100
+MAX_NORMALIZERS = 64
+# Runs too short to have arrived anywhere.
+MIN_UPDATES = 200
+# A distance from the maximum, in standard errors, that is told: learning rates that do
+# not fall leave one or two.
+MAX_DISTANCE = 3.0
+
+
+class OwnDraws(NamedTuple):
+    """Weighted draws of one site that a run holds.
+
+    Attributes:
+        values: ``(num_chains, num_draws, *batch, *event)``.
+        log_weight: ``(num_chains, num_draws, *batch)``.
+    """
+
+    values: Array
+    log_weight: Array
+
+
+def is_checked(fit: Fit) -> bool:
+    """Whether a run is long enough, and its model small enough, for the check."""
+    num_updates = len(fit.history["loss"]) if fit.history else 0
+    return num_updates >= MIN_UPDATES and num_params(fit.params) <= MAX_PARAMETERS
+
+
+def warn_unless_at_maximum(
+    fit: Fit, model: Model, arguments: Arguments, held: Mapping[str, OwnDraws], why: str
+) -> None:
+    """Warn where a score test by the run's own draws finds the maximum far away.
+
+    It is no substitute for :func:`score_test`: draws that miss a mode miss it here too.
+
+    Args:
+        fit: The run.
+        model: The model.
+        arguments: Its data.
+        held: The run's weighted draws, of every energy site.
+        why: A sentence on what may be the cause; may be empty.
+    """
+    sizes = [draws.log_weight[0, 0].size for draws in held.values()]
+    if sum(sizes) > MAX_NORMALIZERS:
+        return
+    state = fit.state
+    full, key = with_full_plates(model), random.fold_in(state.rng_key, 1)
+    bound = BoundModel(full, state.transforms, key, arguments)
+    energies = bound.energies(state.params)
+    draws = {
+        name: Draws(values, log_weight, energies[name].unchecked_potential(values))
+        for name, (values, log_weight) in held.items()
+    }
+
+    # A score test
+    directions = jnp.eye(ravel_pytree(state.params)[0].size)
+    surface = LikelihoodSurface(bound, state.params, directions, draws)
+    maximum = climb_to_maximum(surface)
+    num_chains = min(len(draws.log_weight) for draws in held.values())
+    if num_chains < 2:
+        return
+    is_judged, reasons = judgement(
+        distances_of(surface, maximum, num_chains), MAX_DISTANCE
+    )
+
+    if is_judged and reasons:
+        reason = reasons[0][0].upper() + reasons[0][1:]
+        warnings.warn(
+            f"{reason} {why}(By the run's own draws; "
+            "ebm_ppl.score_test(...) looks with fresh ones, and ebm_ppl.polish(...) "
+            "goes to the maximum.)",
+            stacklevel=level_of_caller(),
+        )

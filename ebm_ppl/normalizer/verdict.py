@@ -1,0 +1,133 @@
+"""What Newton steps say of parameters: distances from the maximum, and a judgement."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from ebm_ppl.normalizer.likelihood import LikelihoodSurface
+from ebm_ppl.normalizer.newton import (
+    MAX_UNTOLD,
+    NUM_DIRECTIONS,
+    Maximum,
+    groups_of,
+)
+
+# A distance from the maximum, in standard errors, that is told; a net's gain, in nats a
+# row.
+MAX_DISTANCE = 1.0
+# Monte Carlo error of a distance, in the same unit, over which it cannot be judged.
+MAX_NOISE = 1.0
+MAX_GAIN = 0.01
+# Probability that Monte Carlo error alone passes for such a distance.
+FALSE_ALARM = 0.005
+NOT_FINITE = "the score or the information is not finite."
+
+
+class Distances(NamedTuple):
+    """How far a maximum is; arrays by parameter, or by direction of a net.
+
+    Attributes:
+        maximum: Where Newton steps led.
+        places: Where each site, or module, stands in the arrays.
+        is_net: Whether they are along directions.
+        distance: In standard errors of each estimate.
+        error: Its Monte Carlo standard error.
+        limit: What Monte Carlo error alone may pass for.
+        gain_per_row: Nats a row gained on the way.
+    """
+
+    maximum: Maximum
+    places: dict[str, slice]
+    is_net: bool
+    distance: np.ndarray
+    error: np.ndarray
+    limit: np.ndarray
+    gain_per_row: float
+
+    def site(self, index: Any) -> str:
+        """The site, or module, of a parameter."""
+        return next(n for n, p in self.places.items() if p.start <= index < p.stop)
+
+
+def distances_of(
+    surface: LikelihoodSurface, maximum: Maximum, num_chains: int
+) -> Distances:
+    """Distances in standard errors, from islands whose number gives t quantiles."""
+    places = groups_of(surface.params)
+    num_rows = max(float(np.sum(count)) for count in maximum.counts.values())
+    stderr = np.sqrt(np.maximum(np.diag(maximum.covariance), 0.0))
+    scale = np.where(stderr > 0, stderr, np.inf)
+
+    # Where draws do not reach the maximum, the step that is left belongs to the distance.
+    distance = (maximum.step + maximum.left) / scale
+    error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
+    if surface.is_net:
+        size = 1 + NUM_DIRECTIONS
+        places = {n: slice(i * size, (i + 1) * size) for i, n in enumerate(places)}
+    else:
+        far = np.copysign(np.inf, maximum.untold)
+        distance = np.where(np.abs(maximum.untold) > MAX_UNTOLD, far, distance)
+
+    quantile = student_t.ppf(1 - 0.5 * FALSE_ALARM / distance.size, num_chains - 1)
+    return Distances(
+        maximum,
+        places,
+        surface.is_net,
+        distance,
+        error,
+        quantile * error,
+        maximum.gain / num_rows,
+    )
+
+
+def judgement(
+    found: Distances, max_distance: float = MAX_DISTANCE
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether the parameters can be judged, and what speaks against them."""
+    maximum, gain = found.maximum, found.gain_per_row
+    if not np.all(np.isfinite(maximum.step)):
+        return True, (NOT_FINITE,)
+    if found.is_net:
+        is_off = gain > MAX_GAIN or not maximum.is_reached
+        return True, (_not_at_maximum(found, ""),) if is_off else ()
+
+    # A slope without curvature
+    untold = np.abs(maximum.untold)
+    if np.any(untold > MAX_UNTOLD):
+        return True, (
+            "not at a maximum: the likelihood slopes along parameter "
+            f"'{found.site(np.argmax(untold))}' where it does not curve down, so that "
+            "Newton steps cannot say how far its maximum is. Train on from here, or "
+            "begin nearer to it.",
+        )
+
+    # A distance beyond its error
+    beyond = np.abs(found.distance) - found.limit
+    worst = np.argmax(beyond)
+    if beyond[worst] > max_distance:
+        how_far = (
+            f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
+            f"{found.error[worst]:.1f} of its standard errors away, and "
+        )
+        return True, (_not_at_maximum(found, how_far),)
+
+    # An error too large to tell
+    worst = np.argmax(found.error)
+    if found.error[worst] > MAX_NOISE:
+        return False, (
+            f"parameter '{found.site(worst)}' can be judged to {found.limit[worst]:.1f} "
+            "of its standard errors only, for Monte Carlo error: take "
+            f"{found.error[worst] ** 2:.0f} times the walkers (num_walkers), or more "
+            "islands (num_chains).",
+        )
+    return True, ()
+
+
+def _not_at_maximum(found: Distances, how_far: str) -> str:
+    over = "" if found.maximum.is_reached else "over "
+    return (
+        f"not at a maximum: {how_far}the way there gains {over}"
+        f"{found.gain_per_row:.2g} nats a row. Train on from here with more walkers, a "
+        "lower learning rate or more steps."
+    )

@@ -1,0 +1,213 @@
+"""What a run says of itself when it ends: at a maximum or not, and what its draws miss.
+
+Runs here have learning rate 0, so that where they stand is known exactly.
+"""
+
+import re
+import warnings
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import random
+from numpyro.distributions import constraints
+
+import ebm_ppl as ebm
+from ebm_ppl.backends.vera.reach import log_ratios
+from ebm_ppl.training.optimizers import carries_on
+
+BASE = dist.Normal(0, 1).expand([2]).to_event(1)
+NUM_ROWS = 400
+# Skewed data: the model is a Gaussian all the same, whose maximum the moments give.
+DATA = np.random.default_rng(0).gamma(2.0, 0.5, size=(NUM_ROWS, 2)).astype(np.float32)
+VARIANCE = DATA.var(0)
+MAXIMUM = {
+    "slope": jnp.asarray(DATA.mean(0) / VARIANCE),
+    "precision": jnp.asarray(1.0 / VARIANCE),
+}
+STILL = optax.sgd(0.0)
+NUM_UPDATES = 200
+
+
+def model(x):
+    """N(slope / precision, 1 / precision)."""
+    slope = numpyro.param("slope", jnp.zeros(2))
+    precision = numpyro.param("precision", jnp.ones(2), constraint=constraints.positive)
+
+    def energy(v):
+        return jnp.sum(0.5 * (precision - 1.0) * v**2 - slope * v, -1)
+
+    with numpyro.plate("data", len(x)):
+        numpyro.sample("x", ebm.EnergyDistribution(energy, BASE), obs=x)
+
+
+def generator(params):
+    """The model's own density at these parameters, from two latents and little noise."""
+
+    def program():
+        deviation = numpyro.param("deviation", params["precision"] ** -0.5)
+        mean = numpyro.param("mean", params["slope"] / params["precision"])
+        noise = 0.2 * jnp.min(params["precision"] ** -0.5)
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        weight = jnp.sqrt(deviation**2 - noise**2)
+        numpyro.sample("x", dist.Normal(mean + weight * z, noise).to_event(1))
+
+    return program
+
+
+def flow(params):
+    """The same without latents."""
+
+    def program():
+        deviation = numpyro.param("deviation", params["precision"] ** -0.5)
+        mean = params["slope"] / params["precision"]
+        numpyro.sample("x", dist.Normal(mean, deviation).to_event(1))
+
+    return program
+
+
+def vera(params, program=generator, **options):
+    return ebm.VERA(model, program(params), STILL, STILL, **options)
+
+
+def jarzynski(params):
+    return ebm.Jarzynski(
+        model, STILL, num_chains=16, num_walkers=64, num_holdout_chains=8
+    )
+
+
+def said(backend, params):
+    """Warnings of a run that stands still at ``params``."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = backend.run(
+            random.key(0), NUM_UPDATES, DATA, init_params=params, progress_bar=False
+        )
+    return fit, [str(w.message) for w in told if w.category is UserWarning]
+
+
+BACKENDS = [jarzynski, vera, partial(vera, program=flow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=["jarzynski", "vera", "flow"])
+def test_a_run_at_the_maximum_is_silent(backend):
+    assert said(backend(MAXIMUM), MAXIMUM)[1] == []
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=["jarzynski", "vera", "flow"])
+def test_a_run_that_ends_elsewhere_says_how_far(backend):
+    """The first slope is off by eight standard errors: of (slope, precision) of one
+    coordinate the covariance is the inverse of N Cov(x, −½ x²), on the log scale of the
+    precision."""
+    p, s = (np.asarray(MAXIMUM[k], float)[0] for k in ("precision", "slope"))
+    mean, variance = s / p, 1.0 / p
+    cross = -mean * variance * p
+    square = (mean**2 * variance + 0.5 * variance**2) * p**2
+    information = NUM_ROWS * np.array([[variance, cross], [cross, square]])
+    error = np.sqrt(np.linalg.inv(information)[0, 0])
+    away = MAXIMUM | {"slope": MAXIMUM["slope"] - jnp.array([8.0 * error, 0.0])}
+    _, told = said(backend(away), away)
+    assert len(told) == 1
+    assert "parameter 'slope'" in told[0]
+    found, noise = map(
+        float, re.search(r"is ([\d.]+) ± ([\d.]+) of its", told[0]).groups()
+    )
+    # Printed to a decimal.
+    assert abs(found - 8.0) < 4 * noise + 0.1
+
+
+def test_a_penalty_is_named():
+    away = MAXIMUM | {"precision": 0.5 * MAXIMUM["precision"]}
+    _, told = said(vera(away, gradient_penalty=1.0), away)
+    assert any("gradient_penalty = 1.0 makes this a penalised fit" in t for t in told)
+
+
+def test_draws_that_are_not_the_models_are_told():
+    """A generator four times too narrow: ESS of exp(−U) / q̂ and rows out of reach."""
+    narrow = MAXIMUM | {"precision": 16.0 * MAXIMUM["precision"]}
+    narrow["slope"] = 16.0 * MAXIMUM["slope"]
+    _, told = said(vera(narrow), MAXIMUM)
+    assert any("draws at energy site 'x' are not the model's" in t for t in told)
+    assert any("does not reach" in t and "of the data rows" in t for t in told)
+
+
+def test_short_runs_are_not_judged():
+    away = MAXIMUM | {"slope": MAXIMUM["slope"] + 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vera(away).run(random.key(0), 20, DATA, init_params=away, progress_bar=False)
+
+
+def bent():
+    """x = 3 tanh(2 z) and little noise: two heaps that hang together by a thread."""
+    z = numpyro.sample("z", dist.Normal(0, 1))
+    gain = numpyro.param("gain", 2.0)
+    mean = 3.0 * jnp.tanh(gain * z) * jnp.array([1.0, 0.3])
+    numpyro.sample("x", dist.Normal(mean, 0.15).to_event(1))
+
+
+def test_the_density_of_rows_that_were_not_drawn():
+    """log q̂ + U + bound, against q by quadrature over z."""
+    state = ebm.VERA(model, bent, STILL, STILL).init(
+        random.key(0), DATA, init_params=MAXIMUM
+    )
+    rows = jnp.array(
+        [[0.0, 0.0], [2.9, 0.9], [-3.1, -0.8], [1.0, 0.1], [2.0, -1.0], [5.0, 3.0]]
+    )
+    energy = ebm.EnergyDistribution(lambda v: jnp.sum(v**2, -1), BASE)
+    found = log_ratios(random.key(1), state, energy, ebm.ImportanceScore(), rows)
+
+    z = np.linspace(-8, 8, 100_001)
+    mean = 3.0 * np.tanh(2.0 * z)[:, None] * np.array([1.0, 0.3])
+    log_prior = -0.5 * z**2 - 0.5 * np.log(2 * np.pi)
+    for row, value in zip(np.asarray(rows, float), found, strict=True):
+        log_x = -0.5 * np.sum((row - mean) ** 2, 1) / 0.15**2
+        log_x -= np.log(2 * np.pi * 0.15**2)
+        joint = log_prior + log_x
+        log_q = (
+            np.log(np.sum(np.exp(joint - joint.max())) * (z[1] - z[0])) + joint.max()
+        )
+        potential = np.sum(row**2) + 0.5 * np.sum(row**2) + np.log(2 * np.pi)
+        exact = log_q + potential + float(state.log_normalizer_bound)
+        assert float(value) == pytest.approx(exact, abs=0.15)
+
+
+def test_generators_that_are_not_normal_are_not_searched():
+    def heavy():
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([2]).to_event(1))
+        scale = numpyro.param("scale", 0.5, constraint=constraints.interval(0.1, 1.0))
+        numpyro.sample("x", dist.Laplace(z, scale).to_event(1))
+
+    state = ebm.VERA(model, heavy, STILL, STILL).init(
+        random.key(0), DATA, init_params=MAXIMUM
+    )
+    assert (
+        log_ratios(random.key(1), state, BASE, ebm.ImportanceScore(), jnp.zeros((3, 2)))
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("optim", "has_momentum"),
+    [
+        (optax.adam(1e-2, b1=0.0), False),
+        (optax.rmsprop(1e-2), False),
+        (optax.adamw(1e-2, b1=0.0, weight_decay=0.1), False),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2)), False),
+        (optax.adam(1e-2), True),
+        (optax.sgd(1e-2, momentum=0.9), True),
+    ],
+)
+def test_momentum_is_seen(optim, has_momentum):
+    params = {"a": jnp.ones(3), "b": jnp.zeros(())}
+    assert carries_on(optim, params) == has_momentum
+
+
+def test_momentum_is_told():
+    backend = ebm.VERA(model, generator(MAXIMUM), optax.adam(1e-2), STILL)
+    with pytest.warns(UserWarning, match="^optim has momentum"):
+        backend.init(random.key(0), DATA)
