@@ -48,6 +48,30 @@ def nats_a_row(target, params):
     return float(jnp.mean(log_p) - target.log_z(params))
 
 
+def drawn(target, seed, num_rows):
+    """The target with rows drawn from the model itself at ``target.start``.
+
+    By its distribution function on a grid in one dimension; of several independent
+    coordinates only the normal precisions are drawn.
+    """
+    rng = np.random.default_rng(seed)
+    if target.x.ndim == 2:
+        scale = np.asarray(target.start["lam"]) ** -0.5
+        return target._replace(
+            x=rng.normal(0, scale, (num_rows, len(scale))).astype("f")
+        )
+
+    is_positive = target.x.min() > 0
+    u = np.linspace(-7, 4, 40_001) if is_positive else np.linspace(-14, 14, 40_001)
+    x = np.exp(u) if is_positive else u
+    log_p = np.asarray(target.base.log_prob(x) - target.energy(target.start, x))
+    density = np.exp(log_p - log_p.max()) * (x if is_positive else 1.0)
+    below = np.cumsum(density) / density.sum()
+    return target._replace(
+        x=np.interp(rng.uniform(size=num_rows), below, x).astype("f")
+    )
+
+
 def maximum_of(target):
     """Parameters at the maximum of the likelihood, and their standard errors."""
     with jax.enable_x64():

@@ -14,9 +14,11 @@ import numpyro.distributions as dist
 import optax
 import pytest
 from jax import random
+from jax.nn import logsumexp
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
+from ebm_ppl.backends.jarzynski.warnings import held_out_draws
 from ebm_ppl.backends.vera.reach import log_ratios
 from ebm_ppl.training.optimizers import carries_on
 
@@ -120,6 +122,39 @@ def test_a_run_that_ends_elsewhere_says_how_far(backend):
     assert abs(found - 8.0) < 4 * noise + 0.1
 
 
+def test_weights_make_up_for_a_generator_that_is_near():
+    """Its variance is 1.4 times the model's: equal weights would call it far."""
+    wide = {name: 0.7 * value for name, value in MAXIMUM.items()}
+    fit, told = said(vera(wide), MAXIMUM)
+    assert 0.8 < fit.history["generator_ess"]["x"].mean() < 0.97
+    assert told == []
+
+
+@pytest.mark.parametrize("ess_threshold", [0.0, 1.0], ids=["never", "always"])
+def test_held_out_walkers_carry_log_z(ess_threshold):
+    """Their mean weight is the mean of the held-out islands' Ẑ, while the parameters
+    move, whether or not they resample."""
+    backend = ebm.Jarzynski(
+        model,
+        optax.adam(0.02),
+        num_chains=8,
+        num_walkers=64,
+        ess_threshold=ess_threshold,
+    )
+    fit = backend.run(random.key(0), 60, DATA, progress_bar=False)
+    walkers = fit.state.walkers["x"]
+    draws = held_out_draws(fit.state.walkers)["x"]
+    islands = walkers.ensemble.log_normalizers[walkers.num_training_chains :]
+    assert len(draws.log_weight) == len(islands) == walkers.num_holdout_chains
+    assert float(jnp.std(draws.log_weight)) > 0.01
+    mean = logsumexp(draws.log_weight) - np.log(draws.log_weight.size)
+    expected = logsumexp(islands) - np.log(len(islands))
+    assert float(mean) == pytest.approx(float(expected), abs=1e-4)
+    np.testing.assert_array_equal(
+        draws.values, walkers.values[walkers.num_training_chains :]
+    )
+
+
 def test_a_penalty_is_named():
     away = MAXIMUM | {"precision": 0.5 * MAXIMUM["precision"]}
     _, told = said(vera(away, gradient_penalty=1.0), away)
@@ -133,6 +168,38 @@ def test_draws_that_are_not_the_models_are_told():
     _, told = said(vera(narrow), MAXIMUM)
     assert any("draws at energy site 'x' are not the model's" in t for t in told)
     assert any("does not reach" in t and "of the data rows" in t for t in told)
+
+
+def test_a_mode_without_a_draw_is_told():
+    """Two heaps at ±3; the generator is the lower one.  Weights exp(−U) / q̂ are all equal
+    there: their effective sample sees nothing."""
+    base = dist.Normal(0.0, 3.0).expand([1]).to_event(1)
+    is_up = np.arange(NUM_ROWS)[:, None] < 0.3 * NUM_ROWS
+    noise = 0.5 * np.random.default_rng(1).normal(size=(NUM_ROWS, 1))
+    x = (np.where(is_up, 3.0, -3.0) + noise).astype(np.float32)
+
+    def heaps(x):
+        odds = numpyro.param("odds", np.log(3.0 / 7.0))
+
+        def energy(v):
+            up, down = (-2.0 * jnp.sum((v - at) ** 2, -1) for at in (3.0, -3.0))
+            return -jnp.logaddexp(odds + up, down) - jnp.sum(v**2, -1) / 18.0
+
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
+
+    def lower():
+        width = numpyro.param("width", 0.4)
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([1]).to_event(1))
+        numpyro.sample("x", dist.Normal(-3.0 + width * z, 0.3).to_event(1))
+
+    backend = ebm.VERA(heaps, lower, STILL, STILL, importance_weights=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = backend.run(random.key(0), NUM_UPDATES, x, progress_bar=False)
+    assert fit.history["generator_ess"]["x"].mean() > 0.99
+    texts = [str(w.message) for w in told if w.category is UserWarning]
+    assert any("does not reach 30% of the data rows" in text for text in texts)
 
 
 def test_short_runs_are_not_judged():
@@ -174,6 +241,36 @@ def test_the_density_of_rows_that_were_not_drawn():
         potential = np.sum(row**2) + 0.5 * np.sum(row**2) + np.log(2 * np.pi)
         exact = log_q + potential + float(state.log_normalizer_bound)
         assert float(value) == pytest.approx(exact, abs=0.15)
+
+
+def test_the_density_of_rows_far_from_every_draw_in_six_dimensions():
+    """x = W z and a noise of a tenth: a normal, whose latents no prior draw guesses."""
+    size, noise = 6, 0.1
+    weight = jnp.asarray(np.random.default_rng(3).normal(size=(size, size)), "f")
+    base = dist.Normal(0.0, 2.0).expand([size]).to_event(1)
+    x = np.random.default_rng(4).normal(size=(50, size)).astype(np.float32)
+
+    def linear():
+        z = numpyro.sample("z", dist.Normal(0, 1).expand([size]).to_event(1))
+        scale = numpyro.param("scale", noise, constraint=constraints.interval(0.01, 1))
+        numpyro.sample("x", dist.Normal(weight @ z, scale).to_event(1))
+
+    def bowl(x):
+        depth = numpyro.param("depth", 0.0)
+        with numpyro.plate("rows", len(x)):
+            energy = ebm.EnergyDistribution(lambda v: depth * jnp.sum(v**2, -1), base)
+            numpyro.sample("x", energy, obs=x)
+
+    state = ebm.VERA(bowl, linear, STILL, STILL).init(random.key(0), x)
+    energy = ebm.EnergyDistribution(lambda v: 0.0 * jnp.sum(v, -1), base)
+    found = log_ratios(random.key(1), state, energy, ebm.ImportanceScore(), x)
+
+    covariance = weight @ weight.T + noise**2 * jnp.eye(size)
+    log_q = dist.MultivariateNormal(jnp.zeros(size), covariance).log_prob(x)
+    exact = log_q - base.log_prob(x) + state.log_normalizer_bound
+    # The latents that were found count beside the 20 proposals: up to log(21 / 20) more.
+    over = np.asarray(found - exact)
+    assert np.all((over > -0.02) & (over < np.log(21 / 20) + 0.02))
 
 
 def test_generators_that_are_not_normal_are_not_searched():
