@@ -293,12 +293,14 @@ TARGETS = {
 
 PLAIN: dict[str, Any] = {}
 WEIGHTED = {"importance_weights": True}
+DEFENSIVE = {"defensive": True}
 RATES = (1e-2, 1e-2)
 
 # Name, then the backend's options and the rates of energy and generator.
 SETTINGS = [
     *((name, (PLAIN, RATES)) for name in TARGETS),
     *((name, (WEIGHTED, RATES)) for name in TARGETS),
+    *((name, (DEFENSIVE, RATES)) for name in TARGETS),
     ("precision 4", ({"gradient_penalty": 1.0}, RATES)),
     ("precision 26", ({"gradient_penalty": 1.0}, RATES)),
     ("skewed quartic", ({"gradient_penalty": 1.0}, RATES)),

@@ -101,9 +101,9 @@ def _event_size(state: VERAState) -> int:
     return int(np.prod(shape.shape[1:]))
 
 
-def warn_of_tempering(entropy_weight: float, importance_weights: bool) -> None:
+def warn_of_tempering(entropy_weight: float, is_weighed: bool) -> None:
     """Warn where the generator's draws were not meant to be the model's."""
-    if entropy_weight == 1 or importance_weights:
+    if entropy_weight == 1 or is_weighed:
         return
     warnings.warn(
         f"entropy_weight = {entropy_weight}: the generator was drawn to "
@@ -122,7 +122,13 @@ def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) ->
     bound = BoundModel(model, state.transforms, key_model, arguments)
     energy = bound.energies(state.params)[name]
     _warn_of_low_ess(fit)
-    _warn_of_unreached_rows(fit, bound, energy, score, key_rows)
+
+    # Draws around rows reach what the generator's do not.
+    is_defended = state.row_kernels is not None
+    if not is_defended and _warned_of_unreached_rows(
+        fit, bound, energy, score, key_rows
+    ):
+        return  # draws that miss a mode say nothing of a maximum
 
     draws = weighted_draws(key_draws, state, energy, score)
     why = (
@@ -135,15 +141,15 @@ def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) ->
 
 def _warn_of_low_ess(fit: Fit) -> None:
     """Warn where the draws that stood for the model's are not the model's."""
-    ((name, ess),) = (
-        fit.history["generator_ess"].items() if fit.history else (("", ()),)
-    )
+    is_defended = fit.state.row_kernels is not None
+    key = "gradient_ess" if is_defended else "generator_ess"
+    ((name, ess),) = fit.history[key].items()
     recent = ess[-max(1, len(ess) // 4) :]
     if len(recent) < MIN_UPDATES or np.mean(recent) >= MIN_ESS:
         return
     warnings.warn(
-        f"The generator's draws at energy site '{name}' are not the model's: weighted "
-        f"by exp(-U) / q they count as {100 * np.mean(recent):.2g}% of their number over "
+        f"The draws for energy site '{name}' are not the model's: weighted by exp(-U) "
+        f"over their density they count as {100 * np.mean(recent):.2g}% of their number over "
         "the last quarter of the run, and the gradient of log Z rests on them. A lower "
         "rate for the energy or a higher one for the generator, more "
         f"num_generator_steps or a larger generator bring them nearer. {REMEDIES}",
@@ -151,33 +157,35 @@ def _warn_of_low_ess(fit: Fit) -> None:
     )
 
 
-def _warn_of_unreached_rows(
+def _warned_of_unreached_rows(
     fit: Fit,
     bound: BoundModel,
     energy: EnergyDistribution,
     score: Score,
     rng_key: Array,
-) -> None:
-    """Warn where the energy has data and the generator no draws."""
+) -> bool:
+    """Warn where the energy has data and the generator no draws; whether it did."""
     name = fit.state.generator.name
     rows = data_rows(bound, fit.params, MAX_ROWS).get(name)
     if rows is None:
-        return
+        return False
     ratios = log_ratios(rng_key, fit.state, energy, score, rows)
     if ratios is None:
-        return
+        return False
 
     share = float(np.mean(~(np.asarray(ratios) >= MIN_LOG_RATIO)))
     if share <= MAX_UNREACHED:
-        return
+        return False
     warnings.warn(
         f"The generator does not reach {100 * share:.2g}% of the data rows at energy "
         f"site '{name}' ({len(rows)} were looked at): its density there is under "
         f"e^{MIN_LOG_RATIO:.0f} of the energy's. No draw pulls the energy there, so the "
         "parameters are not at a maximum of the likelihood, and log Z is larger than "
-        f"log_normalizer_bound. {REMEDIES}",
+        "log_normalizer_bound. In few dimensions defensive=True draws there; or take a "
+        f"wider generator. {REMEDIES}",
         stacklevel=level_of_caller(),
     )
+    return True
 
 
 def warn_of_momentum(option: str, optim: Any, params: Params) -> None:

@@ -42,6 +42,18 @@ def check_options(backend: Any) -> None:
             "whatever it is. Take 64 or more."
         )
 
+    if backend.defensive and backend.importance_weights:
+        raise ValueError(
+            "defensive=True weighs its draws already; leave importance_weights out."
+        )
+    if backend.defensive and not (
+        backend.score == "importance" or isinstance(backend.score, ImportanceScore)
+    ):
+        raise ValueError(
+            "defensive=True needs the generator's density at values that it has not "
+            "drawn, which score='importance' knows; found another score."
+        )
+
     if not backend.gradient_penalty >= 0:
         raise ValueError(
             f"gradient_penalty = {backend.gradient_penalty}; expected 0 or more."

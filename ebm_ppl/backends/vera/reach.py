@@ -9,25 +9,21 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax, random
-from jax.scipy.sparse.linalg import cg
 
+from ebm_ppl.backends.vera.inversion import latents_of
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.generators.fitting import fitted_score, score_for
-from ebm_ppl.generators.scores.base import Pair, Score
+from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.generators.scores.exact import ExactScore
 from ebm_ppl.generators.scores.importance import ImportanceScore
-from ebm_ppl.generators.scores.proposals import linearized
 
 # Latents among which every row finds the first guess of its own.
 NUM_GUESSES = 512
 # Of these, lent to all rows as draws of the prior.
 NUM_LENT = 64
 NUM_STEPS = 12
-# Gauss–Newton steps are tried at these lengths; the best one is taken.
-LENGTHS = (1.0, 0.5, 0.2, 0.05, 0.0)
 
 
 def log_ratios(
@@ -81,33 +77,19 @@ def _log_density(
     guesses, _ = generator.draws(params, random.split(key_guess, NUM_GUESSES))
 
     def at_row(row: Array) -> Array:
-        latents = _latents_of(pair, guesses, row) if generator.latents else guesses[0]
+        latents = (
+            latents_of(pair, guesses, row, NUM_STEPS)
+            if generator.latents
+            else guesses[0]
+        )
         return score.log_density(
-            key_noise, score_state, pair, latents, row, guesses[:NUM_LENT]
+            key_noise,
+            score_state,
+            pair,
+            latents,
+            row,
+            guesses[:NUM_LENT],
+            is_drawn=False,
         )
 
     return lax.map(at_row, rows)
-
-
-def _latents_of(pair: Pair, guesses: Array, row: Array) -> Array:
-    """The likeliest z for a row, by Gauss–Newton steps from the best guess."""
-    residuals = pair.residuals
-    assert residuals is not None
-
-    def joint(latents: Array) -> Array:
-        return jnp.nan_to_num(pair.log_joint(latents, row), nan=-jnp.inf)
-
-    def step(latents: Array, _: Any) -> tuple[Array, None]:
-        residual, jacobian = linearized(residuals, latents, row)
-        # Conjugate gradients need no factorisation, and L steps of them are exact.
-        change, _ = cg(
-            lambda z: jacobian.T @ (jacobian @ z),
-            jacobian.T @ residual,
-            maxiter=latents.size,
-        )
-        trials = latents - jnp.asarray(LENGTHS)[:, None] * change
-        return trials[jnp.argmax(jax.vmap(joint)(trials))], None
-
-    first = guesses[jnp.argmax(jax.vmap(joint)(guesses))]
-    latents, _ = lax.scan(step, first, None, length=NUM_STEPS)
-    return latents

@@ -9,6 +9,7 @@ import jax
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.backends.vera.defensive import RowKernels
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.model.program import Params
@@ -32,6 +33,8 @@ POPULATION = (4, 1000)
         "score_state",
         "coordinates",
         "log_normalizer_bound",
+        "log_normalizer_weighted",
+        "row_kernels",
         "rng_key",
     ],
     meta_fields=["entropy_weight", "gradient_penalty"],
@@ -51,6 +54,9 @@ class VERAState(State):
         coordinates: The map from base-standard coordinates to x, frozen at the initial
             parameters.
         log_normalizer_bound: Running mean of ``E_q[−U] + H(q)``.
+        log_normalizer_weighted: Running mean of the log of the draws' mean weight: nearer to
+            log Z, and what the loss takes for it.
+        row_kernels: Where defensive draws come from; None without them.
         rng_key: The key of the next update.
         entropy_weight: λ; the generator approximates exp(−U/λ).
         gradient_penalty: γ of the run; over 0 the fit is a penalised one.
@@ -65,6 +71,8 @@ class VERAState(State):
     score_state: Any
     coordinates: Transform
     log_normalizer_bound: Array
+    log_normalizer_weighted: Array
+    row_kernels: RowKernels | None
     rng_key: Array
     entropy_weight: float
     gradient_penalty: float
@@ -124,3 +132,4 @@ class GeneratorProgress(NamedTuple):
     optim_state: Any
     score_state: Any
     bound: Array
+    weighted: Array

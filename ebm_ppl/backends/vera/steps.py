@@ -15,7 +15,7 @@ from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.smc.weights import ess_fraction
+from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
 from ebm_ppl.training.optimizers import updates_of
 
 # Time constant of the running mean of the bound on log Z, in updates.
@@ -31,6 +31,7 @@ class GeneratorInfo(NamedTuple):
         grad_norm: Norm of the gradient.
         in_support: Whether all draws lie in the energy's support.
         ess: ESS fraction of the draws under importance weights exp(−U)/q̂.
+        log_normalizer: Log of their mean weight.
         values: The draws.
         log_density: Their log q̂.
     """
@@ -40,6 +41,7 @@ class GeneratorInfo(NamedTuple):
     grad_norm: Array
     in_support: Array
     ess: Array
+    log_normalizer: Array
     values: Array
     log_density: Array
 
@@ -81,18 +83,28 @@ def generator_step(
     )
     params = optax.apply_updates(progress.params, updates)
     now = entropy - jnp.mean(potential)
-    bound = progress.bound + (now - progress.bound) / BOUND_MEMORY
+    bound = running_mean(progress.bound, now)
+    log_weight = -potential - found.log_density
+    log_z = log_mean_exp(log_weight, axis=0)
 
     info = GeneratorInfo(
         loss,
         entropy,
         optax.tree.norm(grads),
         jnp.all(distribution.support(values)),
-        ess_fraction(-potential - found.log_density),
+        ess_fraction(log_weight),
+        log_z,
         values,
         found.log_density,
     )
-    return GeneratorProgress(params, optim_state, score_state, bound), info
+    weighted = running_mean(progress.weighted, log_z)
+    progress = GeneratorProgress(params, optim_state, score_state, bound, weighted)
+    return progress, info
+
+
+def running_mean(old: Array, now: Array) -> Array:
+    """A mean over about ``BOUND_MEMORY`` updates; the old one where now is not finite."""
+    return jnp.where(jnp.isfinite(now), old + (now - old) / BOUND_MEMORY, old)
 
 
 def energy_step(
@@ -115,8 +127,8 @@ def energy_step(
         state: The state before the update.
         arguments: The model's arguments.
         progress: The generator after its steps.
-        weighed: Draws and their log q̂, to be weighted by exp(−U)/q̂; None for fresh
-            draws with equal weights.
+        weighed: Draws and the log density q̂ that they come from, to be weighted by
+            exp(−U)/q̂; None for fresh draws of the generator with equal weights.
         num_particles: Number of fresh draws.
         gradient_penalty: γ.
         energy: θ and the optimiser's state.
@@ -141,7 +153,7 @@ def energy_step(
         else:
             weights = lax.stop_gradient(jax.nn.softmax(-potential - log_density))
             surrogate = -jnp.sum(weights * potential)
-        log_z = progress.bound + surrogate - lax.stop_gradient(surrogate)
+        log_z = progress.weighted + surrogate - lax.stop_gradient(surrogate)
 
         if gradient_penalty:
             distribution = with_penalty(

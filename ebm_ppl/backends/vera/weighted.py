@@ -1,10 +1,11 @@
-"""A generator's draws, weighted to be the model's."""
+"""The draws that a run took gradients from, weighted to be the model's."""
 
 from functools import partial
 
 import jax
 from jax import Array, random
 
+from ebm_ppl.backends.vera.defensive import defended_draws
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.generators.scores.base import Score
@@ -18,15 +19,31 @@ NUM_CHAINS, NUM_DRAWS = 16, 256
 def weighted_draws(
     rng_key: Array, state: VERAState, distribution: EnergyDistribution, score: Score
 ) -> OwnDraws:
-    """Draws with log weights ``−U − log q̂``."""
+    """Draws with log weights −U minus the log density that they come from."""
     generator, params = state.generator, state.generator_params
     pair = generator.pair(params)
 
-    def island(rng_key: Array) -> tuple[Array, Array]:
+    def defended(rng_key: Array) -> tuple[Array, Array]:
+        assert state.row_kernels is not None
+        drawn = defended_draws(
+            rng_key,
+            state.row_kernels,
+            state.coordinates,
+            generator,
+            params,
+            score,  # type: ignore[arg-type]
+            state.score_state,
+            NUM_DRAWS // 2,
+        )
+        potential = distribution.unchecked_potential(drawn.values)
+        return drawn.values, -potential - drawn.log_density
+
+    def plain(rng_key: Array) -> tuple[Array, Array]:
         key_draws, key_score = random.split(rng_key)
         latents, values = generator.draws(params, random.split(key_draws, NUM_DRAWS))
         found, _ = score.evaluate(key_score, state.score_state, pair, latents, values)
         potential = distribution.unchecked_potential(values)
         return values, -potential - found.log_density
 
+    island = plain if state.row_kernels is None else defended
     return OwnDraws(*jax.lax.map(island, random.split(rng_key, NUM_CHAINS)))

@@ -37,6 +37,8 @@ class ExactScore:
         latents: Array,
         value: Array,
         lent: Array,
+        *,
+        is_drawn: bool = True,
     ) -> Array:
         """Log q(x), a scalar."""
         return pair.log_joint(latents, value)

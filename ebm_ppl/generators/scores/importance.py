@@ -108,6 +108,8 @@ class ImportanceScore:
         latents: Array,
         value: Array,
         lent: Array,
+        *,
+        is_drawn: bool = True,
     ) -> Array:
         """Log q(x) alone; a smooth function of ``latents`` and ``value`` for a fixed key.
 
@@ -115,9 +117,10 @@ class ImportanceScore:
             rng_key: A JAX PRNG key.
             state: A state fitted to this generator.
             pair: The density of a pair.
-            latents: The z that generated x, ``(L,)``.
+            latents: The z that generated x, ``(L,)``, or a likely one for it.
             value: x, of the event shape.
             lent: Draws of the prior, ``(M, L)``.
+            is_drawn: Whether x was made from these latents.
 
         Returns:
             A scalar.
@@ -127,7 +130,8 @@ class ImportanceScore:
         )
         # With the z that generated x among the samples, p(z) q(x | z) / q̂ ≤ K r(z) +
         # (M + 1) p(z) even where all other samples miss.
-        lent = jnp.concatenate([lent, latents[None]])
+        if is_drawn:
+            lent = jnp.concatenate([lent, latents[None]])
         latents, values = latents[None], value[None]
         if self.local and pair.residuals is not None:
             proposals = local_proposals(noise, state, pair, latents, values, lent)

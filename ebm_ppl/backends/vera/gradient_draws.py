@@ -1,0 +1,77 @@
+"""The draws from which a VERA update takes ∇log Z."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ebm_ppl.backends.vera.defensive import defended_draws
+from ebm_ppl.backends.vera.state import GeneratorProgress, VERAState
+from ebm_ppl.backends.vera.steps import GeneratorInfo
+from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
+
+# log q̂ − log p under which no draw of the generator reaches a place.
+MIN_LOG_RATIO = -3.0
+
+
+class GradientDraws(NamedTuple):
+    """Draws for the energy's step, and how good they are.
+
+    Attributes:
+        weighed: Values and the log density that they come from, for weights exp(−U)
+            over that; None for fresh draws of the generator with equal weights.
+        ess: ESS fraction of the weights; 1 where they are equal.
+        unreached: Share of the weight where no draw of the generator goes; NaN without
+            defensive draws.
+    """
+
+    weighed: tuple[Array, Array] | None
+    ess: Array
+    unreached: Array
+
+
+def gradient_draws(
+    backend: Any,
+    rng_key: Array,
+    state: VERAState,
+    energy: EnergyDistribution,
+    progress: GeneratorProgress,
+    found: GeneratorInfo,
+) -> GradientDraws:
+    """Fresh draws, the last step's with weights, or those with draws around rows.
+
+    Args:
+        backend: A :class:`VERA`.
+        rng_key: A JAX PRNG key.
+        state: The state before the update.
+        energy: The energy at its parameters.
+        progress: The generator after its steps.
+        found: What its last step drew.
+    """
+    unknown = jnp.full_like(found.ess, jnp.nan)
+    if state.row_kernels is None:
+        if backend.importance_weights:
+            weighed = (found.values, found.log_density)
+            return GradientDraws(weighed, found.ess, unknown)
+        return GradientDraws(None, jnp.ones_like(found.ess), unknown)
+
+    drawn = defended_draws(
+        rng_key,
+        state.row_kernels,
+        state.coordinates,
+        state.generator,
+        progress.params,
+        backend.score_of(state.generator),
+        progress.score_state,
+        backend.num_particles,
+    )
+    potential = energy.unchecked_potential(drawn.values)
+    log_weight = -potential - drawn.log_density
+    log_ratio = drawn.log_generator + potential + log_mean_exp(log_weight, axis=0)
+    unreached = jnp.sum(
+        jnp.where(log_ratio < MIN_LOG_RATIO, jax.nn.softmax(log_weight), 0.0)
+    )
+    weighed = (drawn.values, drawn.log_density)
+    return GradientDraws(weighed, ess_fraction(log_weight), unreached)

@@ -1,0 +1,48 @@
+"""Latents of values that the generator has not drawn."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.sparse.linalg import cg
+
+from ebm_ppl.generators.scores.base import Pair
+from ebm_ppl.generators.scores.proposals import linearized
+
+# Gauss–Newton steps are tried at these lengths; the best one is taken.
+LENGTHS = (1.0, 0.5, 0.2, 0.05, 0.0)
+
+
+def latents_of(pair: Pair, guesses: Array, value: Array, num_steps: int) -> Array:
+    """The likeliest z for a value, by Gauss–Newton steps from the best guess.
+
+    Args:
+        pair: The density of a pair, normal given z.
+        guesses: ``(num_guesses, L)``.
+        value: x, of the event shape.
+        num_steps: Number of steps.
+
+    Returns:
+        ``(L,)``.
+    """
+    residuals = pair.residuals
+    assert residuals is not None
+
+    def joint(latents: Array) -> Array:
+        return jnp.nan_to_num(pair.log_joint(latents, value), nan=-jnp.inf)
+
+    def step(latents: Array, _: Any) -> tuple[Array, None]:
+        residual, jacobian = linearized(residuals, latents, value)
+        # Conjugate gradients need no factorisation, and L steps of them are exact.
+        change, _ = cg(
+            lambda z: jacobian.T @ (jacobian @ z),
+            jacobian.T @ residual,
+            maxiter=latents.size,
+        )
+        trials = latents - jnp.asarray(LENGTHS)[:, None] * change
+        return trials[jnp.argmax(jax.vmap(joint)(trials))], None
+
+    first = guesses[jnp.argmax(jax.vmap(joint)(guesses))]
+    latents, _ = lax.scan(step, first, None, length=num_steps)
+    return latents
