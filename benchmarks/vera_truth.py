@@ -1,11 +1,12 @@
 """VERA where the maximum of the likelihood is known: what it finds, and what it says.
 
-    python benchmarks/vera_truth.py [NAME ...] [--seeds 2] [--polish] [--part K N]
+    python benchmarks/vera_truth.py [NAME ...] [--seeds 2] [--polish] [--part 0 2]
 
 Every fit ends within three standard errors of the maximum, or it is told twice: by a
-warning of the run, and by `score_test`.  Fits are 2,000 updates: Adam 1e-2 on a cosine, unless a row says otherwise.  ``--polish`` takes every
-fit to its maximum by `polish` besides, whose Monte Carlo errors stay under a fifth of
-the standard errors.  ``--part 0 2`` runs every second row.
+warning of the run, and by `score_test`.  Fits are 2,000 updates of Adam, 1e-2 on a
+cosine, unless a row says otherwise.  ``--polish`` takes every fit to its maximum by
+`polish` besides, whose Monte Carlo errors stay under a fifth of the standard errors;
+``--part 0 2`` runs every second row.
 """
 
 import argparse

@@ -97,8 +97,10 @@ class VERAState(State):
         }
 
     def contradictions(self, log_normalizer: LogNormalizer) -> tuple[str, ...]:
-        """A certified log Z far above the generator's bound on it, unless draws around
-        rows stood in for what the generator misses."""
+        """A certified log Z far above the generator's bound on it.
+
+        None where draws around rows stood in for what the generator misses.
+        """
         if self.row_kernels is not None:
             return ()
         name, bound = self.generator.name, float(self.log_normalizer_bound)
