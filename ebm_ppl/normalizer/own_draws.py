@@ -2,9 +2,11 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
@@ -21,6 +23,8 @@ from ebm_ppl.training.fit import Fit
 # Parameters, and log Z's, up to which this costs little beside the run.
 MAX_PARAMETERS = 100
 MAX_NORMALIZERS = 64
+# Numbers of data up to which all rows are looked at at once.
+MAX_DATA = 10_000_000
 # Runs too short to have arrived anywhere.
 MIN_UPDATES = 200
 # A distance from the maximum, in standard errors, that is told: learning rates that do
@@ -61,11 +65,11 @@ def warn_unless_at_maximum(
         why: A sentence on what may be the cause; may be empty.
     """
     sizes = [draws.log_weight[0, 0].size for draws in held.values()]
-    if sum(sizes) > MAX_NORMALIZERS:
+    num_data = sum(np.size(leaf) for leaf in jax.tree.leaves(arguments))
+    if sum(sizes) > MAX_NORMALIZERS or num_data > MAX_DATA:
         return
     state = fit.state
-    full, key = with_full_plates(model), random.fold_in(state.rng_key, 1)
-    bound = BoundModel(full, state.transforms, key, arguments)
+    bound = _bound(state, model, arguments)
     energies = bound.energies(state.params)
     draws = {
         name: Draws(values, log_weight, energies[name].unchecked_potential(values))
@@ -91,3 +95,19 @@ def warn_unless_at_maximum(
             "goes to the maximum.)",
             stacklevel=level_of_caller(),
         )
+
+
+def _bound(state: Any, model: Model, arguments: Arguments) -> BoundModel:
+    """The model with every plate at its full size, or as given if rows are a batch."""
+    key = random.fold_in(state.rng_key, 1)
+    full = BoundModel(with_full_plates(model), state.transforms, key, arguments)
+    try:
+        jax.eval_shape(
+            lambda params: full.negative_log_joint(
+                params, lambda _, energy: energy.with_log_normalizer(0.0)
+            ),
+            state.params,
+        )
+    except (TypeError, ValueError):
+        return BoundModel(model, state.transforms, key, arguments)
+    return full

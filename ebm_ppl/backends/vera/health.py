@@ -27,7 +27,7 @@ MIN_UPDATES = 50
 MIN_ESS = 0.5
 # Rows looked at, log q̂ − log p at which a row is out of reach, and the share of such
 # rows that is told.
-MAX_ROWS = 256
+MAX_ROWS = 128
 MIN_LOG_RATIO = -3.0
 MAX_UNREACHED = 0.05
 
@@ -130,7 +130,7 @@ def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) ->
     ):
         return  # draws that miss a mode say nothing of a maximum
 
-    draws = weighted_draws(key_draws, state, energy, score)
+    draws = weighted_draws(key_draws, state, bound, score)
     why = (
         f"gradient_penalty = {state.gradient_penalty} makes this a penalised fit. "
         if state.gradient_penalty

@@ -20,10 +20,12 @@ from ebm_ppl.generators.scores.exact import ExactScore
 from ebm_ppl.generators.scores.importance import ImportanceScore
 
 # Latents among which every row finds the first guess of its own.
-NUM_GUESSES = 512
+NUM_GUESSES = 256
 # Of these, lent to all rows as draws of the prior.
 NUM_LENT = 64
 NUM_STEPS = 12
+# Rows whose latents are searched for side by side.
+BATCH = 32
 
 
 def log_ratios(
@@ -92,4 +94,4 @@ def _log_density(
             is_drawn=False,
         )
 
-    return lax.map(at_row, rows)
+    return lax.map(at_row, rows, batch_size=BATCH)

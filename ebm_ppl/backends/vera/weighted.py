@@ -7,21 +7,22 @@ from jax import Array, random
 
 from ebm_ppl.backends.vera.defensive import defended_draws
 from ebm_ppl.backends.vera.state import VERAState
-from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.generators.scores.base import Score
+from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.normalizer.own_draws import OwnDraws
 
 # Independent islands, from which Monte Carlo errors come, and draws in each.
-NUM_CHAINS, NUM_DRAWS = 16, 256
+NUM_CHAINS, NUM_DRAWS = 16, 128
 
 
 @partial(jax.jit, static_argnames="score")
 def weighted_draws(
-    rng_key: Array, state: VERAState, distribution: EnergyDistribution, score: Score
+    rng_key: Array, state: VERAState, bound: BoundModel, score: Score
 ) -> OwnDraws:
     """Draws with log weights −U minus the log density that they come from."""
     generator, params = state.generator, state.generator_params
     pair = generator.pair(params)
+    distribution = bound.energies(state.params)[generator.name]
 
     def defended(rng_key: Array) -> tuple[Array, Array]:
         assert state.row_kernels is not None
