@@ -103,10 +103,11 @@ def _bound(state: Any, model: Model, arguments: Arguments) -> BoundModel:
     full = BoundModel(with_full_plates(model), state.transforms, key, arguments)
     try:
         jax.eval_shape(
-            lambda params: full.negative_log_joint(
-                params, lambda _, energy: energy.with_log_normalizer(0.0)
+            lambda params, zero: full.negative_log_joint(
+                params, lambda _, energy: energy.with_log_normalizer(zero)
             ),
             state.params,
+            jnp.zeros(()),
         )
     except (TypeError, ValueError):
         return BoundModel(model, state.transforms, key, arguments)

@@ -1,5 +1,6 @@
 """The base class of backends: initial state, pure update and the training run."""
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
@@ -153,7 +155,16 @@ class Backend(ABC):
 
         arguments = Arguments(args, kwargs)
         fit = run(self, init_state, num_steps, arguments, progress_bar=progress_bar)
-        self._check_fit(fit, init_state, arguments)
+        try:
+            self._check_fit(fit, init_state, arguments)
+        except Warning:
+            raise
+        except Exception as error:  # a check that fails must not cost the run
+            warnings.warn(
+                f"The run ended, but could not be checked: {type(error).__name__}: "
+                f"{error}",
+                stacklevel=level_of_caller(),
+            )
         return fit
 
     def get_params(self, state: Any) -> Params:

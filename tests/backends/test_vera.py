@@ -406,7 +406,9 @@ def test_every_score_trains(score):
 
 @pytest.fixture(scope="module")
 def fit():
-    built = backend(optim=optax.adam(0.01), generator_optim=optax.adam(0.01))
+    built = backend(
+        optim=optax.adam(0.01, b1=0.0), generator_optim=optax.adam(0.01, b1=0.0)
+    )
     return built.run(random.key(0), 200, DATA, progress_bar=False)
 
 

@@ -39,6 +39,11 @@ from ebm_ppl.training.backend import Backend, Finite
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 
+DEFENSIVE = (
+    Diagnostic("gradient_ess", by_site=True),
+    Diagnostic("unreached", by_site=True),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class VERA(Backend):
@@ -134,8 +139,6 @@ class VERA(Backend):
         Diagnostic("generator_loss"),
         Diagnostic("entropy", by_site=True),
         Diagnostic("generator_ess", by_site=True),
-        Diagnostic("gradient_ess", by_site=True),
-        Diagnostic("unreached", by_site=True),
         Diagnostic("log_normalizer_bound", by_site=True),
         Diagnostic("log_normalizer_weighted", by_site=True),
         Diagnostic("at_bound"),
@@ -146,6 +149,8 @@ class VERA(Backend):
     def __post_init__(self) -> None:
         check_options(self)
         object.__setattr__(self, "score", resolve_score(self.score))
+        if self.defensive:
+            object.__setattr__(self, "diagnostics", self.diagnostics + DEFENSIVE)
 
     def _start(
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
@@ -251,8 +256,6 @@ class VERA(Backend):
             "generator_loss": found.loss,
             "entropy": {name: found.entropy},
             "generator_ess": {name: found.ess},
-            "gradient_ess": {name: gradient.ess},
-            "unreached": {name: gradient.unreached},
             "log_normalizer_bound": {name: progress.bound},
             "log_normalizer_weighted": {name: progress.weighted},
             "at_bound": jnp.max(jnp.stack(shares)) if shares else jnp.zeros_like(loss),
@@ -260,6 +263,9 @@ class VERA(Backend):
             "generator_grad_norm": found.grad_norm,
             "finite": finite,
         }
+        if self.defensive:
+            info["gradient_ess"] = {name: gradient.ess}
+            info["unreached"] = {name: gradient.unreached}
         return new, info
 
     def _resume(self, state: VERAState) -> VERAState:

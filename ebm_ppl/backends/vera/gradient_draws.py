@@ -23,8 +23,8 @@ class GradientDraws(NamedTuple):
         weighed: Values and the log density that they come from, for weights exp(−U)
             over that; None for fresh draws of the generator with equal weights.
         ess: ESS fraction of the weights; 1 where they are equal.
-        unreached: Share of the weight where no draw of the generator goes; NaN without
-            defensive draws.
+        unreached: Share of the weight where no draw of the generator goes, as far as
+            these draws see.
     """
 
     weighed: tuple[Array, Array] | None
@@ -50,12 +50,12 @@ def gradient_draws(
         progress: The generator after its steps.
         found: What its last step drew.
     """
-    unknown = jnp.full_like(found.ess, jnp.nan)
+    zero = jnp.zeros_like(found.ess)
     if state.row_kernels is None:
         if backend.importance_weights:
             weighed = (found.values, found.log_density)
-            return GradientDraws(weighed, found.ess, unknown)
-        return GradientDraws(None, jnp.ones_like(found.ess), unknown)
+            return GradientDraws(weighed, found.ess, zero)
+        return GradientDraws(None, 1.0 + zero, zero)
 
     drawn = defended_draws(
         rng_key,
