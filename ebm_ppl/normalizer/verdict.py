@@ -118,7 +118,7 @@ def judgement(
         return False, (
             f"parameter '{found.site(worst)}' can be judged to {found.limit[worst]:.1f} "
             "of its standard errors only, for Monte Carlo error: take "
-            f"{found.error[worst] ** 2:.0f} times the walkers (num_walkers), or more "
+            f"{int(found.error[worst] ** 2) + 1} times the walkers (num_walkers), or more "
             "islands (num_chains).",
         )
     return True, ()
