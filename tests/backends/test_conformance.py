@@ -50,7 +50,6 @@ VERA_HISTORY = {
     "generator_loss",
     "entropy",
     "log_normalizer_bound",
-    "log_normalizer_weighted",
     "at_bound",
     "grad_norm",
     "generator_grad_norm",

@@ -651,11 +651,15 @@ def test_defensive_draws_keep_the_pull_of_a_dropped_mode(program):
             z = numpyro.sample("z", dist.Normal(0, 1).expand([1]).to_event(1))
             numpyro.sample("x", dist.Normal(-3.0 + width * z, 0.3).to_event(1))
 
+    def trained(num_updates, **options):
+        still = ebm.VERA(heaps, lower, optax.sgd(0.0), optax.sgd(0.0), **options)
+        return still, still.run(random.key(0), num_updates, x, progress_bar=False)
+
     def slope(**options):
         """Mean of d log Z / dh over 200 updates from one state, and its error: a plain
         gradient step of 1 moves h by the data's mean responsibilities minus that."""
-        still = ebm.VERA(heaps, lower, optax.sgd(0.0), optax.sgd(0.0), **options)
-        state = still.run(random.key(0), 100, x, progress_bar=False).state
+        still, fit = trained(100, **options)
+        state = fit.state
         built = dataclasses.replace(still, optim=optax.sgd(1.0))
 
         def one(key):
@@ -674,6 +678,18 @@ def test_defensive_draws_keep_the_pull_of_a_dropped_mode(program):
     # Self-normalised weights of 128 draws are biased by about one over their number.
     assert abs(found - 0.3) < 4 * error + 0.005
     assert error < 0.01
+
+    # The loss's log Z, a mean over about 100 updates, knows of the upper heap: it is
+    # log (1 + 3/7) − log 6, not −log 6.
+    history = trained(600, defensive=True)[1].history
+    for key, mass in (
+        ("log_normalizer_bound", 1.0),
+        ("log_normalizer_weighted", 10 / 7),
+    ):
+        expected = np.log(mass / 6.0)
+        assert history[key]["x"][-1] == pytest.approx(expected, abs=0.03)
+    share = history["unreached"]["x"].mean()
+    assert share == pytest.approx(0.3, abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 
 DEFENSIVE = (
+    Diagnostic("log_normalizer_weighted", by_site=True),
     Diagnostic("gradient_ess", by_site=True),
     Diagnostic("unreached", by_site=True),
 )
@@ -140,7 +141,6 @@ class VERA(Backend):
         Diagnostic("entropy", by_site=True),
         Diagnostic("generator_ess", by_site=True),
         Diagnostic("log_normalizer_bound", by_site=True),
-        Diagnostic("log_normalizer_weighted", by_site=True),
         Diagnostic("at_bound"),
         GRAD_NORM,
         Diagnostic("generator_grad_norm"),
@@ -197,7 +197,6 @@ class VERA(Backend):
             state.generator_optim_state,
             state.score_state,
             state.log_normalizer_bound,
-            state.log_normalizer_weighted,
         )
 
         progress, found = repeat(
@@ -214,6 +213,7 @@ class VERA(Backend):
                 state,
                 arguments,
                 progress,
+                gradient.log_normalizer,
                 gradient.weighed,
                 self.num_particles,
                 self.gradient_penalty,
@@ -244,7 +244,7 @@ class VERA(Backend):
             generator_optim_state=progress.optim_state,
             score_state=progress.score_state,
             log_normalizer_bound=progress.bound,
-            log_normalizer_weighted=progress.weighted,
+            log_normalizer_weighted=gradient.log_normalizer,
             rng_key=key_next,
         )
         new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
@@ -257,13 +257,13 @@ class VERA(Backend):
             "entropy": {name: found.entropy},
             "generator_ess": {name: found.ess},
             "log_normalizer_bound": {name: progress.bound},
-            "log_normalizer_weighted": {name: progress.weighted},
             "at_bound": jnp.max(jnp.stack(shares)) if shares else jnp.zeros_like(loss),
             "grad_norm": grad_norm,
             "generator_grad_norm": found.grad_norm,
             "finite": finite,
         }
         if self.defensive:
+            info["log_normalizer_weighted"] = {name: gradient.log_normalizer}
             info["gradient_ess"] = {name: gradient.ess}
             info["unreached"] = {name: gradient.unreached}
         return new, info

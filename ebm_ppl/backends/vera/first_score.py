@@ -13,7 +13,6 @@ from ebm_ppl.generators.program import Generator
 from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
-from ebm_ppl.smc.weights import log_mean_exp
 
 
 @partial(jax.jit, static_argnames=("score", "num_particles"))
@@ -25,20 +24,18 @@ def fit_first_score(
     generator: Generator,
     params: Params,
     generator_params: Params,
-) -> tuple[Any, Array, Array]:
-    """Fit the score's estimator to the first generator, and find two bounds on log Z.
+) -> tuple[Any, Array]:
+    """Fit the score's estimator to the first generator, and find the bound on log Z.
 
-    Then no gradient rests on an estimator that was not fitted.  The bounds are
-    ``E_q[−U] + H(q)`` and the log of the draws' mean weight.
+    Then no gradient rests on an estimator that was not fitted.  The bound is
+    ``E_q[−U] + H(q)``.
     """
     distribution = bound.energies(params)[generator.name]
 
-    def bounds_of(values: Array, log_density: Array) -> tuple[Array, Array]:
-        log_weight = -distribution.unchecked_potential(values) - log_density
-        return jnp.mean(log_weight), log_mean_exp(log_weight, axis=0)
+    def elbo(values: Array, log_density: Array) -> Array:
+        return -jnp.mean(distribution.unchecked_potential(values) + log_density)
 
     state, bounds = fit_score(
-        score, rng_key, generator, generator_params, num_particles, bounds_of
+        score, rng_key, generator, generator_params, num_particles, elbo
     )
-    elbo, weighted = (jnp.mean(bound[-BOUND_MEMORY:]) for bound in bounds)
-    return state, elbo, weighted
+    return state, jnp.mean(bounds[-BOUND_MEMORY:])

@@ -8,7 +8,7 @@ from jax import Array
 
 from ebm_ppl.backends.vera.defensive import defended_draws
 from ebm_ppl.backends.vera.state import GeneratorProgress, VERAState
-from ebm_ppl.backends.vera.steps import GeneratorInfo
+from ebm_ppl.backends.vera.steps import GeneratorInfo, running_mean
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
 
@@ -22,12 +22,15 @@ class GradientDraws(NamedTuple):
     Attributes:
         weighed: Values and the log density that they come from, for weights exp(−U)
             over that; None for fresh draws of the generator with equal weights.
+        log_normalizer: A running log Z: the bound, or of defensive draws the log of
+            their mean weight, which knows of modes that the generator has dropped.
         ess: ESS fraction of the weights; 1 where they are equal.
         unreached: Share of the weight where no draw of the generator goes, as far as
             these draws see.
     """
 
     weighed: tuple[Array, Array] | None
+    log_normalizer: Array
     ess: Array
     unreached: Array
 
@@ -54,8 +57,8 @@ def gradient_draws(
     if state.row_kernels is None:
         if backend.importance_weights:
             weighed = (found.values, found.log_density)
-            return GradientDraws(weighed, found.ess, zero)
-        return GradientDraws(None, 1.0 + zero, zero)
+            return GradientDraws(weighed, progress.bound, found.ess, zero)
+        return GradientDraws(None, progress.bound, 1.0 + zero, zero)
 
     drawn = defended_draws(
         rng_key,
@@ -67,11 +70,15 @@ def gradient_draws(
         progress.score_state,
         backend.num_particles,
     )
+
+    # Weights, and what only the draws around rows reach
     potential = energy.unchecked_potential(drawn.values)
     log_weight = -potential - drawn.log_density
-    log_ratio = drawn.log_generator + potential + log_mean_exp(log_weight, axis=0)
+    log_z = log_mean_exp(log_weight, axis=0)
+    log_ratio = drawn.log_generator + potential + log_z
     unreached = jnp.sum(
         jnp.where(log_ratio < MIN_LOG_RATIO, jax.nn.softmax(log_weight), 0.0)
     )
     weighed = (drawn.values, drawn.log_density)
-    return GradientDraws(weighed, ess_fraction(log_weight), unreached)
+    level = running_mean(state.log_normalizer_weighted, log_z)
+    return GradientDraws(weighed, level, ess_fraction(log_weight), unreached)

@@ -64,7 +64,7 @@ def first_state(
     check_on_params("optim", backend.optim, found.params)
     check_on_params("generator_optim", backend.generator_optim, generator_params)
     bound_model = BoundModel(backend.model, found.transforms, key_model, arguments)
-    score_state, elbo, weighted = run(
+    score_state, elbo = run(
         lambda: fit_first_score(
             backend.score_of(generator),
             backend.num_particles,
@@ -91,7 +91,7 @@ def first_state(
         score_state=score_state,
         coordinates=coordinates,
         log_normalizer_bound=elbo,
-        log_normalizer_weighted=weighted,
+        log_normalizer_weighted=elbo,
         row_kernels=kernels,
         rng_key=key_next,
         entropy_weight=backend.entropy_weight,

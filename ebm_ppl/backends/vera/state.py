@@ -54,8 +54,8 @@ class VERAState(State):
         coordinates: The map from base-standard coordinates to x, frozen at the initial
             parameters.
         log_normalizer_bound: Running mean of ``E_q[−U] + H(q)``.
-        log_normalizer_weighted: Running mean of the log of the draws' mean weight: nearer to
-            log Z, and what the loss takes for it.
+        log_normalizer_weighted: With defensive draws, the running mean of the log of
+            their mean weight, which the loss takes for log Z.
         row_kernels: Where defensive draws come from; None without them.
         rng_key: The key of the next update.
         entropy_weight: λ; the generator approximates exp(−U/λ).
@@ -137,4 +137,3 @@ class GeneratorProgress(NamedTuple):
     optim_state: Any
     score_state: Any
     bound: Array
-    weighted: Array

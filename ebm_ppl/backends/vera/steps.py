@@ -15,7 +15,7 @@ from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
+from ebm_ppl.smc.weights import ess_fraction
 from ebm_ppl.training.optimizers import updates_of
 
 # Time constant of the running mean of the bound on log Z, in updates.
@@ -31,7 +31,6 @@ class GeneratorInfo(NamedTuple):
         grad_norm: Norm of the gradient.
         in_support: Whether all draws lie in the energy's support.
         ess: ESS fraction of the draws under importance weights exp(−U)/q̂.
-        log_normalizer: Log of their mean weight.
         values: The draws.
         log_density: Their log q̂.
     """
@@ -41,7 +40,6 @@ class GeneratorInfo(NamedTuple):
     grad_norm: Array
     in_support: Array
     ess: Array
-    log_normalizer: Array
     values: Array
     log_density: Array
 
@@ -84,22 +82,17 @@ def generator_step(
     params = optax.apply_updates(progress.params, updates)
     now = entropy - jnp.mean(potential)
     bound = running_mean(progress.bound, now)
-    log_weight = -potential - found.log_density
-    log_z = log_mean_exp(log_weight, axis=0)
 
     info = GeneratorInfo(
         loss,
         entropy,
         optax.tree.norm(grads),
         jnp.all(distribution.support(values)),
-        ess_fraction(log_weight),
-        log_z,
+        ess_fraction(-potential - found.log_density),
         values,
         found.log_density,
     )
-    weighted = running_mean(progress.weighted, log_z)
-    progress = GeneratorProgress(params, optim_state, score_state, bound, weighted)
-    return progress, info
+    return GeneratorProgress(params, optim_state, score_state, bound), info
 
 
 def running_mean(old: Array, now: Array) -> Array:
@@ -113,6 +106,7 @@ def energy_step(
     state: VERAState,
     arguments: Arguments,
     progress: GeneratorProgress,
+    level: Array,
     weighed: tuple[Array, Array] | None,
     num_particles: int,
     gradient_penalty: float,
@@ -127,6 +121,7 @@ def energy_step(
         state: The state before the update.
         arguments: The model's arguments.
         progress: The generator after its steps.
+        level: What the loss takes for log Z; its gradient comes from the draws.
         weighed: Draws and the log density q̂ that they come from, to be weighted by
             exp(−U)/q̂; None for fresh draws of the generator with equal weights.
         num_particles: Number of fresh draws.
@@ -153,7 +148,7 @@ def energy_step(
         else:
             weights = lax.stop_gradient(jax.nn.softmax(-potential - log_density))
             surrogate = -jnp.sum(weights * potential)
-        log_z = progress.weighted + surrogate - lax.stop_gradient(surrogate)
+        log_z = level + surrogate - lax.stop_gradient(surrogate)
 
         if gradient_penalty:
             distribution = with_penalty(
