@@ -14,7 +14,7 @@ from jax import Array, random
 from jax.nn import logsumexp
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.backends.vera.inversion import latents_of
+from ebm_ppl.backends.vera.inversion import log_density_at
 from ebm_ppl.energy.coordinates import log_abs_det
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.generators.scores.exact import ExactScore
@@ -102,19 +102,15 @@ def defended_draws(
     near = coordinates(kernels.draw(key_rows, num_draws))
 
     def at_row(row: Array) -> Array:
-        mine = (
-            latents_of(pair, latents, row, NUM_STEPS)
-            if generator.latents
-            else latents[0]
-        )
-        return score.log_density(
+        return log_density_at(
+            score,
             key_noise,
-            score_state,  # type: ignore[arg-type]
+            score_state,
             pair,
-            mine,
-            row,
             latents,
-            is_drawn=False,
+            row,
+            num_steps=NUM_STEPS,
+            num_lent=num_draws,
         )
 
     # Both densities everywhere

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax import Array, lax, random
 
-from ebm_ppl.backends.vera.inversion import latents_of
+from ebm_ppl.backends.vera.inversion import log_density_at
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.generators.fitting import fitted_score, score_for
@@ -79,19 +79,15 @@ def _log_density(
     guesses, _ = generator.draws(params, random.split(key_guess, NUM_GUESSES))
 
     def at_row(row: Array) -> Array:
-        latents = (
-            latents_of(pair, guesses, row, NUM_STEPS)
-            if generator.latents
-            else guesses[0]
-        )
-        return score.log_density(
+        return log_density_at(
+            score,
             key_noise,
             score_state,
             pair,
-            latents,
+            guesses,
             row,
-            guesses[:NUM_LENT],
-            is_drawn=False,
+            num_steps=NUM_STEPS,
+            num_lent=NUM_LENT,
         )
 
     return lax.map(at_row, rows, batch_size=BATCH)
