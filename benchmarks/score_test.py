@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import optax
 from jax import random
-from vera_targets import TARGETS, drawn, maximum_of, nats_a_row
+from vera_targets import TARGETS, distance, drawn, maximum_of, nats_a_row
 
 import ebm_ppl as ebm
 
@@ -37,12 +37,6 @@ def fit_of(target, seed, num_updates):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return backend.run(random.key(seed), num_updates, target.x, progress_bar=False)
-
-
-def away(params, best, errors):
-    """Largest distance from the maximum, in standard errors."""
-    gaps = jax.tree.map(lambda a, b, e: np.max(np.abs(a - b) / e), params, best, errors)
-    return max(jax.tree.leaves(gaps))
 
 
 def covers(polished, truth):
@@ -67,7 +61,7 @@ def report(name, num_seeds, num_rows):
 
         # A fit that arrived
         fit = fit_of(target, seed, NUM_UPDATES)
-        if away(fit.params, best, errors) <= 1.0:
+        if distance(fit.params, best, errors) <= 1.0:
             healthy += 1
             test = ebm.score_test(random.key(seed), fit, *args, num_walkers=1024)
             silent += test.is_at_maximum
@@ -75,7 +69,7 @@ def report(name, num_seeds, num_rows):
         # One that did not
         short = fit_of(target, seed, NUM_UPDATES // 10)
         lost = nats_a_row(target, best) - nats_a_row(target, short.params)
-        if away(short.params, best, errors) > 3.0:
+        if distance(short.params, best, errors) > 3.0:
             early += 1
             test = ebm.score_test(random.key(seed), short, *args, num_walkers=1024)
             loud += not test.is_at_maximum
@@ -86,8 +80,8 @@ def report(name, num_seeds, num_rows):
         polished = ebm.polish(random.key(seed), short, *args)
         covered.append(covers(polished, target.start))
         zeros = jax.tree.map(np.zeros_like, polished.params)
-        noises.append(away(polished.monte_carlo_errors, zeros, errors))
-        distances.append(away(polished.params, best, errors))
+        noises.append(distance(polished.monte_carlo_errors, zeros, errors))
+        distances.append(distance(polished.params, best, errors))
 
     low, high = np.quantile(ratios, [0.05, 0.95]) if ratios else (np.nan, np.nan)
     coverage = ", ".join(f"{100 * share:.0f}%" for share in np.mean(covered, 0))

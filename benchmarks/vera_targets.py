@@ -93,6 +93,12 @@ def maximum_of(target):
         )
 
 
+def distance(params, best, errors):
+    """Largest distance from the maximum over all parameters, in standard errors."""
+    gaps = jax.tree.map(lambda a, b, e: np.max(np.abs(a - b) / e), params, best, errors)
+    return max(jax.tree.leaves(gaps))
+
+
 def on_grid(energy, base, lower, upper, size=20_001):
     """log Z by a fine grid, of a one-dimensional energy."""
     grid = np.linspace(lower, upper, size)

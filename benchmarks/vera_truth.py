@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 from jax import random
-from vera_targets import SETTINGS, TARGETS, maximum_of, nats_a_row
+from vera_targets import SETTINGS, TARGETS, distance, maximum_of, nats_a_row
 
 import ebm_ppl as ebm
 
@@ -38,12 +38,6 @@ def fit_of(target, options, rates, seed, num_steps=2000):
         warnings.simplefilter("always")
         fit = backend.run(random.key(seed), num_steps, target.x, progress_bar=False)
     return fit, [str(w.message) for w in told if issubclass(w.category, UserWarning)]
-
-
-def distance(params, best, errors):
-    """Largest distance from the maximum over all parameters, in standard errors."""
-    gaps = jax.tree.map(lambda a, b, e: np.max(np.abs(a - b) / e), params, best, errors)
-    return max(jax.tree.leaves(gaps))
 
 
 def main():

@@ -109,10 +109,9 @@ def to_arviz(
         works on both.
 
     Raises:
-        ValueError: ``log_normalizer`` lacks a site or belongs to other parameters, or
-            ``score_test`` does;
-            ``dims`` or ``coords`` hold unknown names or do not fit; a mask differs
-            from draw to draw.
+        ValueError: ``log_normalizer`` lacks a site; it or ``score_test`` belongs to
+            other parameters; ``dims`` or ``coords`` hold unknown names or do not fit; a
+            mask differs from draw to draw.
     """
     import xarray as xr
 

@@ -128,11 +128,17 @@ def _check_belongs(
                 "ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
             )
 
-    require_same_parameters("log_normalizer", log_normalizer.params, params)
+    require_same_parameters(
+        "log_normalizer",
+        log_normalizer.params,
+        params,
+        "Estimate it at these: ebm_ppl.log_normalizer(rng_key, model, fit.params, ...), "
+        "or with batch_ndims=2 at draws (chain, draw).",
+    )
 
 
 def require_same_parameters(
-    option: str, given: Mapping[str, Any], params: Mapping[str, Any]
+    option: str, given: Mapping[str, Any], params: Mapping[str, Any], remedy: str
 ) -> None:
     """Refuse what was found at other parameters.
 
@@ -147,14 +153,8 @@ def require_same_parameters(
         )
 
         if not same:
-            how = (
-                ""
-                if option == "score_test"
-                else (", or with batch_ndims=2 at draws (chain, draw)")
-            )
             raise ValueError(
-                f"{option} belongs to other parameters: '{name}' differs. Find it at "
-                f"these: ebm_ppl.{option}(rng_key, ...) of this fit{how}."
+                f"{option} belongs to other parameters: '{name}' differs. {remedy}"
             )
 
 

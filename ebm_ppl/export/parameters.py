@@ -15,7 +15,12 @@ def parameter_groups(
     groups = {"parameters": Group(held.parameters)}
     if score_test is None:
         return groups, {}
-    require_same_parameters("score_test", score_test.params, held.params)
+    require_same_parameters(
+        "score_test",
+        score_test.params,
+        held.params,
+        "Test these: ebm_ppl.score_test(rng_key, fit, model, ...).",
+    )
 
     # Of nets there are distances along directions alone, which are no parameters'.
     if score_test.standard_errors:

@@ -66,7 +66,8 @@ def warn_unless_at_maximum(
     """
     sizes = [draws.log_weight[0, 0].size for draws in held.values()]
     num_data = sum(np.size(leaf) for leaf in jax.tree.leaves(arguments))
-    if sum(sizes) > MAX_NORMALIZERS or num_data > MAX_DATA:
+    num_chains = min(len(draws.log_weight) for draws in held.values())
+    if num_chains < 2 or sum(sizes) > MAX_NORMALIZERS or num_data > MAX_DATA:
         return
     state = fit.state
     bound = _bound(state, model, arguments)
@@ -80,9 +81,6 @@ def warn_unless_at_maximum(
     directions = jnp.eye(ravel_pytree(state.params)[0].size)
     surface = LikelihoodSurface(bound, state.params, directions, draws)
     maximum = climb_to_maximum(surface)
-    num_chains = min(len(draws.log_weight) for draws in held.values())
-    if num_chains < 2:
-        return
     is_judged, reasons = judgement(
         distances_of(surface, maximum, num_chains), MAX_DISTANCE
     )

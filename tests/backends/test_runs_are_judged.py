@@ -7,6 +7,7 @@ import re
 import warnings
 from functools import partial
 
+import heaps
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -174,27 +175,8 @@ def test_draws_that_are_not_the_models_are_told():
 def test_a_mode_without_a_draw_is_told():
     """Two heaps at ±3; the generator is the lower one.  Weights exp(−U) / q̂ are all equal
     there: their effective sample sees nothing."""
-    base = dist.Normal(0.0, 3.0).expand([1]).to_event(1)
-    is_up = np.arange(NUM_ROWS)[:, None] < 0.3 * NUM_ROWS
-    noise = 0.5 * np.random.default_rng(1).normal(size=(NUM_ROWS, 1))
-    x = (np.where(is_up, 3.0, -3.0) + noise).astype(np.float32)
-
-    def heaps(x):
-        odds = numpyro.param("odds", np.log(3.0 / 7.0))
-
-        def energy(v):
-            up, down = (-2.0 * jnp.sum((v - at) ** 2, -1) for at in (3.0, -3.0))
-            return -jnp.logaddexp(odds + up, down) - jnp.sum(v**2, -1) / 18.0
-
-        with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
-
-    def lower():
-        width = numpyro.param("width", 0.4)
-        z = numpyro.sample("z", dist.Normal(0, 1).expand([1]).to_event(1))
-        numpyro.sample("x", dist.Normal(-3.0 + width * z, 0.3).to_event(1))
-
-    backend = ebm.VERA(heaps, lower, STILL, STILL, importance_weights=True)
+    x = heaps.rows(NUM_ROWS, 0.3)
+    backend = ebm.VERA(heaps.model, heaps.lower, STILL, STILL, importance_weights=True)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         fit = backend.run(random.key(0), NUM_UPDATES, x, progress_bar=False)

@@ -4,6 +4,7 @@ densities have closed forms."""
 import dataclasses
 from functools import partial
 
+import heaps
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -620,39 +621,20 @@ def test_kernels_around_rows_are_a_density():
         assert abs(found.mean() - expected) < 5 * found.std() / np.sqrt(len(draws))
 
 
-@pytest.mark.parametrize("program", ["with latents", "a flow"])
+@pytest.mark.parametrize("program", [heaps.lower, heaps.lower_flow])
 def test_defensive_draws_keep_the_pull_of_a_dropped_mode(program):
     """Two heaps at ±3; the generator draws from the lower one alone.
 
     The derivative of log Z by the upper one's log odds is its mass.  Without draws around
     rows the update believes it to be 0.
     """
-    base = dist.Normal(0.0, 3.0).expand([1]).to_event(1)
-    odds, num_rows = np.log(3.0 / 7.0), 200
-    is_up = np.arange(num_rows)[:, None] < 0.5 * num_rows
-    noise = 0.5 * np.random.default_rng(1).normal(size=(num_rows, 1))
-    x = (np.where(is_up, 3.0, -3.0) + noise).astype(np.float32)
-
-    def heaps(x):
-        h = numpyro.param("h", odds)
-
-        def energy(v):
-            up, down = (-2.0 * jnp.sum((v - at) ** 2, -1) for at in (3.0, -3.0))
-            return -jnp.logaddexp(h + up, down) - jnp.sum(v**2, -1) / 18.0
-
-        with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
-
-    def lower():
-        width = numpyro.param("width", 0.4)
-        if program == "a flow":
-            numpyro.sample("x", dist.Normal(-3.0, width + 0.1).expand([1]).to_event(1))
-        else:
-            z = numpyro.sample("z", dist.Normal(0, 1).expand([1]).to_event(1))
-            numpyro.sample("x", dist.Normal(-3.0 + width * z, 0.3).to_event(1))
+    num_rows = 200
+    x = heaps.rows(num_rows, 0.5)
 
     def trained(num_updates, **options):
-        still = ebm.VERA(heaps, lower, optax.sgd(0.0), optax.sgd(0.0), **options)
+        still = ebm.VERA(
+            heaps.model, program, optax.sgd(0.0), optax.sgd(0.0), **options
+        )
         return still, still.run(random.key(0), num_updates, x, progress_bar=False)
 
     def slope(**options):
@@ -668,7 +650,7 @@ def test_defensive_draws_keep_the_pull_of_a_dropped_mode(program):
 
         moves = jax.jit(partial(jax.lax.map, one))(random.split(random.key(1), 200))
         above, below = (-2.0 * np.sum((x - at) ** 2, 1) for at in (3.0, -3.0))
-        responsibility = 1.0 / (1.0 + np.exp(below - above - odds))
+        responsibility = 1.0 / (1.0 + np.exp(below - above - heaps.LOG_ODDS))
         slopes = responsibility.mean() - np.asarray(moves, float) / num_rows
         return slopes.mean(), slopes.std() / np.sqrt(len(slopes))
 
@@ -712,3 +694,11 @@ def test_defensive_draws_need_a_density_of_the_generator():
 
     with pytest.raises(ValueError, match="where the generator is normal given them"):
         backend(program=heavy, defensive=True).init(random.key(0), DATA)
+
+
+@pytest.mark.parametrize("defensive", [False, True])
+def test_defensive_draws_are_not_switched_in_the_middle(defensive):
+    state = backend(defensive=defensive).init(random.key(0), DATA)
+    other = dataclasses.replace(backend(), defensive=not defensive)
+    with pytest.raises(ValueError, match=f"made with defensive={defensive}"):
+        other.run(random.key(0), 1, DATA, init_state=state, progress_bar=False)

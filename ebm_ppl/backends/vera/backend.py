@@ -244,7 +244,7 @@ class VERA(Backend):
             generator_optim_state=progress.optim_state,
             score_state=progress.score_state,
             log_normalizer_bound=progress.bound,
-            log_normalizer_weighted=gradient.log_normalizer,
+            defence=gradient.defence,
             rng_key=key_next,
         )
         new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
@@ -262,10 +262,7 @@ class VERA(Backend):
             "generator_grad_norm": found.grad_norm,
             "finite": finite,
         }
-        if self.defensive:
-            info["log_normalizer_weighted"] = {name: gradient.log_normalizer}
-            info["gradient_ess"] = {name: gradient.ess}
-            info["unreached"] = {name: gradient.unreached}
+        info |= {key: {name: found} for key, found in gradient.diagnostics.items()}
         return new, info
 
     def _resume(self, state: VERAState) -> VERAState:
@@ -273,6 +270,11 @@ class VERA(Backend):
             raise ValueError(
                 "init_state belongs to another generator; continue with the VERA that "
                 "made it, or without it."
+            )
+        if (state.defence is not None) != self.defensive:
+            raise ValueError(
+                f"init_state was made with defensive={not self.defensive}, which decides "
+                "what it carries; begin with init_params=fit.params instead."
             )
         return replace(
             state,

@@ -66,6 +66,19 @@ def kernels_of(rows: Array, coordinates: Transform) -> RowKernels:
     return RowKernels(centres, jnp.maximum(share * jnp.std(centres, axis=0), MIN_WIDTH))
 
 
+class Defence(NamedTuple):
+    """What a run with defensive draws carries.
+
+    Attributes:
+        kernels: Where they come from.
+        log_normalizer: Running mean of the log of their mean weight, which the loss
+            takes for log Z.
+    """
+
+    kernels: RowKernels
+    log_normalizer: Array
+
+
 class Defended(NamedTuple):
     """Draws of the generator, then as many around rows.
 

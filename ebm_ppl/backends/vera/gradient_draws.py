@@ -6,33 +6,32 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ebm_ppl.backends.vera.defensive import defended_draws
+from ebm_ppl.backends.vera.defensive import Defence, defended_draws
+from ebm_ppl.backends.vera.reach import MIN_LOG_RATIO
 from ebm_ppl.backends.vera.state import GeneratorProgress, VERAState
 from ebm_ppl.backends.vera.steps import GeneratorInfo, running_mean
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
 
-# log q̂ − log p under which no draw of the generator reaches a place.
-MIN_LOG_RATIO = -3.0
-
 
 class GradientDraws(NamedTuple):
-    """Draws for the energy's step, and how good they are.
+    """Draws for the energy's step, and what they say of log Z.
 
     Attributes:
         weighed: Values and the log density that they come from, for weights exp(−U)
             over that; None for fresh draws of the generator with equal weights.
         log_normalizer: A running log Z: the bound, or of defensive draws the log of
             their mean weight, which knows of modes that the generator has dropped.
-        ess: ESS fraction of the weights; 1 where they are equal.
-        unreached: Share of the weight where no draw of the generator goes, as far as
-            these draws see.
+        defence: For the next state.
+        diagnostics: Of defensive draws, by their keys in the history: that log Z, the
+            weights' ESS fraction, and the share of the weight where no draw of the
+            generator goes.
     """
 
     weighed: tuple[Array, Array] | None
     log_normalizer: Array
-    ess: Array
-    unreached: Array
+    defence: Defence | None
+    diagnostics: dict[str, Array]
 
 
 def gradient_draws(
@@ -53,16 +52,14 @@ def gradient_draws(
         progress: The generator after its steps.
         found: What its last step drew.
     """
-    zero = jnp.zeros_like(found.ess)
-    if state.row_kernels is None:
-        if backend.importance_weights:
-            weighed = (found.values, found.log_density)
-            return GradientDraws(weighed, progress.bound, found.ess, zero)
-        return GradientDraws(None, progress.bound, 1.0 + zero, zero)
+    if state.defence is None:
+        is_weighed = backend.importance_weights
+        weighed = (found.values, found.log_density) if is_weighed else None
+        return GradientDraws(weighed, progress.bound, None, {})
 
     drawn = defended_draws(
         rng_key,
-        state.row_kernels,
+        state.defence.kernels,
         state.coordinates,
         state.generator,
         progress.params,
@@ -79,6 +76,12 @@ def gradient_draws(
     unreached = jnp.sum(
         jnp.where(log_ratio < MIN_LOG_RATIO, jax.nn.softmax(log_weight), 0.0)
     )
+    level = running_mean(state.defence.log_normalizer, log_z)
+    defence = state.defence._replace(log_normalizer=level)
+    diagnostics = {
+        "log_normalizer_weighted": level,
+        "gradient_ess": ess_fraction(log_weight),
+        "unreached": unreached,
+    }
     weighed = (drawn.values, drawn.log_density)
-    level = running_mean(state.log_normalizer_weighted, log_z)
-    return GradientDraws(weighed, level, ess_fraction(log_weight), unreached)
+    return GradientDraws(weighed, level, defence, diagnostics)

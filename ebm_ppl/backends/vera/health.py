@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax import Array, random
 
-from ebm_ppl.backends.vera.reach import log_ratios
+from ebm_ppl.backends.vera.reach import MIN_LOG_RATIO, log_ratios
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.backends.vera.weighted import weighted_draws
 from ebm_ppl.energy.distribution import EnergyDistribution
@@ -21,14 +21,10 @@ from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import carries_on
 
-# Updates over which a diagnostic is averaged, at least.
-MIN_UPDATES = 50
 # ESS fraction of the generator's draws, under which they do not stand for the model's.
 MIN_ESS = 0.5
-# Rows looked at, log q̂ − log p at which a row is out of reach, and the share of such
-# rows that is told.
+# Rows looked at, and the share of rows out of reach that is told.
 MAX_ROWS = 128
-MIN_LOG_RATIO = -3.0
 MAX_UNREACHED = 0.05
 
 REMEDIES = (
@@ -124,7 +120,7 @@ def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) ->
     _warn_of_low_ess(fit)
 
     # Draws around rows reach what the generator's do not.
-    is_defended = state.row_kernels is not None
+    is_defended = state.defence is not None
     if not is_defended and _warned_of_unreached_rows(
         fit, bound, energy, score, key_rows
     ):
@@ -141,11 +137,11 @@ def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) ->
 
 def _warn_of_low_ess(fit: Fit) -> None:
     """Warn where the draws that stood for the model's are not the model's."""
-    is_defended = fit.state.row_kernels is not None
+    is_defended = fit.state.defence is not None
     key = "gradient_ess" if is_defended else "generator_ess"
     ((name, ess),) = fit.history[key].items()
-    recent = ess[-max(1, len(ess) // 4) :]
-    if len(recent) < MIN_UPDATES or np.mean(recent) >= MIN_ESS:
+    recent = ess[-(len(ess) // 4) :]
+    if np.mean(recent) >= MIN_ESS:
         return
     warnings.warn(
         f"The draws for energy site '{name}' are not the model's: weighted by exp(-U) "

@@ -24,6 +24,8 @@ NUM_GUESSES = 256
 # Of these, lent to all rows as draws of the prior.
 NUM_LENT = 64
 NUM_STEPS = 12
+# log q̂ − log p under which no draw of the generator goes to a place.
+MIN_LOG_RATIO = -3.0
 # Rows whose latents are searched for side by side.
 BATCH = 32
 

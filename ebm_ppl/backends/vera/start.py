@@ -6,7 +6,12 @@ from typing import Any
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.backends.vera.defensive import MAX_ROWS, RowKernels, kernels_of
+from ebm_ppl.backends.vera.defensive import (
+    MAX_ROWS,
+    Defence,
+    RowKernels,
+    kernels_of,
+)
 from ebm_ppl.backends.vera.first_score import fit_first_score
 from ebm_ppl.backends.vera.state import VERAState
 from ebm_ppl.energy.start import starting_coordinates
@@ -77,9 +82,10 @@ def first_state(
     )
 
     coordinates = starting_coordinates(distribution, name)
-    kernels = None
+    defence = None
     if backend.defensive:
         kernels = _kernels(bound_model, found.params, generator, coordinates)
+        defence = Defence(kernels, elbo)
 
     return VERAState(
         params=found.params,
@@ -91,8 +97,7 @@ def first_state(
         score_state=score_state,
         coordinates=coordinates,
         log_normalizer_bound=elbo,
-        log_normalizer_weighted=elbo,
-        row_kernels=kernels,
+        defence=defence,
         rng_key=key_next,
         entropy_weight=backend.entropy_weight,
         gradient_penalty=backend.gradient_penalty,

@@ -9,7 +9,7 @@ import jax
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.backends.vera.defensive import RowKernels
+from ebm_ppl.backends.vera.defensive import Defence
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.model.program import Params
@@ -33,8 +33,7 @@ POPULATION = (4, 1000)
         "score_state",
         "coordinates",
         "log_normalizer_bound",
-        "log_normalizer_weighted",
-        "row_kernels",
+        "defence",
         "rng_key",
     ],
     meta_fields=["entropy_weight", "gradient_penalty"],
@@ -54,9 +53,7 @@ class VERAState(State):
         coordinates: The map from base-standard coordinates to x, frozen at the initial
             parameters.
         log_normalizer_bound: Running mean of ``E_q[−U] + H(q)``.
-        log_normalizer_weighted: With defensive draws, the running mean of the log of
-            their mean weight, which the loss takes for log Z.
-        row_kernels: Where defensive draws come from; None without them.
+        defence: What defensive draws need; None without them.
         rng_key: The key of the next update.
         entropy_weight: λ; the generator approximates exp(−U/λ).
         gradient_penalty: γ of the run; over 0 the fit is a penalised one.
@@ -71,8 +68,7 @@ class VERAState(State):
     score_state: Any
     coordinates: Transform
     log_normalizer_bound: Array
-    log_normalizer_weighted: Array
-    row_kernels: RowKernels | None
+    defence: Defence | None
     rng_key: Array
     entropy_weight: float
     gradient_penalty: float
@@ -101,7 +97,7 @@ class VERAState(State):
 
         None where draws around rows stood in for what the generator misses.
         """
-        if self.row_kernels is not None:
+        if self.defence is not None:
             return ()
         name, bound = self.generator.name, float(self.log_normalizer_bound)
         lower = float(log_normalizer.lower[name])

@@ -96,8 +96,8 @@ def generator_step(
 
 
 def running_mean(old: Array, now: Array) -> Array:
-    """A mean over about ``BOUND_MEMORY`` updates; the old one where now is not finite."""
-    return jnp.where(jnp.isfinite(now), old + (now - old) / BOUND_MEMORY, old)
+    """A mean over about the last ``BOUND_MEMORY`` updates."""
+    return old + (now - old) / BOUND_MEMORY
 
 
 def energy_step(

@@ -25,10 +25,10 @@ def weighted_draws(
     distribution = bound.energies(state.params)[generator.name]
 
     def defended(rng_key: Array) -> tuple[Array, Array]:
-        assert state.row_kernels is not None
+        assert state.defence is not None
         drawn = defended_draws(
             rng_key,
-            state.row_kernels,
+            state.defence.kernels,
             state.coordinates,
             generator,
             params,
@@ -36,15 +36,18 @@ def weighted_draws(
             state.score_state,
             NUM_DRAWS // 2,
         )
-        potential = distribution.unchecked_potential(drawn.values)
-        return drawn.values, -potential - drawn.log_density
+        return drawn.values, drawn.log_density
 
     def plain(rng_key: Array) -> tuple[Array, Array]:
         key_draws, key_score = random.split(rng_key)
         latents, values = generator.draws(params, random.split(key_draws, NUM_DRAWS))
         found, _ = score.evaluate(key_score, state.score_state, pair, latents, values)
-        potential = distribution.unchecked_potential(values)
-        return values, -potential - found.log_density
+        return values, found.log_density
 
-    island = plain if state.row_kernels is None else defended
-    return OwnDraws(*jax.lax.map(island, random.split(rng_key, NUM_CHAINS)))
+    draw = plain if state.defence is None else defended
+
+    def island(rng_key: Array) -> OwnDraws:
+        values, log_density = draw(rng_key)
+        return OwnDraws(values, -distribution.unchecked_potential(values) - log_density)
+
+    return jax.lax.map(island, random.split(rng_key, NUM_CHAINS))
