@@ -2,11 +2,15 @@
 
 from ebm_ppl.backends.jarzynski.backend import Jarzynski
 from ebm_ppl.backends.jarzynski.state import JarzynskiState
+from ebm_ppl.backends.monte_carlo.backend import MonteCarloMLE
+from ebm_ppl.backends.monte_carlo.state import MonteCarloMLEState
 from ebm_ppl.backends.vera.backend import VERA
 from ebm_ppl.backends.vera.latent import latent_model
 from ebm_ppl.backends.vera.state import VERAState
+from ebm_ppl.energy.bounded import bounded
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.energy.mixture import from_sklearn
 from ebm_ppl.errors import (
     NonFiniteError,
     UncertifiedNormalizerError,
@@ -25,6 +29,7 @@ from ebm_ppl.normalizer.estimate import log_normalizer
 from ebm_ppl.normalizer.known import normalized
 from ebm_ppl.normalizer.polish import Polished, polish
 from ebm_ppl.normalizer.score_test import ScoreTest, score_test
+from ebm_ppl.normalizer.validation import Validation
 from ebm_ppl.smc.resampling import multinomial, systematic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.walkers.draws import sample
@@ -43,14 +48,19 @@ __all__ = [
     "Jarzynski",
     "JarzynskiState",
     "LogNormalizer",
+    "MonteCarloMLE",
+    "MonteCarloMLEState",
     "NonFiniteError",
     "Polished",
     "ScoreTest",
     "UncertifiedNormalizerError",
     "UnknownNormalizerError",
     "VERAState",
+    "Validation",
     "VariationalScore",
     "Walkers",
+    "bounded",
+    "from_sklearn",
     "latent_model",
     "log_normalizer",
     "multinomial",

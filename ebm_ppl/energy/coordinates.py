@@ -18,6 +18,7 @@ from numpyro.distributions.transforms import (
     Transform,
 )
 
+from ebm_ppl.energy.mixture import NormalMixture
 from ebm_ppl.energy.supports import bijector_of
 from ebm_ppl.energy.wrappers import innermost
 
@@ -84,6 +85,8 @@ def standardizing_transform(base: dist.Distribution) -> Transform:
         )
     if isinstance(inner, dist.MultivariateNormal) and len(base.event_shape) == 1:
         return CholeskyAffine(jnp.asarray(inner.loc), inner.scale_tril)
+    if isinstance(inner, NormalMixture):
+        return CholeskyAffine(inner.mean, jnp.linalg.cholesky(inner.covariance_matrix))
     return _sum_event_dims(bijector_of(base), base)
 
 

@@ -44,6 +44,7 @@ class LogNormalizer:
         stderr: Its jackknife standard error; for exact methods 0, or the rounding error
             where that is over 1e-5.
         lower: One-sided 97.5% limit from forward annealing; −inf where none was run.
+            For ``base`` and a bounded energy, both limits hold whatever the energy.
         upper: One-sided 97.5% limit from reverse annealing, which holds if the draws
             that it started from are the model's; +inf where none was run.  An upper
             limit under the estimate is raised to the forward pass's own; where the two

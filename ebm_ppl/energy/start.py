@@ -100,6 +100,18 @@ def target_of(distribution: Unnormalized, transform: Transform) -> Potential:
     return Potential(partial(potential_at, distribution, transform))
 
 
+def energy_beyond(
+    distribution: Unnormalized, start: dist.Distribution, value: Array
+) -> Array:
+    """``U + log start``, the energy by which the model differs from its start.
+
+    It is E itself where the start is the base; ``exp`` of minus it has mean Z.
+    """
+    if start is distribution.base:
+        return distribution.energy(value)
+    return distribution.unchecked_potential(value) + unchecked_log_prob(start, value)
+
+
 def annealing_path(
     distribution: Unnormalized, start: dist.Distribution, transform: Transform
 ) -> Path:
@@ -112,11 +124,6 @@ def annealing_path(
         )
 
     def difference(position: Array) -> Array:
-        value = transform(position)
-        if start is distribution.base:
-            return distribution.energy(value)
-        return distribution.unchecked_potential(value) + unchecked_log_prob(
-            start, value
-        )
+        return energy_beyond(distribution, start, transform(position))
 
     return Path(path_start, difference)

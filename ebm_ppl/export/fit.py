@@ -41,7 +41,7 @@ def fit_groups(
     attributes = attributes_of(reported, ends) | state.attributes()
 
     # Draws; given ones take the place of those that count equally
-    populations = state.populations(held.rng_key, held.draws)
+    populations = state.populations(held.rng_key, held.energies, held.draws)
     for name, values in held.draws.items():
         own = populations.get(name)
         if name in held.energies and (own is None or own.log_weight is None):
@@ -52,8 +52,9 @@ def fit_groups(
             continue
         key = random.fold_in(held.rng_key, index)
         _add_weighted(groups, key, name, population, held)
-        held_out = np.flatnonzero(population.held_out).tolist()
-        attributes[f"holdout_chains{ends[name]}"] = json.dumps(held_out)
+        if population.held_out is not None:
+            held_out = np.flatnonzero(population.held_out).tolist()
+            attributes[f"holdout_chains{ends[name]}"] = json.dumps(held_out)
 
     # Densities
     if usable:

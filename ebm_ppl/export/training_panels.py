@@ -19,7 +19,7 @@ def plot_training(
 ) -> np.ndarray:
     """Draw a training's diagnostics over its steps, one panel each.
 
-    Loss, ESS, log Z and update scale.
+    Loss, densities of training and validation rows, ESS, log Z and update scale.
 
     The band around log Z is ± one standard error of the held-out islands.  Where a site
     has a batch shape, the ESS is that of the worst element, and log Z and its standard
@@ -127,6 +127,18 @@ def _draw_loss(ax: Axes, series: Series) -> None:
     ax.set_ylabel("loss [nats]")
 
 
+def _draw_density(ax: Axes, series: Series) -> None:
+    for key, label, color in (
+        ("density_training", "training rows", "C0"),
+        ("density_validation", "validation rows", "C1"),
+    ):
+        values = series.get(key, np.zeros(0))
+        (seen,) = np.nonzero(np.isfinite(values))
+        ax.plot(seen, values[seen], label=label, color=color, marker=".")
+    ax.set_ylabel("log density [nats a row]")
+    ax.legend()
+
+
 def _draw_ess(ax: Axes, series: Series) -> None:
     for key, label, color in (
         ("ess", "training islands", "C0"),
@@ -179,6 +191,8 @@ def _draw_update_scale(ax: Axes, series: Series) -> None:
 
 _OVER_ELEMENTS: dict[str, Callable[..., np.ndarray]] = {
     "loss": np.mean,
+    "density_training": np.mean,
+    "density_validation": np.mean,
     "ess": np.min,
     "ess_holdout": np.min,
     "log_normalizer": np.mean,
@@ -189,6 +203,7 @@ _OVER_ELEMENTS: dict[str, Callable[..., np.ndarray]] = {
 
 _PANELS: list[tuple[tuple[str, ...], Callable[[Axes, Series], None]]] = [
     (("loss",), _draw_loss),
+    (("density_validation",), _draw_density),
     (("ess", "ess_holdout"), _draw_ess),
     (("log_normalizer", "log_normalizer_training"), _draw_log_normalizer),
     (("update_scale",), _draw_update_scale),

@@ -243,3 +243,12 @@ class FullPlates(Messenger):
                 and rows != fn.batch_shape
             ):
                 msg["fn"] = fn.base_dist.expand(rows)
+
+
+class WithoutPriors(Messenger):
+    """Leave unobserved sample sites out of the density."""
+
+    def process_message(self, msg: dict) -> None:
+        """Called by NumPyro at every site."""
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            msg["fn"] = msg["fn"].mask(False)

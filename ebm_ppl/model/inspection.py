@@ -45,6 +45,7 @@ def inspect_model(
     arguments: Arguments,
     *,
     init_params: Params | None = None,
+    needs_walkers: bool = True,
 ) -> Inspection:
     """Run the model once on its data, check it, and find parameters and energy sites.
 
@@ -54,6 +55,7 @@ def inspect_model(
         arguments: The model's arguments.
         init_params: Constrained values for any ``param`` or sample site, instead of its
             initial value.
+        needs_walkers: Whether Langevin walkers are to move under the energies.
 
     Raises:
         ValueError: The model is ill-posed; the message names the site, what was found
@@ -83,7 +85,7 @@ def inspect_model(
 
     values, transforms = parameters_of(trace)
     for name, distribution in recorder.found.items():
-        _check_energy_site(name, distribution, trace)
+        _check_energy_site(name, distribution, trace, needs_walkers)
     params = jax.tree.map(
         lambda value: jnp.asarray(value, jnp.result_type(value)),
         transform_fn(transforms, values, invert=True),
@@ -95,7 +97,10 @@ def inspect_model(
 
 
 def _check_energy_site(
-    name: str, distribution: EnergyDistribution, trace: dict[str, dict]
+    name: str,
+    distribution: EnergyDistribution,
+    trace: dict[str, dict],
+    needs_walkers: bool,
 ) -> None:
     """Refuse an energy site, or data at it, that cannot be fitted.
 
@@ -105,7 +110,7 @@ def _check_energy_site(
     wrapped = site["fn"]
     value = site["value"]
     starting_distribution(distribution, name)
-    if distribution.support.is_discrete:
+    if needs_walkers and distribution.support.is_discrete:
         raise ValueError(
             f"Energy site '{name}' has a discrete support ({distribution.support}); "
             "Langevin walkers need a continuous one. Choose a continuous base, or "

@@ -18,6 +18,7 @@ from ebm_ppl.model.binding import bind_model, conditions
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import fingerprints
 from ebm_ppl.normalizer.annealed import certify_by_annealing, few
+from ebm_ppl.normalizer.by_base import certify_by_base, first_of
 from ebm_ppl.normalizer.exactly import certify_exactly
 from ebm_ppl.normalizer.options import EXACT, check_options, plan_of
 from ebm_ppl.normalizer.parameter_draws import (
@@ -27,6 +28,8 @@ from ebm_ppl.normalizer.parameter_draws import (
 )
 from ebm_ppl.normalizer.rows import data_rows
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
+
+NUM_WALKERS = 64
 
 # Data rows at which quadrature is checked; of more, evenly spaced ones.
 MAX_EXACT_ROWS = 4096
@@ -39,7 +42,7 @@ def log_normalizer(
     *args: Any,
     method: str = "bracket",
     num_chains: int = 16,
-    num_walkers: int = 64,
+    num_walkers: int | None = None,
     num_temperatures: int | None = None,
     budget: int | None = None,
     num_kernel_steps: int = 1,
@@ -63,6 +66,8 @@ def log_normalizer(
       endpoints, resampled and moved further.  Where the model has data at the site,
       rows that forward annealing does not reach are searched for.
     - ``"forward"``, ``"reverse"``: one of the two passes.
+    - ``"base"``: draws of the base alone.  For a :func:`bounded` energy its limits hold
+      whatever the energy, and before anything is run; otherwise it is never certified.
     - ``"quadrature"``: for one or two unconstrained dimensions; differentiable, so it
       may stand inside a model.
     - ``"enumeration"``: for finite discrete supports; differentiable too.
@@ -81,7 +86,8 @@ def log_normalizer(
         method: See above.
         num_chains: Independent islands, at least 2, from which the standard error and
             its t quantiles are computed.
-        num_walkers: Walkers per island.
+        num_walkers: Walkers per island; None takes 64, and for ``"base"`` the draws that
+            a bounded energy's limits need, 2,048 to 65,536.
         num_temperatures: Rungs of each pass; None takes 32 times what the pilot needed.
         budget: Energy evaluations to spend on the walkers of all sites, instead of
             ``num_temperatures``; the pilot and the data rows cost extra.
@@ -103,7 +109,7 @@ def log_normalizer(
             energy site, or an energy that annealing cannot reach.
 
     Source: Neal (2001); Del Moral, Doucet and Jasra (2006); the reverse bound: Grosse,
-    Ghahramani and Adams (2015).
+    Ghahramani and Adams (2015); limits by the base: Hoeffding (1963).
 
     One body: the stages of the call, in order.
     """
@@ -149,17 +155,35 @@ def log_normalizer(
         )
         return collect(exact, lead, method, fingerprints=marks, **belongs_to)
 
-    # Plan
     if rng_key is None:
         raise ValueError(
             f"method = {method!r} is stochastic; expected a PRNG key such as "
             "jax.random.key(0)."
         )
+
+    # Draws of the base
+    if method == "base":
+        points = jax.tree.map(lambda leaf: leaf[None], one) if draws is None else draws
+        by_base, spent = certify_by_base(
+            rng_key, bound, found, points, num_chains, num_walkers, tolerance
+        )
+        return collect(
+            first_of(by_base) if draws is None else by_base,
+            lead,
+            method,
+            num_evaluations=spent,
+            fingerprints=fingerprints(
+                bound, first, {n: few(x) for n, x in rows.items()}
+            ),
+            **belongs_to,
+        )
+
+    # Plan
     plan = plan_of(
         method,
         kernel,
         num_chains,
-        num_walkers,
+        NUM_WALKERS if num_walkers is None else num_walkers,
         num_temperatures,
         num_kernel_steps,
         budget,

@@ -9,7 +9,7 @@ from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import systematic
 
 EXACT = ("quadrature", "enumeration")
-METHODS = ("bracket", "forward", "reverse", *EXACT)
+METHODS = ("bracket", "forward", "reverse", "base", *EXACT)
 
 # Moves under the energy itself, which separate resampled copies and reveal a drift.
 NUM_SETTLING_MOVES = 1024
@@ -40,6 +40,13 @@ def check_options(
     if budget is not None and counts["num_temperatures"] is not None:
         raise ValueError(
             "Both budget and num_temperatures are given; expected one of them."
+        )
+    if method == "base" and (
+        budget is not None or counts["num_temperatures"] is not None
+    ):
+        raise ValueError(
+            "method = 'base' takes num_chains * num_walkers draws of the base, and no "
+            "budget or num_temperatures."
         )
     if batch_ndims and method == "reverse":
         raise ValueError(

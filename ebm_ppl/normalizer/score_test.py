@@ -5,13 +5,13 @@ multiplicities and the priors.  Annealed walkers give the second mean and, by th
 covariance, the Fisher information; Rao's test compares the two.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
@@ -19,10 +19,14 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
 from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
-from ebm_ppl.normalizer.surface import surface_at
+from ebm_ppl.normalizer.surface import gain_on, surface_at
 from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
+
+# Walkers per island, at first and at most.
+FIRST_WALKERS = 256
+MAX_WALKERS = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,8 @@ class ScoreTest:
         gain: Nats gained as far as the walkers reach, Monte Carlo noise taken off.
         gain_per_row: The same, per row of data.
         newton: Constrained parameters where those steps lead; None for nets.
+        gain_held_out: Nats gained per row of ``held_out``, by the same steps, priors left
+            out; None without such rows.
         log_normalizer: The certified log Z that the draws came with.
         flags: Why the parameters are not at a maximum, or cannot be judged.
         is_judged: False where Monte Carlo errors are too large to tell.
@@ -61,6 +67,7 @@ class ScoreTest:
     log_normalizer: LogNormalizer
     flags: tuple[str, ...]
     is_judged: bool = True
+    gain_held_out: float | None = None
     covariance: np.ndarray | None = field(default=None, repr=False)
 
     @property
@@ -73,6 +80,8 @@ class ScoreTest:
         verdict = "at a maximum" if self.is_at_maximum else "NOT at a maximum"
         verdict = verdict if self.is_judged else "cannot be judged"
         lines = [f"{verdict}: going there gains {self.gain_per_row:.3g} nats a row"]
+        if self.gain_held_out is not None:
+            lines[0] += f", {self.gain_held_out:.3g} on held-out rows"
         for name, distance in self.distance.items():
             values, errors = np.ravel(distance), np.ravel(self.distance_error[name])
             worst = int(np.argmax(np.abs(values)))
@@ -89,9 +98,10 @@ def score_test(
     model: Model,
     *args: Any,
     num_chains: int = 16,
-    num_walkers: int = 256,
+    num_walkers: int | None = None,
     num_temperatures: int | None = None,
     tolerance: float = 1.0,
+    held_out: tuple | None = None,
     **kwargs: Any,
 ) -> ScoreTest:
     r"""Test whether parameters maximise the likelihood, or the joint density with priors.
@@ -116,9 +126,12 @@ def score_test(
         model: The model that was fitted.
         args: Its positional arguments, the data; plates count at their full size.
         num_chains: Islands, from which Monte Carlo errors are computed.
-        num_walkers: Walkers per island.
+        num_walkers: Walkers per island; None begins with 256 and, where their noise does
+            not allow a judgement, goes on with as many as that takes, 8,192 at most.
         num_temperatures: As in :func:`log_normalizer`.
         tolerance: As in :func:`log_normalizer`.
+        held_out: Positional arguments with rows that were not fitted, on which the gain
+            is told too: what a net gains on its own rows may be nothing on others.
         kwargs: The model's keyword arguments.
 
     Raises:
@@ -126,17 +139,37 @@ def score_test(
 
     Source: Rao (1948); Geyer and Thompson (1992).
     """
-    surface, log_z = surface_at(
-        rng_key,
-        fit.params if isinstance(fit, Fit) else dict(fit),
-        model,
-        Arguments(args, kwargs),
-        num_chains=num_chains,
-        num_walkers=num_walkers,
-        num_temperatures=num_temperatures,
-        tolerance=tolerance,
-    )
-    return verdict_on(surface, climb_to_maximum(surface), num_chains, log_z)
+    params = fit.params if isinstance(fit, Fit) else dict(fit)
+    size = FIRST_WALKERS if num_walkers is None else num_walkers
+    for key in random.split(rng_key):
+        surface, log_z = surface_at(
+            key,
+            params,
+            model,
+            Arguments(args, kwargs),
+            num_chains=num_chains,
+            num_walkers=size,
+            num_temperatures=num_temperatures,
+            tolerance=tolerance,
+        )
+        maximum = climb_to_maximum(surface)
+        test = verdict_on(surface, maximum, num_chains, log_z)
+        if test.is_judged or num_walkers is not None:
+            break
+        size = _walkers_for(test, size)
+
+    if held_out is None:
+        return test
+    gain = gain_on(surface, maximum.step, Arguments(tuple(held_out), kwargs))
+    return replace(test, gain_held_out=gain)
+
+
+def _walkers_for(test: ScoreTest, size: int) -> int:
+    """Walkers per island that leave an error of half a standard error."""
+    noise = max(float(np.max(leaf)) for leaf in jax.tree.leaves(test.distance_error))
+    wanted = min(size * noise**2 / 0.5**2, MAX_WALKERS)
+    # Powers of two: a few programs serve all data.
+    return int(2 ** np.ceil(np.log2(wanted)))
 
 
 def verdict_on(

@@ -1,18 +1,20 @@
 """The likelihood around parameters, from fresh draws of the energies."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.bound import BoundModel
-from ebm_ppl.model.handlers import FullPlates
+from ebm_ppl.model.handlers import FullPlates, WithoutPriors
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.certify import certify
@@ -123,3 +125,46 @@ def _surface(
     gradient, _ = ravel_pytree(jax.grad(loss)(params))
     directions = directions_of(gradient, groups_of(params))
     return LikelihoodSurface(bound, params, directions, draws)
+
+
+def gain_on(
+    surface: LikelihoodSurface, step: np.ndarray, arguments: Arguments
+) -> float:
+    """Nats gained per row of other data by a step, priors left out.
+
+    Raises:
+        ValueError: The energies there have other log Z's, so that the draws do not serve.
+    """
+    bound = surface.bound
+    other = BoundModel(
+        without_priors(bound.model), bound.transforms, bound.rng_key, arguments
+    )
+    theirs = {
+        name: energy.batch_shape
+        for name, energy in other.energies(surface.params).items()
+    }
+    ours = {name: draws.potential.shape[2:] for name, draws in surface.draws.items()}
+    if theirs != ours:
+        raise ValueError(
+            f"The energies of the held-out rows have batch shapes {theirs}, those of the "
+            f"rows that were fitted {ours}: each has a log Z of its own, and what one "
+            "gains says nothing of the other. Test the held-out rows by themselves."
+        )
+
+    held_out = replace(surface, bound=other)
+    slope = jax.value_and_grad(held_out.negative_log_joint, argnums=1)
+    zero, offsets = jnp.zeros(len(step), surface.directions.dtype), surface.offsets()
+    before, counts = slope(zero, offsets)
+    after, _ = slope(jnp.asarray(step, zero.dtype), offsets)
+    return float(before - after) / max(float(jnp.sum(c)) for c in counts.values())
+
+
+@lru_cache(maxsize=16)
+def without_priors(model: Model) -> Model:
+    """The model with its likelihood alone."""
+
+    def likelihood(*args: Any, **kwargs: Any) -> Any:
+        with WithoutPriors():
+            return model(*args, **kwargs)
+
+    return likelihood

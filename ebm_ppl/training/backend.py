@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -11,9 +12,11 @@ from jax import Array, lax
 from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.averaging import Averaging
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.loop import run
+from ebm_ppl.training.watch import Watchable
 
 
 class Finite(NamedTuple):
@@ -81,6 +84,19 @@ class Backend(ABC):
         """A given state with this backend's own settings in it."""
         return state
 
+    def with_params(self, state: Any, params: Params, arguments: Arguments) -> Any:
+        """A state with other unconstrained parameters, such as averages."""
+        return replace(state, params=params)
+
+    def finish(self, state: Any, arguments: Arguments) -> tuple[Params, Any]:
+        """What a run that ends in this state returns: constrained parameters, and it."""
+        return self.get_params(state), state
+
+    @property
+    def callables(self) -> dict[str, Any]:
+        """Options that are callable, such as the model."""
+        return {name: value for name, value in vars(self).items() if callable(value)}
+
     def _check_fit(self, fit: Fit, init_state: Any, arguments: Arguments) -> None:
         """Warn of what a finished run shows."""
         return
@@ -131,6 +147,8 @@ class Backend(ABC):
         progress_bar: bool = True,
         init_state: Any | None = None,
         init_params: Params | None = None,
+        averaging: float | None = None,
+        validation: Watchable | None = None,
         **kwargs: Any,
     ) -> Fit:
         """Train for ``num_steps`` updates; Ctrl-C returns what was reached.
@@ -143,6 +161,12 @@ class Backend(ABC):
             init_state: Continue from here exactly as if the run had not stopped; it
                 stays usable.
             init_params: Constrained initial values, instead of the model's own.
+            averaging: Decay, such as 0.99, of an exponential average of the
+                unconstrained parameters over the updates: ``fit.params`` are then the
+                averages, and a run that goes on begins from them.
+            validation: A :class:`Validation` with rows that are not trained on: the fit
+                is the one that had the highest certified density there, and the history
+                tells all of it.
             kwargs: The model's keyword arguments.
 
         Raises:
@@ -153,8 +177,22 @@ class Backend(ABC):
             init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
         init_state = self._resume(init_state)
 
+        # Train
         arguments = Arguments(args, kwargs)
-        fit = run(self, init_state, num_steps, arguments, progress_bar=progress_bar)
+        averaged = None if averaging is None else Averaging(self, _decay(averaging))
+        watch = None if validation is None else validation.bound_to(self)
+        fit = run(
+            self if averaged is None else averaged,
+            init_state if averaged is None else averaged.begin(init_state),
+            num_steps,
+            arguments,
+            progress_bar=progress_bar,
+            watch=watch,
+        )
+        if watch is not None:
+            watch.warn(fit.history)
+
+        # Judge
         try:
             self._check_fit(fit, init_state, arguments)
         except Warning:
@@ -170,6 +208,14 @@ class Backend(ABC):
     def get_params(self, state: Any) -> Params:
         """Constrained values at the model's ``param`` and unobserved sample sites."""
         return constrain(state.transforms, state.params)
+
+
+def _decay(averaging: float) -> float:
+    if not 0.0 < averaging < 1.0:
+        raise ValueError(
+            f"averaging = {averaging}; expected a decay between 0 and 1, such as 0.99."
+        )
+    return float(averaging)
 
 
 def _as_strong_array(leaf: Any) -> Array:

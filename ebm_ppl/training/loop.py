@@ -20,6 +20,7 @@ from ebm_ppl.training.messages import (
     deferred_interrupt,
     non_finite_message,
 )
+from ebm_ppl.training.watch import WATCHED, Best, Watch, columns
 
 MAX_CHUNK = 1024
 
@@ -45,8 +46,17 @@ class Steps(Protocol):
         """The state after one step, and its entries in the history."""
         ...
 
+    @property
+    def callables(self) -> dict[str, Any]:
+        """What it runs that may change between runs, such as the model."""
+        ...
+
     def get_params(self, state: Any) -> Params:
         """Constrained parameters."""
+        ...
+
+    def finish(self, state: Any, arguments: Arguments) -> tuple[Params, Any]:
+        """Constrained parameters, and the state that belongs to them."""
         ...
 
 
@@ -57,11 +67,15 @@ def run(
     arguments: Arguments,
     *,
     progress_bar: bool,
+    watch: Watch | None = None,
 ) -> Fit:
     """Run ``num_steps`` updates from ``init_state``.
 
     ``init_state`` is copied once; later buffers are donated.  Ctrl-C ends the run after
     the current chunk and returns the steps so far; a second Ctrl-C interrupts at once.
+    With ``watch`` the state is the best one that it saw, and the history is whole.
+
+    One body: a chunk, its record, and reasons to stop.
 
     Raises:
         NonFiniteError: A step was not finite.  Its ``fit`` holds the state before that
@@ -72,6 +86,8 @@ def run(
 
     state, programs = jax.tree.map(jnp.array, init_state), _programs_of(backend)
     done, length, pieces = 0, 1, []
+    best = Best()
+    every = num_steps if watch is None else watch.every
 
     with (
         tqdm(total=num_steps, disable=not progress_bar) as bar,
@@ -79,7 +95,7 @@ def run(
     ):
         while done < num_steps and not interrupted:
             # Step
-            length = min(length, num_steps - done)
+            length = min(length, num_steps - done, every - done % every)
             began = time.perf_counter()
             state, history, ran, finite = run_chunk(
                 backend, state, arguments, length, programs
@@ -90,15 +106,26 @@ def run(
             # Record
             history = jax.device_get(history)
             pieces.append(jax.tree.map(lambda h, ran=ran: np.asarray(h)[:ran], history))
+            if watch is not None:
+                pieces[-1] |= columns(ran, watch)
             done += ran
             bar.update(ran)
 
             # Stop
             finite = jax.device_get(finite)
             if not finite.everywhere():
-                fit = _fit(backend, state, pieces)
+                fit = _fit(backend, state, pieces, arguments)
                 message = non_finite_message(finite, done, backend.parts)
                 raise NonFiniteError(message, done, fit)
+
+            # Look
+            if watch is not None and (done % every == 0 or done == num_steps):
+                seen = watch.look(backend.get_params(state), arguments)
+                for key, value in seen.items():
+                    pieces[-1][key][-1] = value
+                best.see(seen.get(WATCHED, np.nan), state)
+                if best.is_past(watch):
+                    break
 
             # The first chunk includes compilation, so its time is not used.
             text = progress_text(backend.diagnostics, pieces[-1])
@@ -106,12 +133,13 @@ def run(
             target = 16 if done == 1 else int(ran * SECONDS_PER_CHUNK / elapsed)
             length = max(1, min(target, MAX_CHUNK))
 
-    return _fit(backend, state, pieces)
+    kept = state if best.state is None else best.state
+    return _fit(backend, kept, pieces, arguments)
 
 
 def _programs_of(backend: Steps) -> tuple[Snapshot, ...]:
     """Snapshots of the backend's callables (model, generator) and their closures."""
-    return tuple(snapshot(value) for value in vars(backend).values() if callable(value))
+    return tuple(snapshot(value) for value in backend.callables.values())
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=1)
@@ -158,8 +186,11 @@ def run_chunk(
     return state, history, step, finite
 
 
-def _fit(backend: Steps, state: Any, pieces: list[dict[str, Any]]) -> Fit:
+def _fit(
+    backend: Steps, state: Any, pieces: list[dict[str, Any]], arguments: Arguments
+) -> Fit:
     history = (
         jax.tree.map(lambda *parts: np.concatenate(parts), *pieces) if pieces else {}
     )
-    return Fit(params=backend.get_params(state), state=state, history=history)
+    params, state = backend.finish(state, arguments)
+    return Fit(params=params, state=state, history=history)

@@ -1,7 +1,7 @@
 """What the state of any backend can tell an export."""
 
-from collections.abc import Container
-from typing import NamedTuple
+from collections.abc import Container, Mapping
+from typing import Any, NamedTuple
 
 from jax import Array
 
@@ -29,12 +29,16 @@ class State:
     """Base of the states of backends; a state without walkers overrides nothing."""
 
     def populations(
-        self, rng_key: Array, given: Container[str] = ()
+        self,
+        rng_key: Array,
+        energies: Mapping[str, Any],
+        given: Container[str] = (),
     ) -> dict[str, Population]:
         """Draws by energy site.
 
         Args:
             rng_key: For states that make theirs.
+            energies: The energies at the state's parameters, by site.
             given: Sites whose draws come from elsewhere, and need not be made.
         """
         return {}

@@ -85,6 +85,19 @@ def persistent(model, optim, *, num_walkers=96):
     return PersistentCD(model, optim, num_walkers=num_walkers)
 
 
+MONTE_CARLO_HISTORY = {
+    "loss",
+    "ess",
+    "log_normalizer",
+    "log_normalizer_stderr",
+    "grad_norm",
+}
+
+
+def monte_carlo(model, optim, *, num_walkers=16):
+    return ebm.MonteCarloMLE(model, optim, num_draws=num_walkers)
+
+
 class Entry(NamedTuple):
     """``make(model, optim)``, or with ``num_walkers=`` for precision; every model here
     has one energy site, 'x'."""
@@ -97,15 +110,17 @@ BACKENDS = {
     "jarzynski-mala": Entry(partial(jarzynski, ebm.MALA()), JARZYNSKI_HISTORY),
     "jarzynski-ula": Entry(partial(jarzynski, ebm.ULA(0.05)), JARZYNSKI_HISTORY),
     "vera": Entry(vera, VERA_HISTORY),
+    "monte carlo": Entry(monte_carlo, MONTE_CARLO_HISTORY),
     "persistent, of a page": Entry(persistent, {"loss", "acceptance", "grad_norm"}),
 }
 
 # Those that differ in more than a kernel: what is costly and has no kernel in it is
 # asked of these alone.
-DISTINCT = ["jarzynski-mala", "vera"]
+DISTINCT = ["jarzynski-mala", "vera", "monte carlo"]
 
 X = np.random.default_rng(0).gamma(2.0, 0.5, size=(12, 2)).astype(np.float32)
 BASE = dist.Normal(0, 1).expand([2]).to_event(1)
+ENERGIES = {"x": ebm.EnergyDistribution(lambda v: v.sum(-1), BASE)}
 
 
 def declare(obs):
@@ -325,7 +340,7 @@ def test_history_has_one_entry_per_step_and_pinned_keys(trained):
 
 def test_an_export_holds_the_draws_of_the_state(trained):
     exported = ebm.to_arviz(trained.fit, model, X)
-    (population,) = trained.fit.state.populations(random.key(0)).values()
+    (population,) = trained.fit.state.populations(random.key(0), ENERGIES).values()
     drawn = exported["posterior_predictive"]["x"]
     assert drawn.dims[:2] == ("chain", "draw")
     assert drawn.shape == population.values.shape

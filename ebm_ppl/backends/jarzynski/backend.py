@@ -40,6 +40,7 @@ from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, updates_of
 from ebm_ppl.walkers.moves import move_walkers, resample_or_return
 from ebm_ppl.walkers.state import Walkers
+from ebm_ppl.walkers.switch import switched
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,10 +217,8 @@ class Jarzynski(Backend):
             self.num_kernel_steps,
         )
 
-        grad_norm, ess = (
-            optax.tree.norm(grads),
-            {n: w.ess() for n, w in walkers.items()},
-        )
+        grad_norm = optax.tree.norm(grads)
+        ess = {name: w.ess() for name, w in walkers.items()}
         finite = Finite(
             {name: w.is_usable() for name, w in walkers.items()},
             {
@@ -261,6 +260,17 @@ class Jarzynski(Backend):
         }
         return new, info
 
+    def with_params(
+        self, state: JarzynskiState, params: Params, arguments: Arguments
+    ) -> JarzynskiState:
+        """The state with other parameters, its walkers reweighted to them."""
+        bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
+        walkers = {
+            name: switched(self.kernel, bound, name, params, site)
+            for name, site in state.walkers.items()
+        }
+        return replace(state, params=params, walkers=walkers)
+
     def _check_fit(
         self, fit: Fit, init_state: JarzynskiState, arguments: Arguments
     ) -> None:
@@ -277,9 +287,7 @@ class Jarzynski(Backend):
         num_temperatures: int = 1000,
         **kwargs: Any,
     ) -> JarzynskiState:
-        """Re-anchor log Z by fresh held-out islands at the current parameters.
-
-        They are annealed from the start.
+        """Re-anchor log Z by fresh held-out islands, annealed from the start.
 
         Long runs need it: held-out weights keep log Z unbiased, but their variance
         grows.  A warning says where the running value had gone further astray than its

@@ -1,6 +1,6 @@
 """The state of the Jarzynski backend."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.program import Params, constrain
 from ebm_ppl.normalizer.certify import certify
@@ -56,7 +57,10 @@ class JarzynskiState(State):
         return constrain(self.transforms, self.params)
 
     def populations(
-        self, rng_key: Array, given: Container[str] = ()
+        self,
+        rng_key: Array,
+        energies: Mapping[str, EnergyDistribution],
+        given: Container[str] = (),
     ) -> dict[str, Population]:
         """The walkers, which carry weights."""
         return {

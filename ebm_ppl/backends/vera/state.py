@@ -1,6 +1,6 @@
 """The state of the VERA backend."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +10,7 @@ from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.backends.vera.defensive import Defence
+from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.generators.program import Generator
 from ebm_ppl.model.program import Params
@@ -74,7 +75,10 @@ class VERAState(State):
     gradient_penalty: float
 
     def populations(
-        self, rng_key: Array, given: Container[str] = ()
+        self,
+        rng_key: Array,
+        energies: Mapping[str, EnergyDistribution],
+        given: Container[str] = (),
     ) -> dict[str, Population]:
         """Independent draws of the generator."""
         if self.generator.name in given:

@@ -1,0 +1,181 @@
+"""Energies on mixtures of the data, against the mixtures, on held-out rows.
+
+    python benchmarks/tilt.py DATA_FOLDER [SET ...] [--seeds 2] [--bound 5]
+
+For every set: the base is the mixture of a small grid with the highest validation
+density, and `MonteCarloMLE` puts a bounded energy on it; the test rows are looked at
+once.  log Z is found three ways: by draws of the base, and by annealing forwards and
+back.  Rows are whitened principal components, in nats of those, but for the digits,
+(x + u) / 17 in nats of pixels.  Settings are the same for all sets.
+
+DATA_FOLDER holds satimage.npz, optdigits.npz, magic.npz, shuttle.npz and spambase.npz;
+the digits are scikit-learn's own.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+import warnings
+
+import numpy as np
+import numpyro
+import optax
+from flax import linen as nn
+from jax import random
+from numpyro.contrib.module import flax_module
+from sklearn.datasets import load_digits
+from sklearn.mixture import GaussianMixture
+
+import ebm_ppl as ebm
+
+# Name, file, principal components (None: all columns as they are).
+SETS = {
+    "satimage 16": ("satimage", 16),
+    "satimage 36": ("satimage", 36),
+    "optdigits 16": ("optdigits", 16),
+    "optdigits 32": ("optdigits", 32),
+    "optdigits 64": ("optdigits", None),
+    "magic 10": ("magic", 10),
+    "shuttle 9": ("shuttle", 9),
+    "spambase 57": ("spambase", 57),
+    "digits 64": (None, None),
+}
+GRID = [("full", k) for k in (1, 2, 5, 10, 20, 40)]
+GRID += [("diag", k) for k in (10, 20, 50, 100, 200)]
+MAX_ROWS = 20_000
+
+
+class Net(nn.Module):
+    """Two hidden layers; the energy begins at 0."""
+
+    @nn.compact
+    def __call__(self, x):
+        for _ in range(2):
+            x = nn.swish(nn.Dense(256)(x))
+        return nn.Dense(1, kernel_init=nn.initializers.zeros)(x)[..., 0]
+
+
+def load(folder, name):
+    """Training, validation and test rows, the first two of the training set."""
+    file, num_components = SETS[name]
+    rng = np.random.default_rng(0)
+    if file is None:
+        x = load_digits().data
+        order = rng.permutation(len(x))
+        train, test = x[order[:1347]], x[order[1347:]]
+    else:
+        path = pathlib.Path(folder) / f"{file}.npz"
+        if not path.exists():
+            sys.exit(f"{path} is missing (see --help).")
+        data = np.load(path)
+        train, test = (
+            np.asarray(data[k]).reshape(len(data[k]), -1) for k in ("X_train", "X_test")
+        )
+    is_integer = np.all(train == np.round(train))
+    train, test = train.astype(float), test.astype(float)
+    if is_integer:
+        train, test = (x + rng.uniform(size=x.shape) for x in (train, test))
+
+    train = train[rng.permutation(len(train))[:MAX_ROWS]]
+    if num_components is None:
+        train, test = train / 17.0, test / 17.0
+    else:
+        mean = train.mean(0)
+        values, vectors = np.linalg.eigh(np.cov((train - mean).T))
+        whiten = (vectors / np.sqrt(values))[:, ::-1][:, :num_components]
+        train, test = (train - mean) @ whiten, (test - mean) @ whiten
+    num_valid = len(train) // 5
+    parts = train[num_valid:], train[:num_valid], test
+    return tuple(x.astype(np.float32) for x in parts)
+
+
+def mixtures(train, valid):
+    """The grid's mixtures with their validation densities, best first."""
+    found = []
+    for kind, size in GRID:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            mixture = GaussianMixture(
+                size, covariance_type=kind, reg_covar=1e-4, random_state=0, max_iter=200
+            ).fit(train)
+        found.append((mixture.score(valid), f"{size} {kind}", mixture))
+    return sorted(found, key=lambda entry: -entry[0])
+
+
+def tilted(mixture, train, valid, asked, seed):
+    """A fit of a bounded net on the mixture, and its model."""
+    base = ebm.from_sklearn(mixture)
+
+    def model(x):
+        net = flax_module("net", Net(), input_shape=(train.shape[1],))
+        energy = ebm.EnergyDistribution(ebm.bounded(net, asked.bound), base)
+        with numpyro.plate("rows", len(x), subsample_size=min(256, len(x))):
+            numpyro.sample("x", energy, obs=numpyro.subsample(x, 1))
+
+    rate = optax.cosine_decay_schedule(1e-3, asked.steps)
+    backend = ebm.MonteCarloMLE(model, optax.adamw(rate, weight_decay=0.1))
+    fit = backend.run(
+        random.key(seed),
+        asked.steps,
+        train,
+        averaging=0.99,
+        validation=ebm.Validation(valid),
+        progress_bar=False,
+    )
+    return fit, model
+
+
+def report(name, asked):
+    train, valid, test = load(asked.folder, name)
+    began = time.perf_counter()
+    grid = mixtures(train, valid)
+    _, chosen, mixture = grid[0]
+    best = max(m.score(test) for _, _, m in grid)
+    print(
+        f"{name} ({len(train)} rows): base {chosen}, {mixture.score(test):.2f} on test; best "
+        f"mixture of the grid on test {best:.2f} ({time.perf_counter() - began:.0f} s)",
+        flush=True,
+    )
+    for seed in range(asked.seeds):
+        began = time.perf_counter()
+        fit, model = tilted(mixture, train, valid, asked, seed)
+        seconds = time.perf_counter() - began
+        args = (model, fit.params, test)
+        draws = ebm.log_normalizer(
+            random.key(1), *args, method="base", num_walkers=16384
+        )
+        energy = -ebm.to_arviz(
+            fit, model, test, log_normalizer=draws, allow_uncertified=True
+        ).attrs["mean_log_density"]
+        text = (
+            f"draws {float(draws.estimate['x']):.3f} ± {float(draws.stderr['x']):.3f}"
+        )
+        text += f" in [{float(draws.lower['x']):.3f}, {float(draws.upper['x']):.3f}]"
+        if asked.bracket:
+            both = ebm.log_normalizer(random.key(2), *args, progress_bar=False)
+            text += f"; {both}"
+        step = int(np.nanargmax(fit.history["density_validation"])) + 1
+        print(
+            f"  seed {seed}: tilted {-energy:.2f} on test, {-energy - mixture.score(test):+.2f} "
+            f"over its base, {-energy - best:+.2f} over the best mixture; log Z {text}; "
+            f"ESS {fit.history['ess']['x'][-1]:.2f}, step {step}, {seconds:.0f} s",
+            flush=True,
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("names", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--bound", type=float, default=5.0)
+    parser.add_argument("--bracket", action="store_true")
+    asked = parser.parse_args()
+    for name in asked.names or SETS:
+        report(name, asked)
+
+
+if __name__ == "__main__":
+    main()

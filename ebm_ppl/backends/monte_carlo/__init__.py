@@ -1,0 +1,1 @@
+"""Monte Carlo maximum likelihood: log Z by fresh draws of the base."""

@@ -1,0 +1,375 @@
+"""Monte Carlo maximum likelihood against maxima that are known."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import random
+from numpyro.distributions import constraints
+from scipy.optimize import minimize
+from scipy.special import logsumexp
+
+import ebm_ppl as ebm
+
+pytestmark = pytest.mark.xdist_group("monte_carlo")
+
+RNG = np.random.default_rng(0)
+ROWS = (RNG.normal(size=400) / 2).astype(np.float32)
+SKEWED = RNG.gamma(2.0, 0.5, size=400).astype(np.float32)
+GRID = np.linspace(-12, 12, 20_001)
+RATE = optax.cosine_decay_schedule(5e-2, 800)
+
+
+def fit_of(model, *args, num_steps=800, **options):
+    backend = ebm.MonteCarloMLE(model, optax.adam(RATE), **options)
+    return backend.run(random.key(0), num_steps, *args, progress_bar=False)
+
+
+def within(fit, model, *args, num=3.0):
+    """The fit's own score test finds the maximum at most so many errors away."""
+    test = ebm.score_test(random.key(1), fit, model, *args)
+    worst = max(np.max(np.abs(d)) for d in test.distance.values())
+    return worst < num
+
+
+# Maxima in closed form
+
+
+def precision(x):
+    lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.5 * (lam - 1) * v**2, dist.Normal(0.0, 1.0)
+    )
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
+def quartic(x):
+    """Skewed: E = a v⁴ / 4 − b v over N(0, 1.5)."""
+    a = numpyro.param("a", 0.5, constraint=constraints.positive)
+    b = numpyro.param("b", 0.5)
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.25 * a * v**4 - b * v, dist.Normal(0.5, 1.5)
+    )
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
+def quartic_loss(theta, x=SKEWED):
+    a, b = np.exp(theta[0]), theta[1]
+
+    def potential(v):
+        return 0.25 * a * v**4 - b * v + 0.5 * ((v - 0.5) / 1.5) ** 2
+
+    log_z = logsumexp(-potential(GRID)) + np.log(GRID[1] - GRID[0])
+    return float(np.mean(potential(x.astype(float))) + log_z)
+
+
+def test_a_precision():
+    lam, right = fit_of(precision, ROWS).params["lam"], 1 / np.mean(ROWS**2)
+    # The last tenth's gradients average over some 80 x 1,024 draws with an ESS of 2/3.
+    error = right * np.sqrt(2 / (80 * 1024 * 0.6))
+    assert abs(lam - right) < 5 * error
+    assert error < 0.1 * right * np.sqrt(2 / len(ROWS))
+
+
+def test_a_skewed_quartic():
+    fit = fit_of(quartic, SKEWED)
+    best = minimize(quartic_loss, [0.0, 0.0], method="BFGS", tol=1e-10)
+    found = np.array([np.log(fit.params["a"]), fit.params["b"]])
+    # Nats a row that are lost: far under what one standard error costs, 1 / (2 n).
+    assert quartic_loss(found) - best.fun < 0.1 / (2 * len(SKEWED))
+    assert quartic_loss(found + np.array([0.1, 0.0])) - best.fun > 0.1 / (
+        2 * len(SKEWED)
+    )
+
+
+def test_a_base_that_learns():
+    """N(m, 1) tilted by −½ (λ − 1) v² is N(m / λ, 1 / λ): the base's derivative counts."""
+
+    def model(x):
+        m = numpyro.param("m", 0.0)
+        lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
+        energy = ebm.EnergyDistribution(
+            lambda v: 0.5 * (lam - 1) * v**2, dist.Normal(m, 1.0)
+        )
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    x = ROWS + 0.4
+    fit = fit_of(model, x)
+    assert fit.params["lam"] == pytest.approx(1 / np.var(x), rel=0.02)
+    assert fit.params["m"] == pytest.approx(np.mean(x) / np.var(x), rel=0.02)
+
+
+def test_a_start_that_learns_is_no_force():
+    """The derivative is that of −U alone; that of the start's density would add one."""
+
+    def model(x):
+        lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
+        start = dist.Normal(0.0, 1.5 / jnp.sqrt(lam))
+        flat = dist.ImproperUniform(constraints.real, (), ())
+        energy = ebm.EnergyDistribution(lambda v: 0.5 * lam * v**2, flat, start=start)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    fit = fit_of(model, ROWS)
+    assert fit.params["lam"] == pytest.approx(1 / np.mean(ROWS**2), rel=0.02)
+
+
+def test_the_odds_of_two_modes():
+    up = np.arange(500) < 150
+    x = np.where(up, 3.0, -3.0) + RNG.normal(size=500) / 2
+
+    def model(x):
+        h = numpyro.param("h", 0.0)
+
+        def energy(v):
+            above, below = h - 2.0 * (v - 3.0) ** 2, -2.0 * (v + 3.0) ** 2
+            return -jnp.logaddexp(above, below) - v**2 / 32
+
+        with numpyro.plate("rows", len(x)):
+            base = ebm.EnergyDistribution(energy, dist.Normal(0.0, 4.0))
+            numpyro.sample("x", base, obs=x)
+
+    fit = fit_of(model, x.astype(np.float32))
+    share = 1 / (1 + np.exp(-fit.params["h"]))
+    assert share == pytest.approx(0.3, abs=0.2 * np.sqrt(0.3 * 0.7 / 500))
+
+
+def test_a_chain_of_spins():
+    """Of a finite support log Z is a sum: λ of an Ising chain by enumeration."""
+    spins = np.array(np.meshgrid(*[[0, 1]] * 6, indexing="ij")).reshape(6, -1).T
+
+    def agreement(v):
+        return jnp.sum(v[..., 1:] == v[..., :-1], axis=-1)
+
+    alike = np.asarray(agreement(spins), float)
+
+    def loss(theta, mean):
+        return -theta[0] * mean + logsumexp(theta[0] * alike)
+
+    p = np.exp(0.8 * alike)
+    x = spins[RNG.choice(len(spins), size=400, p=p / p.sum())]
+
+    def model(x):
+        coupling = numpyro.param("coupling", 0.0)
+        base = dist.Bernoulli(0.5 * jnp.ones(6)).to_event(1)
+        energy = ebm.EnergyDistribution(lambda v: -coupling * agreement(v), base)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    fit = fit_of(model, x)
+    mean = np.mean(np.asarray(agreement(x), float))
+    right = minimize(loss, [0.0], args=(mean,), method="BFGS", tol=1e-10).x[0]
+    p = np.exp(right * alike) / np.sum(np.exp(right * alike))
+    error = 1 / np.sqrt(len(x) * (p @ alike**2 - (p @ alike) ** 2))
+    assert abs(fit.params["coupling"] - right) < 0.2 * error
+    exported = ebm.to_arviz(fit, model, x)
+    drawn = np.asarray(exported["posterior_predictive"]["x"])
+    assert set(np.unique(drawn)) == {0, 1}
+    # 16,000 weighted draws; the number of agreements has a spread of 1.2.
+    assert np.mean(agreement(drawn)) == pytest.approx(p @ alike, abs=5 * 1.2 / 80)
+
+
+def test_conditional_energies_have_a_log_z_each():
+    """x | c ~ N(w c / λ, 1 / λ): every row draws for its own log Z."""
+    c = RNG.normal(size=60).astype(np.float32)
+    x = (0.8 * c + 0.5 * RNG.normal(size=60)).astype(np.float32)
+
+    def model(x, c):
+        w = numpyro.param("w", 0.0)
+        base = dist.Normal(jnp.zeros(len(c)), 1.0)
+        energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * c * v, base)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    fit = fit_of(model, x, c)
+    # λ = 4; the maximum is 4 Σ c x / Σ c².
+    right = 4 * np.sum(c * x) / np.sum(c**2)
+    error = 2 / np.sqrt(np.sum(c**2))
+    assert abs(fit.params["w"] - right) < 0.2 * error
+
+
+def test_priors_and_two_sites():
+    """k of N(0, 1/k) and N(0, 1/(2k)) under Gamma(3, 2): (n/2 + 2) / (S/2 + 2)."""
+    x, y = (RNG.normal(size=n).astype(np.float32) for n in (100, 150))
+
+    def model(x, y):
+        k = numpyro.sample("k", dist.Gamma(3.0, 2.0))
+        for name, values, factor in (("x", x, 1.0), ("y", y, 2.0)):
+            energy = ebm.EnergyDistribution(
+                lambda v, factor=factor: 0.5 * (factor * k - 1) * v**2,
+                dist.Normal(0.0, 1.0),
+            )
+            with numpyro.plate(f"rows of {name}", len(values)):
+                numpyro.sample(name, energy, obs=values)
+
+    fit = fit_of(model, x, y)
+    total = float(np.sum(x**2) + 2 * np.sum(y**2))
+    assert fit.params["k"] == pytest.approx((125 + 2) / (0.5 * total + 2), rel=0.01)
+
+
+# What it says of itself
+
+
+def test_weights_that_few_draws_carry_are_told():
+    def model(x):
+        m = numpyro.param("m", 4.5)
+        energy = ebm.EnergyDistribution(lambda v: -m * v, dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    backend = ebm.MonteCarloMLE(model, optax.sgd(0.0), num_draws=256)
+    with pytest.warns(UserWarning, match="draws of the base of energy site 'x' only"):
+        backend.run(random.key(0), 100, ROWS + 4.5, progress_bar=False)
+
+
+def test_a_run_that_stopped_early_is_told():
+    backend = ebm.MonteCarloMLE(precision, optax.adam(1e-4))
+    with pytest.warns(UserWarning, match="Not at a maximum: parameter 'lam'"):
+        backend.run(random.key(0), 200, ROWS, progress_bar=False)
+
+
+def test_an_improper_base_wants_a_start():
+    def model(x):
+        flat = dist.ImproperUniform(constraints.real, (), ())
+        lam = numpyro.param("lam", 1.0, constraint=constraints.positive)
+        with numpyro.plate("rows", len(x)):
+            energy = ebm.EnergyDistribution(lambda v: lam * v**2, flat)
+            numpyro.sample("x", energy, obs=x)
+
+    with pytest.raises(ebm.UnknownNormalizerError, match="start"):
+        ebm.MonteCarloMLE(model, optax.adam(1e-2)).init(random.key(0), ROWS)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="num_draws = 1"):
+        ebm.MonteCarloMLE(precision, optax.adam(1e-2), num_draws=1)
+    with pytest.raises(TypeError, match="optim"):
+        ebm.MonteCarloMLE(precision, 1e-2)
+    backend = ebm.MonteCarloMLE(precision, optax.adam(1e-2))
+    with pytest.raises(ValueError, match=r"averaging = 1\.5"):
+        backend.run(random.key(0), 2, ROWS, progress_bar=False, averaging=1.5)
+    with pytest.raises(ValueError, match="every = 0"):
+        ebm.Validation(ROWS, every=0)
+
+
+# Averages and validation
+
+
+def jarzynski(model):
+    return ebm.Jarzynski(model, optax.sgd(2e-3), num_chains=8, num_walkers=64)
+
+
+def monte_carlo(model):
+    return ebm.MonteCarloMLE(model, optax.sgd(2e-3))
+
+
+@pytest.mark.parametrize("make", [jarzynski, monte_carlo])
+def test_averages_are_those_of_the_updates(make):
+    """Step by step: the mean of the first ones, then the exponential average."""
+    backend = make(precision)
+    options = {"progress_bar": False}
+    fit = backend.run(random.key(0), 20, ROWS, averaging=0.9, **options)
+    state, average = backend.init(random.key(0), ROWS), None
+    update = jax.jit(backend.update)
+    for count in range(20):
+        state, _ = update(state, ROWS)
+        u = float(state.params["lam"])
+        share = max(0.1, 1 / (1 + count))
+        average = u if average is None else (1 - share) * average + share * u
+    assert float(np.log(fit.params["lam"])) == pytest.approx(average, abs=1e-5)
+    assert abs(average - u) > 1e-4
+
+
+def test_walkers_follow_the_average():
+    """Weights and log Z of a Jarzynski state are those at the averages."""
+    fit = jarzynski(precision).run(
+        random.key(0), 60, ROWS, averaging=0.95, progress_bar=False
+    )
+    log_z = fit.state.log_normalizer()
+    right = -0.5 * np.log(fit.params["lam"])
+    assert abs(log_z.estimate["x"] - right) < 6 * log_z.stderr["x"]
+    walkers = fit.state.walkers["x"]
+    potential = 0.5 * fit.params["lam"] * walkers.values**2 + 0.5 * np.log(2 * np.pi)
+    np.testing.assert_allclose(walkers.ensemble.potential, potential, atol=1e-4)
+
+
+def test_the_best_validation_density_is_kept():
+    """A rate that throws λ about: the fit is the look with the highest density."""
+    valid = (RNG.normal(size=100) / 2).astype(np.float32)
+    backend = ebm.MonteCarloMLE(precision, optax.sgd(4e-3), num_draws=64)
+    exact = {"method": "quadrature"}
+    fit = backend.run(
+        random.key(0), 60, ROWS, progress_bar=False,
+        validation=ebm.Validation(valid, every=10, options=exact),
+    )  # fmt: skip
+    seen = fit.history["density_validation"]
+    assert np.flatnonzero(np.isfinite(seen)).tolist() == [9, 19, 29, 39, 49, 59]
+
+    def density(lam, x):
+        return 0.5 * np.log(lam / (2 * np.pi)) - 0.5 * lam * np.mean(
+            x.astype(float) ** 2
+        )
+
+    best = int(np.nanargmax(seen))
+    assert seen[best] == pytest.approx(
+        density(float(fit.params["lam"]), valid), abs=1e-4
+    )
+    again = backend.run(random.key(0), best + 1, ROWS, progress_bar=False)
+    assert again.params["lam"] == fit.params["lam"]
+    trained = fit.history["density_training"][best]
+    assert trained == pytest.approx(density(float(fit.params["lam"]), ROWS), abs=1e-4)
+
+
+def test_patience_ends_a_run():
+    """Trained on rows that spread twice as far, the validation density only falls."""
+    validation = ebm.Validation(
+        ROWS, every=5, patience=2, options={"method": "quadrature"}
+    )
+    backend = ebm.MonteCarloMLE(precision, optax.sgd(1e-3))
+    start = {"lam": 1 / np.mean(ROWS**2)}
+    fit = backend.run(
+        random.key(0), 10_000, 2 * ROWS, init_params=start, progress_bar=False,
+        validation=validation,
+    )  # fmt: skip
+    assert len(fit.history["loss"]) == 5 * 4
+    assert np.nanargmax(fit.history["density_validation"]) == 4
+
+
+def test_validation_without_a_certificate_keeps_the_last_state():
+    backend = ebm.MonteCarloMLE(precision, optax.sgd(1e-3))
+    unbounded = {"method": "base", "num_walkers": 64}
+    validation = ebm.Validation(ROWS, every=10, options=unbounded)
+    with pytest.warns(UserWarning, match="No validation density was certified"):
+        fit = backend.run(
+            random.key(0), 20, ROWS, progress_bar=False, validation=validation
+        )
+    assert not np.any(np.isfinite(fit.history["density_validation"]))
+    plain = backend.run(random.key(0), 20, ROWS, progress_bar=False)
+    assert plain.params["lam"] == fit.params["lam"]
+
+
+def test_priors_do_not_enter_a_validation():
+    def model(x):
+        rate = numpyro.sample("rate", dist.Gamma(50.0, 1.0))
+        energy = ebm.EnergyDistribution(lambda v: (rate - 1) * v, dist.Exponential(1.0))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    backend = ebm.MonteCarloMLE(model, optax.sgd(0.0), num_draws=64)
+    validation = ebm.Validation(SKEWED, every=1, options={"method": "quadrature"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit = backend.run(
+            random.key(0), 1, SKEWED, init_params={"rate": 2.0}, progress_bar=False,
+            validation=validation,
+        )  # fmt: skip
+    right = np.log(2.0) - 2.0 * np.mean(SKEWED)
+    assert fit.history["density_validation"][0] == pytest.approx(right, abs=1e-4)
