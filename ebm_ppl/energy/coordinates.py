@@ -19,6 +19,7 @@ from numpyro.distributions.transforms import (
 )
 
 from ebm_ppl.energy.mixture import NormalMixture
+from ebm_ppl.energy.opaque import traceable
 from ebm_ppl.energy.supports import bijector_of
 from ebm_ppl.energy.wrappers import innermost
 
@@ -78,7 +79,7 @@ def standardizing_transform(base: dist.Distribution) -> Transform:
     )
     if isinstance(inner, dist.TransformedDistribution) and not is_folded:
         parts = [standardizing_transform(inner.base_dist), *inner.transforms]
-        return _sum_event_dims(ComposeTransform(parts), base)
+        return _sum_event_dims(traceable(ComposeTransform(parts)), base)
     if isinstance(inner, dist.Normal):
         return _sum_event_dims(
             AffineTransform(_like(base, inner.loc), _like(base, inner.scale)), base
