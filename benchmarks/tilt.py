@@ -17,6 +17,7 @@ import pathlib
 import sys
 import time
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import numpyro
@@ -56,6 +57,29 @@ class Net(nn.Module):
         return nn.Dense(1, kernel_init=nn.initializers.zeros)(x)[..., 0]
 
 
+class Rows(NamedTuple):
+    """Raw rows, and how they become what is modelled.
+
+    Attributes:
+        train, valid, test: ``(n, d)``; validation rows are of the training set.
+        is_integer: Whether uniform noise is added, anew at every update.
+        mean, matrix: Of the map to principal components.
+        scale: Of the net's input.
+    """
+
+    train: np.ndarray
+    valid: np.ndarray
+    test: np.ndarray
+    is_integer: bool
+    mean: np.ndarray
+    matrix: np.ndarray
+    scale: float
+
+    def values(self, raw, rng_key):
+        noise = random.uniform(rng_key, raw.shape) if self.is_integer else 0.0
+        return (raw + noise - self.mean) @ self.matrix
+
+
 def load(folder, name):
     """Training, validation and test rows, the first two of the training set."""
     file, num_components = SETS[name]
@@ -72,22 +96,28 @@ def load(folder, name):
         train, test = (
             np.asarray(data[k]).reshape(len(data[k]), -1) for k in ("X_train", "X_test")
         )
-    is_integer = np.all(train == np.round(train))
-    train, test = train.astype(float), test.astype(float)
-    if is_integer:
-        train, test = (x + rng.uniform(size=x.shape) for x in (train, test))
+    is_integer = bool(np.all(train == np.round(train)))
+    train = train[rng.permutation(len(train))[:MAX_ROWS]].astype(np.float32)
 
-    train = train[rng.permutation(len(train))[:MAX_ROWS]]
     if num_components is None:
-        train, test = train / 17.0, test / 17.0
+        mean, matrix, scale = np.zeros(train.shape[1]), np.eye(train.shape[1]) / 17, 2.0
     else:
-        mean = train.mean(0)
-        values, vectors = np.linalg.eigh(np.cov((train - mean).T))
-        whiten = (vectors / np.sqrt(values))[:, ::-1][:, :num_components]
-        train, test = (train - mean) @ whiten, (test - mean) @ whiten
+        noise = 1 / 12 if is_integer else 0.0
+        mean, scale = train.mean(0) + 0.5 * is_integer, 1.0
+        values, vectors = np.linalg.eigh(
+            np.cov((train - mean).T.astype(float)) + noise * np.eye(train.shape[1])
+        )
+        matrix = (vectors / np.sqrt(values))[:, ::-1][:, :num_components]
     num_valid = len(train) // 5
-    parts = train[num_valid:], train[:num_valid], test
-    return tuple(x.astype(np.float32) for x in parts)
+    return Rows(
+        train[num_valid:],
+        train[:num_valid],
+        test.astype(np.float32),
+        is_integer,
+        mean.astype(np.float32),
+        np.ascontiguousarray(matrix).astype(np.float32),
+        scale,
+    )
 
 
 def mixtures(train, valid):
@@ -103,32 +133,39 @@ def mixtures(train, valid):
     return sorted(found, key=lambda entry: -entry[0])
 
 
-def tilted(mixture, train, valid, asked, seed):
+def tilted(mixture, rows, asked, seed):
     """A fit of a bounded net on the mixture, and its model."""
     base = ebm.from_sklearn(mixture)
 
     def model(x):
-        net = flax_module("net", Net(), input_shape=(train.shape[1],))
-        energy = ebm.EnergyDistribution(ebm.bounded(net, asked.bound), base)
+        net = flax_module("net", Net(), input_shape=base.event_shape)
+        scaled = lambda v: net(rows.scale * v - (rows.scale - 1.0))  # noqa: E731
+        energy = ebm.EnergyDistribution(ebm.bounded(scaled, asked.bound), base)
         with numpyro.plate("rows", len(x), subsample_size=min(256, len(x))):
-            numpyro.sample("x", energy, obs=numpyro.subsample(x, 1))
+            batch = numpyro.subsample(x, event_dim=1)
+            noisy = rows.values(batch, numpyro.prng_key())
+            numpyro.sample("x", energy, obs=noisy)
 
     rate = optax.cosine_decay_schedule(1e-3, asked.steps)
     backend = ebm.MonteCarloMLE(model, optax.adamw(rate, weight_decay=0.1))
     fit = backend.run(
         random.key(seed),
         asked.steps,
-        train,
+        rows.train,
         averaging=0.99,
-        validation=ebm.Validation(valid),
+        validation=ebm.Validation(rows.valid),
         progress_bar=False,
     )
     return fit, model
 
 
 def report(name, asked):
-    train, valid, test = load(asked.folder, name)
+    rows = load(asked.folder, name)
     began = time.perf_counter()
+    train, valid, test = (
+        np.asarray(rows.values(raw, random.key(i)), float)
+        for i, raw in enumerate((rows.train, rows.valid, rows.test))
+    )
     grid = mixtures(train, valid)
     _, chosen, mixture = grid[0]
     best = max(m.score(test) for _, _, m in grid)
@@ -139,14 +176,14 @@ def report(name, asked):
     )
     for seed in range(asked.seeds):
         began = time.perf_counter()
-        fit, model = tilted(mixture, train, valid, asked, seed)
+        fit, model = tilted(mixture, rows, asked, seed)
         seconds = time.perf_counter() - began
-        args = (model, fit.params, test)
+        args = (model, fit.params, rows.test)
         draws = ebm.log_normalizer(
             random.key(1), *args, method="base", num_walkers=16384
         )
         energy = -ebm.to_arviz(
-            fit, model, test, log_normalizer=draws, allow_uncertified=True
+            fit, model, rows.test, log_normalizer=draws, allow_uncertified=True
         ).attrs["mean_log_density"]
         text = (
             f"draws {float(draws.estimate['x']):.3f} ± {float(draws.stderr['x']):.3f}"

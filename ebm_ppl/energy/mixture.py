@@ -1,7 +1,9 @@
 """Mixtures of normals as bases, from scikit-learn's estimators."""
 
+import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
@@ -10,6 +12,11 @@ from jax.nn import logsumexp
 from numpyro.distributions import constraints
 from scipy.linalg import solve_triangular
 
+from ebm_ppl.errors import level_of_caller
+
+# Draws at which single precision is held against double, and nats that it may be off.
+NUM_POINTS = 64
+MAX_ERROR = 0.05
 # Components whose densities are found at once: a kernel density has one per row.
 BLOCK = 64
 
@@ -166,7 +173,7 @@ def from_sklearn(estimator: Any) -> NormalMixture:
         weights = estimator.tree_.sample_weight
         weights = np.ones(len(means)) if weights is None else np.asarray(weights, float)
         factors = np.full((len(means), 1), 1.0 / estimator.bandwidth_)
-        return _mixture(np.log(weights), means, factors)
+        return _mixture(np.log(np.maximum(weights, 1e-300)), means, factors)
 
     raise TypeError(
         f"estimator is a {type(estimator).__name__}; expected a fitted GaussianMixture, "
@@ -185,6 +192,29 @@ def _mixture(
     else:
         inverses = 1.0 / factors
     log_weights = log_weights - np.logaddexp.reduce(log_weights)
-    return NormalMixture(
+    made = NormalMixture(
         *(jnp.asarray(leaf, float) for leaf in (log_weights, means, factors, inverses))
     )
+    _warn_of_rounding(made, log_weights, means, factors, inverses)
+    return made
+
+
+def _warn_of_rounding(made: NormalMixture, *exact: np.ndarray) -> None:
+    """Warn where the present precision cannot tell the mixture's points apart."""
+    if made.means.dtype == jnp.float64:
+        return
+    with jax.enable_x64(True):
+        double = NormalMixture(*map(jnp.asarray, exact))
+        points = double.sample(random.key(0), (NUM_POINTS,))
+        right = np.asarray(double.log_prob(points))
+    found = np.asarray(made.log_prob(jnp.asarray(np.asarray(points), jnp.float32)))
+    error = float(np.max(np.abs(found - right)))
+
+    if not error <= MAX_ERROR:
+        warnings.warn(
+            f"In float32 the mixture's log density is off by up to {error:.2g} nats at "
+            "its own draws: columns are far from 0 beside their spread, or nearly "
+            "collinear. Standardise or whiten them first, or run in double precision "
+            "(jax.config.update('jax_enable_x64', True)).",
+            stacklevel=level_of_caller(),
+        )

@@ -1,6 +1,7 @@
 """Where walkers start, and the path from there to the energy."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ def starting_distribution(
     """Where walkers start: ``start`` if it is given, otherwise the base.
 
     Raises:
-        UnknownNormalizerError: That distribution is improper.
+        UnknownNormalizerError: That distribution is improper, or an energy.
     """
     start = distribution.base if distribution.start is None else distribution.start
     if is_improper(start):
@@ -35,10 +36,29 @@ def starting_distribution(
         raise UnknownNormalizerError(
             f"The {found} of the energy{at_site(name)} is improper: there is nowhere "
             "to start from and log Z has no anchor. Name a proper starting "
-            "distribution: Unnormalized(energy, base, "
+            "distribution: EnergyDistribution(energy, base, "
             "start=dist.Normal(...).to_event(...))."
         )
+    if holds_energy(start):
+        raise UnknownNormalizerError(
+            f"The {'base' if distribution.start is None else 'start'} of the "
+            f"energy{at_site(name)} is an energy itself, whose draws are approximate "
+            "(annealed), and nothing that begins from them could be certified. Name a "
+            "distribution that draws exactly, such as the inner energy's own base: "
+            "EnergyDistribution(energy, inner, start=inner.base)."
+        )
     return start
+
+
+def holds_energy(distribution: Any) -> bool:
+    """Whether a distribution is, or is made of, an energy with a known log Z."""
+    if isinstance(distribution, list | tuple):
+        return any(map(holds_energy, distribution))
+    if not isinstance(distribution, dist.Distribution):
+        return False
+    if hasattr(distribution, "unchecked_potential"):
+        return True
+    return any(map(holds_energy, vars(distribution).values()))
 
 
 def starting_coordinates(distribution: Unnormalized, name: str | None) -> Transform:

@@ -14,6 +14,8 @@ from scipy.stats import t as student_t
 from ebm_ppl.energy.bounded import bound_of
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import SiteCertificate, flag_where
+from ebm_ppl.energy.rounding import MAX_ERROR, normalization_error, not_normalized
+from ebm_ppl.energy.start import starting_distribution
 from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
@@ -39,39 +41,52 @@ class Terms(NamedTuple):
         islands: Their log Ẑ, ``(num_chains, num_points, *batch)``.
         ess: ESS fraction of all weights, ``(num_points, *batch)``.
         khat: Pareto k̂ of all weights, likewise.
+        largest: Largest log weight, likewise.
     """
 
     islands: Array
     ess: Array
     khat: Array
+    largest: Array
+
+
+class ByBase(NamedTuple):
+    """What :func:`certify_by_base` finds, by site.
+
+    Attributes:
+        sites: Certificates.
+        largest: Largest log weight of any draw, ``(num_points, *batch)``.
+        num_evaluations: Energy evaluations spent.
+    """
+
+    sites: dict[str, SiteCertificate]
+    largest: dict[str, Array]
+    num_evaluations: int
 
 
 def certify_by_base(
     rng_key: Array,
     bound: BoundModel,
-    found: Mapping[str, EnergyDistribution],
+    energies: Mapping[str, EnergyDistribution],
     points: Params,
     num_chains: int,
     num_draws: int | None,
     tolerance: float,
-) -> tuple[dict[str, SiteCertificate], int]:
+) -> ByBase:
     """Certificates of every site, at parameters with one leading axis.
 
     Args:
         rng_key: A JAX PRNG key; draws are the same at all points.
         bound: The model.
-        found: Its energies.
+        energies: Its energies.
         points: Parameters.
         num_chains: Islands.
         num_draws: Draws per island; None takes what a pilot says that the limits of a
             bounded energy need.
         tolerance: Widest limits, in nats, that are certified.
-
-    Returns:
-        Certificates, and the number of energy evaluations.
     """
-    sites, spent = {}, 0
-    for index, (name, energy) in enumerate(found.items()):
+    sites, largest, spent = {}, {}, 0
+    for index, (name, energy) in enumerate(energies.items()):
         # Of E the bound is known, of U + log start it is not.
         limit = bound_of(energy.factors) if energy.start is None else None
         size = NUM_DRAWS if num_draws is None else num_draws
@@ -89,12 +104,20 @@ def certify_by_base(
             terms = _terms(bound, points, key_second, name, (num_chains, size))
             spent += num_chains * size
 
-        sites[name] = (
+        found = (
             _of_unbounded(terms, tolerance)
             if limit is None
             else _of_bounded(terms, tolerance, limit, size)
         )
-    return sites, spent * num_points_of(points)
+        sites[name] = found._replace(flags=found.flags + _flags_of_base(energy, name))
+        largest[name] = terms.largest
+    return ByBase(sites, largest, spent * num_points_of(points))
+
+
+def _flags_of_base(energy: EnergyDistribution, name: str) -> tuple[str, ...]:
+    """Flags where the base's own density is not normalised in this precision."""
+    off = np.max(np.abs(normalization_error(starting_distribution(energy, name))))
+    return flag_where(off > MAX_ERROR, not_normalized(float(off)))
 
 
 def num_points_of(points: Params) -> int:
@@ -138,7 +161,7 @@ def _terms(
     bound: BoundModel, points: Params, rng_key: Array, name: str, shape: tuple[int, int]
 ) -> Terms:
 
-    def at(point: tuple[Params, Array]) -> tuple[Array, Array, Array]:
+    def at(point: tuple[Params, Array]) -> tuple[Array, Array, Array, Array]:
         params, _ = point
         energy = bound.energies(params)[name]
         # One island after another, for the memory of its draws.
@@ -151,19 +174,20 @@ def _terms(
             log_mean_exp(log_weight, axis=1),
             ess_fraction(flat, axis=0),
             pareto_khat(flat),
+            jnp.max(flat, axis=0),
         )
 
     # A model without parameters has a point too.
     numbers = jnp.arange(num_points_of(points))
-    islands, ess, khat = lax.map(at, (points, numbers))
-    return Terms(jnp.moveaxis(islands, 1, 0), ess, khat)
+    islands, *others = lax.map(at, (points, numbers))
+    return Terms(jnp.moveaxis(islands, 1, 0), *others)
 
 
 def _of_bounded(
     terms: Terms, tolerance: float, limit: float, size: int
 ) -> SiteCertificate:
     """The certificate of an energy in [−limit, limit]: its limits hold for every one."""
-    islands, ess, khat = terms
+    islands, ess, khat, _ = terms
     estimate, stderr = jackknife_log_mean_exp(islands)
     mean = np.asarray(log_mean_exp(islands, axis=0), float)
     num_draws = len(islands) * size
@@ -187,7 +211,7 @@ def _of_bounded(
 
 def _of_unbounded(terms: Terms, tolerance: float) -> SiteCertificate:
     """The certificate of an energy without a bound, which always has a flag."""
-    islands, ess, khat = terms
+    islands, ess, khat, _ = terms
     estimate, stderr = jackknife_log_mean_exp(islands)
     quantile = float(student_t.ppf(LIMIT_LEVEL, len(islands) - 1))
     lower = estimate - quantile * stderr

@@ -164,14 +164,14 @@ def log_normalizer(
     # Draws of the base
     if method == "base":
         points = jax.tree.map(lambda leaf: leaf[None], one) if draws is None else draws
-        by_base, spent = certify_by_base(
+        by_base = certify_by_base(
             rng_key, bound, found, points, num_chains, num_walkers, tolerance
         )
         return collect(
-            first_of(by_base) if draws is None else by_base,
+            first_of(by_base.sites) if draws is None else by_base.sites,
             lead,
             method,
-            num_evaluations=spent,
+            num_evaluations=by_base.num_evaluations,
             fingerprints=fingerprints(
                 bound, first, {n: few(x) for n, x in rows.items()}
             ),

@@ -22,6 +22,8 @@ from ebm_ppl.walkers.switch import merge_islands
 
 # More parameters than this are a net, tested along a few directions of every module.
 MAX_PARAMETERS = 1000
+# Roundings of a sum over rows that the score, a difference of two, may be off by.
+ROUNDING = 4.0
 # Derivatives along so few directions are cheaper forwards.
 MAX_FORWARD = 64
 
@@ -110,6 +112,7 @@ class Quadratic(NamedTuple):
         score: Minus its gradient, ``(k,)``.
         information: ``(k, k)``.
         noise: Monte Carlo covariance of the score, by the jackknife over islands.
+        rounding: Error of the score from floating point, ``(k,)``.
         counts: How often every log Z enters, by site.
         ess: Smallest ESS fraction of the reweighted draws.
     """
@@ -118,6 +121,7 @@ class Quadratic(NamedTuple):
     score: Array
     information: Array
     noise: Array
+    rounding: Array
     counts: dict[str, Array]
     ess: Array
 
@@ -133,6 +137,7 @@ def quadratic(surface: LikelihoodSurface, step: Array) -> Quadratic:
     # Information of the energies
     num = step.shape[0]
     information, left_out, ess = jnp.zeros((num, num)), jnp.zeros((1, num)), []
+    size = jnp.zeros(num)
     energies = surface.bound.energies(surface.at(step))
     for name, draws in surface.draws.items():
         log_weight, _ = surface.log_weights(name, energies[name])
@@ -140,6 +145,7 @@ def quadratic(surface: LikelihoodSurface, step: Array) -> Quadratic:
         found, without = _moments(surface, step, name, draws, log_weight, counts[name])
         information += found
         left_out = left_out + without
+        size += jnp.max(jnp.abs(without), axis=0)
 
     # Priors and other sites, the energies held where they are
     def rest(step: Array) -> Array:
@@ -154,8 +160,9 @@ def quadratic(surface: LikelihoodSurface, step: Array) -> Quadratic:
     num_chains = left_out.shape[0]
     spread = left_out - jnp.mean(left_out, axis=0)
     noise = (num_chains - 1) / num_chains * (spread.T @ spread)
+    rounding = ROUNDING * jnp.finfo(size.dtype).eps * size
     return Quadratic(
-        value, -gradient, information, noise, counts, jnp.min(jnp.stack(ess))
+        value, -gradient, information, noise, rounding, counts, jnp.min(jnp.stack(ess))
     )
 
 

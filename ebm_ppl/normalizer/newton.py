@@ -30,9 +30,13 @@ LOST = 1e-6
 # Eigenvalues of the information, in units of its diagonal, under which a direction says
 # nothing: parameters that do not matter, or that others repeat.
 MIN_INFORMATION = 1e-5
+# Share of such a direction from which a parameter takes part in it.
+MIN_PART = 1e-3
 # What a score along such a direction may be, in units of the root of its curvature: one
 # whose Newton step would be a standard error, were the curvature information.
 MAX_UNTOLD = 1.0
+# Curvature under which single precision knows nothing of it, in units of the diagonal.
+NO_CURVATURE = 1e-8
 # That unit where there is no curvature at all: scores over 0.01 nats count.
 WITHOUT_SCALE = 100.0
 # Monte Carlo errors that are taken off a score.
@@ -83,6 +87,9 @@ class Maximum(NamedTuple):
         left: The Newton step that is left there, zero where the maximum was reached.
         is_reached: Whether the draws reach that far: the last step was short, and
             nothing slopes where it does not curve.
+        score_noise: Monte Carlo covariance of the score there.
+        is_unknown: Parameters that take part in a direction without information, ``(k,)``.
+        is_lost: Parameters whose information vanished on the way, ``(k,)``.
         untold: The score along directions without information, in units of its
             curvature there, ``(k,)``: where it is not 0 no Newton step can judge.
     """
@@ -95,6 +102,9 @@ class Maximum(NamedTuple):
     counts: dict[str, np.ndarray]
     left: np.ndarray
     is_reached: bool
+    score_noise: np.ndarray
+    is_unknown: np.ndarray
+    is_lost: np.ndarray
     untold: np.ndarray
 
 
@@ -112,7 +122,7 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
         errors = np.sqrt(np.maximum(np.diag(covariance), 0.0))
         size = np.max(np.abs(newton) / np.where(errors > 0, errors, np.inf))
         if not np.isfinite(size) or size < SHORT:
-            is_reached = bool(np.isfinite(size)) and not _lost(here, first)
+            is_reached = bool(np.isfinite(size)) and not np.any(_lost(here, first))
             break
 
         # No parameter moves by more than twice its size, or 2, at once: of a positive
@@ -132,12 +142,18 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
             break
         step, here = step + newton, there
 
+    return _maximum(first, here, step, is_reached)
+
+
+def _maximum(first: Any, here: Any, step: np.ndarray, is_reached: bool) -> Maximum:
+    """What the steps that began at ``first`` found."""
     untold = _untold_score(here)
     is_reached = is_reached and bool(np.all(np.abs(untold) <= MAX_UNTOLD))
     covariance = pseudo_inverse(here.information)
     left = np.zeros_like(step) if is_reached else covariance @ here.score
     noise = covariance @ here.noise @ covariance
     gain = float(first.value - here.value) - 0.5 * np.sum(covariance * here.noise)
+
     return Maximum(
         first.score,
         step,
@@ -147,17 +163,29 @@ def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
         here.counts,
         left,
         is_reached,
+        here.noise,
+        _unknown(here.information),
+        _lost(here, first),
         untold,
     )
 
 
-def _lost(here: Any, first: Any) -> bool:
-    """Whether a parameter has come to where nothing depends on it any more.
+def _lost(here: Any, first: Any) -> np.ndarray:
+    """Which parameters have come to where nothing depends on them any more.
 
     A rate that goes to zero, say: what looks like a maximum there is none.
     """
     now, before = np.diag(here.information), np.diag(first.information)
-    return bool(np.any((before > 0) & (now < LOST * before)))
+    return (before > 0) & ~(now >= LOST * before)
+
+
+def _unknown(information: np.ndarray) -> np.ndarray:
+    """Which parameters take part in a direction without information."""
+    if not np.all(np.isfinite(information)):
+        return np.ones(len(information), bool)
+    _, values, vectors = _spectrum(information)
+    part = np.abs(vectors[:, values <= MIN_INFORMATION])
+    return np.any(part > MIN_PART, axis=1)
 
 
 def _at(surface: LikelihoodSurface, step: np.ndarray) -> Any:
@@ -194,8 +222,14 @@ def _untold_score(here: Any) -> np.ndarray:
     unit, values, vectors = _spectrum(here.information)
     vectors = vectors[:, values <= MIN_INFORMATION]
 
+    # Beyond Monte Carlo error and rounding, in units of the root of what curvature there is
     along = vectors.T @ (unit * here.score)
     noise = np.outer(unit, unit) * here.noise
     error = np.sqrt(np.maximum(np.diag(vectors.T @ noise @ vectors), 0.0))
-    beyond = np.sign(along) * np.maximum(np.abs(along) - MAX_ERRORS * error, 0.0)
-    return vectors @ beyond
+    rounding = np.abs(vectors).T @ (unit * here.rounding)
+    beyond = np.maximum(np.abs(along) - MAX_ERRORS * error - rounding, 0.0)
+    values = np.maximum(values[values <= MIN_INFORMATION], 0.0)
+    scale = np.where(
+        values > NO_CURVATURE, np.sqrt(np.maximum(values, NO_CURVATURE)), 1.0
+    )
+    return vectors @ (np.sign(along) * beyond / scale)

@@ -14,7 +14,8 @@ from ebm_ppl.normalizer.likelihood import (
     LikelihoodSurface,
     num_params,
 )
-from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
+from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum, groups_of
+from ebm_ppl.normalizer.saddles import saddles
 from ebm_ppl.normalizer.score_test import (
     ScoreTest,
     constrained_errors,
@@ -113,9 +114,12 @@ def polish(
 
     found: list[tuple[np.ndarray, Maximum]] = []
     doubts: dict[str, None] = {}
+    lost: dict[str, None] = {}
     num_rounds, size = 0, FIRST_WALKERS if num_walkers is None else num_walkers
     for key in random.split(rng_key, max_rounds):
         num_rounds += 1
+
+        # Anneal, and climb
         surface, log_z = surface_at(
             key,
             params,
@@ -131,9 +135,11 @@ def polish(
         if not np.all(np.isfinite(maximum.step)):
             break
 
+        lost |= dict.fromkeys(_names(surface, maximum.is_lost))
+
         # Average rounds that began near the maximum.
         flat, _ = ravel_pytree(surface.params)
-        if maximum.is_reached and _is_near(maximum):
+        if maximum.is_reached and _is_near(maximum) and not lost:
             found.append((np.asarray(flat, float) + maximum.step, maximum))
             doubts |= dict.fromkeys(flags_of_draws(log_z))
         params = surface.bound.constrain(_at(surface, maximum.step))
@@ -143,7 +149,33 @@ def polish(
             size = _walkers_for(maximum, num_chains)
 
     flags = tuple(doubts) if found else flags_of_draws(log_z)
+    flags += saddles(surface, maximum) + _flags_of_unknown(surface, maximum, lost)
     return _result(surface, found, maximum, test, num_rounds, flags)
+
+
+def _names(surface: LikelihoodSurface, which: np.ndarray) -> list[str]:
+    """Sites of parameters."""
+    return [n for n, p in groups_of(surface.params).items() if np.any(which[p])]
+
+
+def _flags_of_unknown(
+    surface: LikelihoodSurface, maximum: Maximum, lost: dict[str, None]
+) -> tuple[str, ...]:
+    """Flags of parameters of which the data say nothing here."""
+    flags = tuple(
+        f"parameter '{name}' went where nothing depends on it any more: the likelihood "
+        "rises towards the end of its range, and has no maximum inside."
+        for name in lost
+    )
+    unknown = [n for n in _names(surface, maximum.is_unknown) if n not in lost]
+    if unknown:
+        named = ", ".join(f"'{name}'" for name in unknown)
+        flags += (
+            f"the data do not tell parameter {named}, or not apart from another: its "
+            "standard error is infinite. Drop it, give it a prior, or centre what it "
+            "multiplies.",
+        )
+    return flags
 
 
 def _is_near(maximum: Maximum) -> bool:
@@ -213,8 +245,8 @@ def _result(
     mean = np.mean([estimate for estimate, _ in found], axis=0)
     noise, covariance = _average(found)
     params = _at(surface, mean - begin)
-    spread, errors = constrained_errors(surface.bound, params, covariance)
-    _, noises = constrained_errors(surface.bound, params, noise)
+    spread, errors = constrained_errors(surface.bound, params, last, covariance)
+    _, noises = constrained_errors(surface.bound, params, last, noise)
     return Polished(
         surface.bound.constrain(params), errors, noises, spread, test, num_rounds, flags
     )

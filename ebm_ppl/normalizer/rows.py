@@ -1,6 +1,7 @@
 """The data rows, and the draws, that a user gave for one site."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ebm_ppl.energy.distribution import unwrap
+from ebm_ppl.energy.start import energy_beyond, starting_distribution
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.data import Observation, observations
 from ebm_ppl.model.masks import unmasked
 from ebm_ppl.model.program import Params
 from ebm_ppl.walkers.site import SiteAtParams
+
+# Share of rows that may weigh more than every draw, chance aside, and nats by which that
+# is no rounding.
+MAX_BEYOND = 0.05
+ROUNDING = 1e-3
 
 
 def given_samples(
@@ -52,7 +59,7 @@ def given_samples(
     return given
 
 
-def _observed(bound: BoundModel, params: Params) -> dict[str, Observation]:
+def observed_rows(bound: BoundModel, params: Params) -> dict[str, Observation]:
     """Data with every plate at full size, or as given if the caller passed a batch."""
     arguments = (bound.rng_key, bound.model, params, bound.arguments)
     full = observations(*arguments)
@@ -73,7 +80,7 @@ def data_rows(
     ones are kept.
     """
     rows = {}
-    for name, found in _observed(bound, params).items():
+    for name, found in observed_rows(bound, params).items():
         energy = unwrap(found.distribution)
         if (
             energy is None
@@ -108,3 +115,33 @@ def data_rows(
             rows[name] = jnp.asarray(values, float)
 
     return rows
+
+
+def share_beyond_draws(
+    bound: BoundModel, params: Params, name: str, rows: Array, largest: Array
+) -> float:
+    """Share of data rows that weigh more than every draw of the start did.
+
+    There the model has that share of its mass, and the draws' mean weight lacks it.
+
+    Args:
+        bound: The model, of these parameters.
+        params: The parameters.
+        name: The site.
+        rows: ``(num_rows, *batch, *event)``.
+        largest: Largest log weight of the draws, ``batch``.
+
+    Returns:
+        The share; 0 where chance explains it.
+    """
+    log_weight = _log_weights(bound, params, name, rows)
+    beyond = np.asarray(log_weight > largest + ROUNDING)
+    share, size = float(np.mean(beyond)), beyond.size
+    chance = 3.0 * np.sqrt(MAX_BEYOND * (1 - MAX_BEYOND) / size)
+    return share if share > MAX_BEYOND + chance else 0.0
+
+
+@partial(jax.jit, static_argnames="name")
+def _log_weights(bound: BoundModel, params: Params, name: str, rows: Array) -> Array:
+    energy = bound.energies(params)[name]
+    return -energy_beyond(energy, starting_distribution(energy, name), rows)

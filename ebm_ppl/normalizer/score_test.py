@@ -19,11 +19,14 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
 from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
+from ebm_ppl.normalizer.saddles import saddles
 from ebm_ppl.normalizer.surface import gain_on, surface_at
 from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 
+# Monte Carlo error, in standard errors, over which a distance is not judged.
+MAX_NOISE = 0.5
 # Walkers per island, at first and at most.
 FIRST_WALKERS = 256
 MAX_WALKERS = 8192
@@ -45,7 +48,8 @@ class ScoreTest:
             step that is left there.
         distance_error: Monte Carlo standard error of ``distance``.
         standard_errors: Of the constrained parameters, from the Fisher information;
-            empty for nets.
+            infinite for those that the data do not tell, or not apart from others; empty
+            for nets.
         gain: Nats gained as far as the walkers reach, Monte Carlo noise taken off.
         gain_per_row: The same, per row of data.
         newton: Constrained parameters where those steps lead; None for nets.
@@ -160,14 +164,14 @@ def score_test(
 
     if held_out is None:
         return test
-    gain = gain_on(surface, maximum.step, Arguments(tuple(held_out), kwargs))
+    gain = gain_on(surface, maximum, Arguments(tuple(held_out), kwargs))
     return replace(test, gain_held_out=gain)
 
 
 def _walkers_for(test: ScoreTest, size: int) -> int:
-    """Walkers per island that leave an error of half a standard error."""
+    """Walkers per island that leave an error well under the largest."""
     noise = max(float(np.max(leaf)) for leaf in jax.tree.leaves(test.distance_error))
-    wanted = min(size * noise**2 / 0.5**2, MAX_WALKERS)
+    wanted = min(size * (noise / (0.7 * MAX_NOISE)) ** 2, MAX_WALKERS)
     # Powers of two: a few programs serve all data.
     return int(2 ** np.ceil(np.log2(wanted)))
 
@@ -181,7 +185,8 @@ def verdict_on(
     """Distances by site, and flags."""
     bound, params = surface.bound, surface.params
     found = distances_of(surface, maximum, num_chains)
-    is_judged, reasons = judgement(found)
+    is_judged, reasons = judgement(found, max_noise=MAX_NOISE)
+    reasons += saddles(surface, maximum)
     errors: dict[str, Any]
 
     # By site, or by module
@@ -192,7 +197,7 @@ def verdict_on(
         by_site = lambda values: _like(params, values)  # noqa: E731
         there = surface.at(jnp.asarray(maximum.step, surface.directions.dtype))
         after = bound.constrain(there)
-        covariance, errors = constrained_errors(bound, there, maximum.covariance)
+        covariance, errors = constrained_errors(bound, there, maximum)
 
     return ScoreTest(
         params=bound.constrain(params),
@@ -225,9 +230,17 @@ def _like(params: Params, values: np.ndarray) -> Any:
 
 
 def constrained_errors(
-    bound: BoundModel, params: Params, covariance: np.ndarray
+    bound: BoundModel,
+    params: Params,
+    maximum: Maximum,
+    covariance: np.ndarray | None = None,
 ) -> tuple[np.ndarray, Any]:
-    """Covariance and standard errors of the constrained parameters (delta method)."""
+    """Covariance and standard errors of the constrained parameters (delta method).
+
+    Errors are infinite where a parameter, or what it is told apart from, has no
+    information; the covariance is that along the other directions.
+    """
+    covariance = maximum.covariance if covariance is None else covariance
     flat, unravel = ravel_pytree(params)
     _, unravel_constrained = ravel_pytree(bound.constrain(params))
 
@@ -236,5 +249,7 @@ def constrained_errors(
 
     jacobian = np.asarray(jax.jacfwd(constrain)(flat), float)
     found = jacobian @ covariance @ jacobian.T
-    errors = jnp.asarray(np.sqrt(np.maximum(np.diag(found), 0.0)), flat.dtype)
-    return found, jax.tree.map(np.asarray, unravel_constrained(errors))
+    errors = np.sqrt(np.maximum(np.diag(found), 0.0))
+    errors[np.any(jacobian[:, maximum.is_unknown] != 0, axis=1)] = np.inf
+    by_site = unravel_constrained(jnp.asarray(errors, flat.dtype))
+    return found, jax.tree.map(np.asarray, by_site)

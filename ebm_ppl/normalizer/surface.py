@@ -18,11 +18,13 @@ from ebm_ppl.model.handlers import FullPlates, WithoutPriors
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.certify import certify
+from ebm_ppl.normalizer.density import num_rows
 from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, Draws, LikelihoodSurface
-from ebm_ppl.normalizer.newton import directions_of, groups_of
+from ebm_ppl.normalizer.newton import Maximum, directions_of, groups_of
 from ebm_ppl.normalizer.options import plan_of
 from ebm_ppl.normalizer.passes import Plan, run_passes
 from ebm_ppl.normalizer.rows import data_rows
+from ebm_ppl.normalizer.same_energies import have_same_energies
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 
@@ -128,9 +130,11 @@ def _surface(
 
 
 def gain_on(
-    surface: LikelihoodSurface, step: np.ndarray, arguments: Arguments
+    surface: LikelihoodSurface, maximum: Maximum, arguments: Arguments
 ) -> float:
-    """Nats gained per row of other data by a step, priors left out.
+    """Nats gained per row of other data by the steps to a maximum, priors left out.
+
+    The same draws chose the steps and tell log Z there, which is taken off.
 
     Raises:
         ValueError: The energies there have other log Z's, so that the draws do not serve.
@@ -139,24 +143,28 @@ def gain_on(
     other = BoundModel(
         without_priors(bound.model), bound.transforms, bound.rng_key, arguments
     )
-    theirs = {
-        name: energy.batch_shape
-        for name, energy in other.energies(surface.params).items()
-    }
-    ours = {name: draws.potential.shape[2:] for name, draws in surface.draws.items()}
-    if theirs != ours:
+    if not have_same_energies(other, bound, surface.params):
         raise ValueError(
-            f"The energies of the held-out rows have batch shapes {theirs}, those of the "
-            f"rows that were fitted {ours}: each has a log Z of its own, and what one "
-            "gains says nothing of the other. Test the held-out rows by themselves."
+            "The energies of the held-out rows are conditional: every row has a log Z of "
+            "its own, and the draws at the rows that were fitted do not serve. Test the "
+            "held-out rows by themselves."
         )
 
+    # The gain
     held_out = replace(surface, bound=other)
     slope = jax.value_and_grad(held_out.negative_log_joint, argnums=1)
-    zero, offsets = jnp.zeros(len(step), surface.directions.dtype), surface.offsets()
-    before, counts = slope(zero, offsets)
-    after, _ = slope(jnp.asarray(step, zero.dtype), offsets)
-    return float(before - after) / max(float(jnp.sum(c)) for c in counts.values())
+    step = jnp.asarray(maximum.step, surface.directions.dtype)
+    before, counts = slope(jnp.zeros_like(step), surface.offsets())
+    after, _ = slope(step, surface.offsets())
+
+    # What noise gained, in every log Z that enters
+    num_fitted = max(float(np.sum(count)) for count in maximum.counts.values())
+    optimism = np.sum(maximum.covariance * maximum.score_noise) / num_fitted
+    num_held_out = max(float(jnp.sum(count)) for count in counts.values())
+
+    constrained = replace(other, transforms={})
+    size = num_rows(constrained, other.constrain(surface.params), counts)
+    return (float(before - after) - optimism * num_held_out) / size
 
 
 @lru_cache(maxsize=16)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import t as student_t
 
+from ebm_ppl.normalizer.density import num_rows
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
 from ebm_ppl.normalizer.newton import (
     MAX_UNTOLD,
@@ -35,6 +36,8 @@ class Distances(NamedTuple):
         error: Its Monte Carlo standard error.
         limit: What Monte Carlo error alone may pass for.
         gain_per_row: Nats a row gained on the way.
+        by_gain: The distance that the gain speaks of, in standard errors: half its square
+            is gained; and the same of Monte Carlo error alone.
     """
 
     maximum: Maximum
@@ -44,6 +47,7 @@ class Distances(NamedTuple):
     error: np.ndarray
     limit: np.ndarray
     gain_per_row: float
+    by_gain: tuple[float, float]
 
     def site(self, index: Any) -> str:
         """The site, or module, of a parameter."""
@@ -55,7 +59,8 @@ def distances_of(
 ) -> Distances:
     """Distances in standard errors, from islands whose number gives t quantiles."""
     places = groups_of(surface.params)
-    num_rows = max(float(np.sum(count)) for count in maximum.counts.values())
+    constrained = surface.bound.constrain(surface.params)
+    size = num_rows(surface.bound, constrained, maximum.counts)
     stderr = np.sqrt(np.maximum(np.diag(maximum.covariance), 0.0))
     scale = np.where(stderr > 0, stderr, np.inf)
 
@@ -63,8 +68,8 @@ def distances_of(
     distance = (maximum.step + maximum.left) / scale
     error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
     if surface.is_net:
-        size = 1 + NUM_DIRECTIONS
-        places = {n: slice(i * size, (i + 1) * size) for i, n in enumerate(places)}
+        width = 1 + NUM_DIRECTIONS
+        places = {n: slice(i * width, (i + 1) * width) for i, n in enumerate(places)}
     else:
         far = np.copysign(np.inf, maximum.untold)
         distance = np.where(np.abs(maximum.untold) > MAX_UNTOLD, far, distance)
@@ -77,12 +82,19 @@ def distances_of(
         distance,
         error,
         quantile * error,
-        maximum.gain / num_rows,
+        maximum.gain / size,
+        _distance_by_gain(maximum, quantile),
     )
 
 
+def _distance_by_gain(maximum: Maximum, quantile: float) -> tuple[float, float]:
+    """√(2 gain), which no scale of the parameters changes, and its limit by noise."""
+    noise = max(float(np.sum(maximum.covariance * maximum.score_noise)), 0.0)
+    return float(np.sqrt(2.0 * maximum.gain + noise)), float(quantile * np.sqrt(noise))
+
+
 def judgement(
-    found: Distances, max_distance: float = MAX_DISTANCE
+    found: Distances, max_distance: float = MAX_DISTANCE, max_noise: float = MAX_NOISE
 ) -> tuple[bool, tuple[str, ...]]:
     """Whether the parameters can be judged, and what speaks against them."""
     maximum, gain = found.maximum, found.gain_per_row
@@ -98,8 +110,9 @@ def judgement(
         return True, (
             "not at a maximum: the likelihood slopes along parameter "
             f"'{found.site(np.argmax(untold))}' where it does not curve down, so that "
-            "Newton steps cannot say how far its maximum is. Train on from here, or "
-            "begin nearer to it.",
+            "Newton steps cannot say how far its maximum is, or parameters that the energy "
+            "hardly tells apart. Train on from here, begin nearer to it, or centre what "
+            "they multiply.",
         )
 
     # A distance beyond its error
@@ -112,14 +125,19 @@ def judgement(
         )
         return True, (_not_at_maximum(found, how_far),)
 
+    # A gain beyond it: standard errors that grow on the way hide a distance
+    (distance, noise), size = found.by_gain, np.sqrt(len(found.distance))
+    if distance > max_distance * size + noise:
+        return True, (_not_at_maximum(found, ""),)
+
     # An error too large to tell
     worst = np.argmax(found.error)
-    if found.error[worst] > MAX_NOISE:
+    times = int((found.error[worst] / max_noise) ** 2) + 1
+    if found.error[worst] > max_noise:
         return False, (
             f"parameter '{found.site(worst)}' can be judged to {found.limit[worst]:.1f} "
             "of its standard errors only, for Monte Carlo error: take "
-            f"{int(found.error[worst] ** 2) + 1} times the walkers (num_walkers), or more "
-            "islands (num_chains).",
+            f"{times} times the walkers (num_walkers), or more islands (num_chains).",
         )
     return True, ()
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ebm_ppl.errors import level_of_caller
-from ebm_ppl.model.program import Params, constrain
+from ebm_ppl.model.program import Model, Params, constrain
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.averaging import Averaging
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
@@ -41,6 +41,8 @@ class Backend(ABC):
     States are frozen dataclasses, subclasses of :class:`State` and registered as
     pytrees, with fields ``params`` (unconstrained), ``transforms`` and ``rng_key``.
     """
+
+    model: Model
 
     parts: ClassVar[dict[str, str]] = {
         "loss": "the loss over the data",
@@ -180,7 +182,10 @@ class Backend(ABC):
         # Train
         arguments = Arguments(args, kwargs)
         averaged = None if averaging is None else Averaging(self, _decay(averaging))
-        watch = None if validation is None else validation.bound_to(self)
+        watch = None
+        if validation is not None:
+            params = self.get_params(init_state)
+            watch = validation.bound_to(self.model, params, arguments)
         fit = run(
             self if averaged is None else averaged,
             init_state if averaged is None else averaged.begin(init_state),

@@ -120,7 +120,7 @@ def run(
 
             # Look
             if watch is not None and (done % every == 0 or done == num_steps):
-                seen = watch.look(backend.get_params(state), arguments)
+                seen = watch.look(backend.get_params(state))
                 for key, value in seen.items():
                     pieces[-1][key][-1] = value
                 best.see(seen.get(WATCHED, np.nan), state)

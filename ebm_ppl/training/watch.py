@@ -32,7 +32,7 @@ class Watch(Protocol):
         """Of the history's entries, :data:`WATCHED` among them."""
         ...
 
-    def look(self, params: Params, arguments: Arguments) -> dict[str, float]:
+    def look(self, params: Params) -> dict[str, float]:
         """Those entries at constrained parameters; NaN where a number is not known."""
         ...
 
@@ -44,8 +44,8 @@ class Watch(Protocol):
 class Watchable(Protocol):
     """The interface that a backend's run needs from its ``validation``."""
 
-    def bound_to(self, backend: Any) -> Watch:
-        """What to watch of this backend's runs."""
+    def bound_to(self, model: Any, params: Params, arguments: Arguments) -> Watch:
+        """What a run watches that begins at constrained parameters, on these rows."""
         ...
 
 

@@ -1,7 +1,6 @@
 """The switch of walkers from one set of parameters to the next."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +61,3 @@ def switch(
 
     ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
     return replace(walkers, ensemble=ensemble, gradient=gradient), evaluated, ess
-
-
-@partial(jax.jit, static_argnames=("kernel", "name"))
-def switched(
-    kernel: Kernel, bound: BoundModel, name: str, params: Params, walkers: Walkers
-) -> Walkers:
-    """The walkers alone of :func:`switch`, compiled."""
-    return switch(kernel, bound, name, params, walkers)[0]

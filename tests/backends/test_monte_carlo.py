@@ -226,8 +226,82 @@ def test_weights_that_few_draws_carry_are_told():
             numpyro.sample("x", energy, obs=x)
 
     backend = ebm.MonteCarloMLE(model, optax.sgd(0.0), num_draws=256)
-    with pytest.warns(UserWarning, match="draws of the base of energy site 'x' only"):
+    with (
+        pytest.warns(UserWarning, match="site 'x': of 256 draws of the base only"),
+        pytest.warns(UserWarning, match="data rows lie where none of 16,384"),
+    ):
         backend.run(random.key(0), 100, ROWS + 4.5, progress_bar=False)
+
+
+def wide(x):
+    lam = numpyro.param("lam", 1.0)
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.5 * (lam - 1) * v**2, dist.Normal(0.0, 1.0)
+    )
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("spread", [2.0, 2.5])
+def test_a_base_narrower_than_the_data_is_told(spread):
+    """Weights without a variance: λ was 17 standard errors off, or under 0, with 50 to
+    200 draws of 1,024 that counted."""
+    x = (spread * RNG.normal(size=2000)).astype(np.float32)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit = fit_of(wide, x)
+    right = 1 / np.mean(x.astype(float) ** 2)
+    assert abs(fit.params["lam"] - right) > 3 * right * np.sqrt(2 / len(x))
+    told = ("tail so heavy (Pareto k̂", "of the data rows lie where none")
+    assert any(text in str(warning.message) for warning in seen for text in told)
+
+
+def test_data_where_no_draw_of_the_base_comes_are_told():
+    """Half of the data at 7 ± ½, no draw there: the ESS is 1, and log Z of nothing."""
+    x = np.concatenate([ROWS, ROWS + 7.0])
+
+    def model(x):
+        h = numpyro.param("h", 1.0)
+        energy = ebm.EnergyDistribution(
+            lambda v: -h * jnp.exp(-0.5 * (v - 7.0) ** 2), dist.Normal(0.0, 1.0)
+        )
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    backend = ebm.MonteCarloMLE(model, optax.adam(0.5))
+    with pytest.warns(
+        UserWarning, match=r"50% of the data rows lie where none of 16,384"
+    ):
+        fit = backend.run(random.key(0), 150, x, progress_bar=False)
+    assert fit.history["ess"]["x"][-1] > 0.99
+
+
+def test_an_energy_as_base_draws_approximately_and_is_refused():
+    """Its draws miss the narrow half of itself; log Z by them was certified, 4 nats off."""
+    broad = dist.Normal(0.0, 1.0).expand([5]).to_event(1)
+    narrow = dist.Normal(6 * jnp.ones(5), 0.05).to_event(1)
+
+    def inner(v):
+        both = jnp.logaddexp(broad.log_prob(v), narrow.log_prob(v))
+        return broad.log_prob(v) - both + np.log(2.0)
+
+    base = ebm.EnergyDistribution(inner, broad, log_normalizer=0.0)
+    energy = ebm.bounded(lambda v: -4.0 * jnp.tanh(v[..., 0] - 3.0), 3.0)
+    outer = ebm.EnergyDistribution(energy, base)
+    for method in ("base", "bracket"):
+        with pytest.raises(ebm.UnknownNormalizerError, match="is an energy itself"):
+            ebm.log_normalizer(random.key(0), outer, method=method, progress_bar=False)
+
+    def model(x):
+        t = numpyro.param("t", 1.0)
+        tilted = ebm.EnergyDistribution(lambda v: t * energy(v), base)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", tilted, obs=x)
+
+    backend = ebm.MonteCarloMLE(model, optax.adam(1e-2))
+    with pytest.raises(ebm.UnknownNormalizerError, match=r"start=inner\.base"):
+        backend.init(random.key(0), np.zeros((3, 5), np.float32))
 
 
 def test_a_run_that_stopped_early_is_told():
@@ -373,3 +447,120 @@ def test_priors_do_not_enter_a_validation():
         )  # fmt: skip
     right = np.log(2.0) - 2.0 * np.mean(SKEWED)
     assert fit.history["density_validation"][0] == pytest.approx(right, abs=1e-4)
+
+
+def unseen_wells(x):
+    """A well that the base's draws do not see, e^c deep."""
+    h = numpyro.param("h", 12.0)
+    well = ebm.bounded(lambda v: -h * jnp.exp(-0.5 * (v - 6.0) ** 2), 20.0)
+    with numpyro.plate("rows", len(x)):
+        energy = ebm.EnergyDistribution(well, dist.Normal(0.0, 1.0))
+        numpyro.sample("x", energy, obs=x)
+
+
+def test_a_look_is_certified_by_the_bound_and_by_the_rows():
+    """Limits 10 nats apart, or a third of the rows where no draw came: no number."""
+    backend = ebm.MonteCarloMLE(unseen_wells, optax.sgd(0.0))
+    for x, options, reason in (
+        (ROWS, {}, "limits by the energy's bound of 20"),
+        (
+            np.concatenate([ROWS, ROWS[:200] + 6]),
+            {"tolerance": 50.0},
+            "33% of the rows",
+        ),
+    ):
+        validation = ebm.Validation(x, every=1, options=options)
+        with pytest.warns(UserWarning, match=reason):
+            backend.run(
+                random.key(0), 1, ROWS, progress_bar=False, validation=validation
+            )
+
+
+def test_conditional_rows_have_a_log_z_of_their_own():
+    """As many validation rows as training rows, at other conditions."""
+    c = RNG.normal(size=(2, 40)).astype(np.float32) + np.array(
+        [[0.0], [3.0]], np.float32
+    )
+    x = (0.8 * c + 0.5 * RNG.normal(size=(2, 40))).astype(np.float32)
+
+    def model(x, c):
+        w = numpyro.param("w", 3.0)
+        base = dist.Normal(jnp.zeros(len(c)), 1.0)
+        energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * c * v, base)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    fit = ebm.MonteCarloMLE(model, optax.sgd(0.0)).run(
+        random.key(0), 1, x[0], c[0], progress_bar=False,
+        validation=ebm.Validation(x[1], c[1], every=1, options={"method": "quadrature"}),
+    )  # fmt: skip
+    right = np.mean(-2 * (x - 0.75 * c) ** 2, axis=1) + 0.5 * np.log(2 / np.pi)
+    assert fit.history["density_training"][0] == pytest.approx(right[0], abs=1e-3)
+    assert fit.history["density_validation"][0] == pytest.approx(right[1], abs=1e-3)
+
+
+def centred_on_its_rows(x):
+    k = numpyro.param("k", 0.5)
+    base = dist.Normal(x.mean(), x.std())
+    energy = ebm.EnergyDistribution(ebm.bounded(lambda v: k * v, 5.0), base)
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
+def test_a_base_of_the_rows_that_it_is_given_is_refused():
+    """Validation rows would bring their own mean: another model."""
+    backend = ebm.MonteCarloMLE(centred_on_its_rows, optax.sgd(0.0))
+    validation = ebm.Validation(ROWS + 10, every=1)
+    with pytest.raises(
+        ValueError, match="computed from the rows that the model is given"
+    ):
+        backend.run(random.key(0), 1, ROWS, progress_bar=False, validation=validation)
+
+
+def test_keywords_that_log_normalizer_takes_are_refused():
+    def model(x, tolerance=1.0):
+        precision(x)
+
+    validation = ebm.Validation(ROWS, every=1)
+    backend = ebm.MonteCarloMLE(model, optax.sgd(0.0))
+    with pytest.raises(ValueError, match=r"keyword arguments \['tolerance'\]"):
+        backend.run(random.key(0), 1, ROWS, tolerance=2.0, validation=validation)
+
+
+def test_a_row_is_a_row_however_many_log_zs_it_has():
+    """Three columns in one event: the density is their product's, as to_arviz has it."""
+    x = (RNG.normal(size=(50, 3)) / 2).astype(np.float32)
+
+    def model(x):
+        s = numpyro.param("s", jnp.array([2.0, 3.0, 4.0]))
+        energy = ebm.EnergyDistribution(
+            lambda v: 0.5 * (s - 1) * v**2, dist.Normal(jnp.zeros(3), 1.0)
+        )
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy.to_event(1), obs=x)
+
+    exact = {"method": "quadrature"}
+    fit = ebm.MonteCarloMLE(model, optax.sgd(0.0)).run(
+        random.key(0), 1, x, progress_bar=False,
+        validation=ebm.Validation(x, every=1, options=exact),
+    )  # fmt: skip
+    rates = np.array([2.0, 3.0, 4.0])
+    right = np.mean(
+        np.sum(0.5 * np.log(rates / (2 * np.pi)) - 0.5 * rates * x**2, axis=1)
+    )
+    assert fit.history["density_validation"][0] == pytest.approx(right, abs=1e-3)
+
+
+def test_walkers_are_led_to_an_average_that_is_far():
+    """λ from 1 to 100 in 60 updates: its average is far from the last one.  Weights by one
+    switch all the way left the exported draws with 0.6 of the model's variance."""
+    y = (RNG.normal(size=400) / 10).astype(np.float32)
+    backend = ebm.Jarzynski(precision, optax.adam(0.1), num_chains=8, num_walkers=64)
+    fit = backend.run(random.key(0), 60, y, averaging=0.99, progress_bar=False)
+    lam = float(fit.params["lam"])
+    log_z = fit.state.log_normalizer()
+    assert abs(log_z.estimate["x"] + 0.5 * np.log(lam)) < 5 * log_z.stderr["x"]
+    assert log_z.khat["x"] < 0.7
+    drawn = ebm.to_arviz(fit, precision, y)["posterior_predictive"]["x"].values
+    # 512 walkers, of whose weights the ESS is over a half.
+    assert lam * np.mean(drawn**2) == pytest.approx(1.0, abs=5 * np.sqrt(2 / 256))

@@ -235,3 +235,11 @@ def test_options_of_annealing_are_refused():
     for option in ({"budget": 10_000}, {"num_temperatures": 10}):
         with pytest.raises(ValueError, match="method = 'base' takes"):
             base_of(SKEWED, **option)
+
+
+def test_a_base_that_rounding_does_not_normalise_is_flagged():
+    """Its own constant, off by 0.08 nats, would enter every density."""
+    log_z = base_of(
+        ebm.bounded(lambda v: 0.0 * v, 1.0), base=dist.StudentT(1e6, 0.0, 1.0)
+    )
+    assert any("integrates to exp(" in flag for flag in log_z.flags["x"])

@@ -144,3 +144,25 @@ def test_other_estimators_are_refused():
     far = KernelDensity(metric="manhattan").fit(ROWS)
     with pytest.raises(ValueError, match="metric 'manhattan'"):
         ebm.from_sklearn(far)
+
+
+def test_a_mixture_that_single_precision_cannot_hold_is_told():
+    """Columns of 10⁴, one the sum of two: rows were off by 4 nats."""
+    a, b = 1e4 * RNG.normal(size=(2, 400))
+    fitted = GaussianMixture(1, random_state=0).fit(np.column_stack([a, b, a + b]))
+    with pytest.warns(UserWarning, match="In float32 the mixture's log density is off"):
+        ebm.from_sklearn(fitted)
+    with jax.enable_x64(True):
+        ebm.from_sklearn(fitted)
+
+
+def test_rows_of_weight_zero():
+    weights = np.arange(len(ROWS)) % 2
+    found = ebm.from_sklearn(
+        KernelDensity(bandwidth=0.5).fit(ROWS, sample_weight=weights)
+    )
+    right = ebm.from_sklearn(KernelDensity(bandwidth=0.5).fit(ROWS[1::2]))
+    points = ROWS[:9].astype(np.float32)
+    np.testing.assert_allclose(
+        found.log_prob(points), right.log_prob(points), rtol=1e-4, atol=5e-3
+    )

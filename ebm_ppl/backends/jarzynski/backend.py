@@ -17,6 +17,7 @@ import optax
 from jax import Array, random
 
 from ebm_ppl.backends.jarzynski.control import controlled_switch, negative_log_joint
+from ebm_ppl.backends.jarzynski.journey import led_to
 from ebm_ppl.backends.jarzynski.options import check_options
 from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_walkers
 from ebm_ppl.backends.jarzynski.state import JarzynskiState, new_or_old
@@ -40,7 +41,6 @@ from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, updates_of
 from ebm_ppl.walkers.moves import move_walkers, resample_or_return
 from ebm_ppl.walkers.state import Walkers
-from ebm_ppl.walkers.switch import switched
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,13 +263,8 @@ class Jarzynski(Backend):
     def with_params(
         self, state: JarzynskiState, params: Params, arguments: Arguments
     ) -> JarzynskiState:
-        """The state with other parameters, its walkers reweighted to them."""
-        bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
-        walkers = {
-            name: switched(self.kernel, bound, name, params, site)
-            for name, site in state.walkers.items()
-        }
-        return replace(state, params=params, walkers=walkers)
+        """The state at other parameters, to which its walkers are led in small steps."""
+        return led_to(self, state, params, arguments)
 
     def _check_fit(
         self, fit: Fit, init_state: JarzynskiState, arguments: Arguments

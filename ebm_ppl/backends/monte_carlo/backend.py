@@ -12,7 +12,11 @@ from jax import Array, random
 
 from ebm_ppl.backends.monte_carlo.normalizer import Normalizer, normalizer_of
 from ebm_ppl.backends.monte_carlo.state import MonteCarloMLEState
-from ebm_ppl.backends.monte_carlo.warnings import warn_of_few_draws
+from ebm_ppl.backends.monte_carlo.warnings import (
+    MIN_UPDATES,
+    warn_of_draws,
+    warn_of_few_draws,
+)
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.bound import BoundModel
@@ -157,10 +161,12 @@ class MonteCarloMLE(Backend):
         self, fit: Fit, init_state: MonteCarloMLEState, arguments: Arguments
     ) -> None:
         warn_of_few_draws(fit, self.num_draws)
+        state = fit.state
+        bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
+        held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
+        if fit.history and len(fit.history["loss"]) >= MIN_UPDATES:
+            warn_of_draws(bound, state.params, held)
         if is_checked(fit):
-            state = fit.state
-            bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
-            held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
             warn_unless_at_maximum(fit, self.model, arguments, held, "")
 
 

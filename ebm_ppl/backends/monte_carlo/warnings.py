@@ -1,10 +1,19 @@
 """Warnings of Monte Carlo maximum likelihood."""
 
 import warnings
+from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
 
+from ebm_ppl.energy.bounded import bound_of
 from ebm_ppl.errors import level_of_caller
+from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.program import Params
+from ebm_ppl.normalizer.flags import MAX_KHAT
+from ebm_ppl.normalizer.own_draws import OwnDraws
+from ebm_ppl.normalizer.rows import data_rows, share_beyond_draws
+from ebm_ppl.smc.weights import pareto_khat
 from ebm_ppl.training.fit import Fit
 
 # Runs too short to have settled.
@@ -12,6 +21,13 @@ MIN_UPDATES = 50
 # Effective draws under which log Z, and its gradient, are biased: by half over their
 # number, in nats.
 MIN_DRAWS = 10.0
+MAX_ROWS = 1024
+
+REMEDIES = (
+    "Take a base nearer to the data, or wider than they are (ebm_ppl.from_sklearn, a "
+    "flow), a lower bound (ebm_ppl.bounded), more draws (num_draws), or go on with "
+    "Jarzynski (init_params=fit.params), whose walkers follow the energy."
+)
 
 
 def warn_of_few_draws(fit: Fit, num_draws: int) -> None:
@@ -22,13 +38,52 @@ def warn_of_few_draws(fit: Fit, num_draws: int) -> None:
     last = max(1, len(history["loss"]) // 10)
     for name, ess in history["ess"].items():
         count = num_draws * float(np.min(np.median(ess[-last:], axis=0)))
-        if count >= MIN_DRAWS:
+        if count < MIN_DRAWS:
+            _warn(
+                name,
+                f"of {num_draws:,} draws of the base only {count:.1f} counted (ESS) at "
+                "the end: its log Z and the fit are biased.",
+            )
+
+
+def warn_of_draws(
+    bound: BoundModel, params: Params, held: Mapping[str, OwnDraws]
+) -> None:
+    """Warn where the base's draws do not stand for the model's.
+
+    Weights whose tail has no variance, or data rows where no draw came, give a log Z that
+    is too small by more than its standard error says.
+
+    Args:
+        bound: The model.
+        params: Unconstrained parameters.
+        held: Weighted draws at these parameters.
+    """
+    energies, rows = bound.energies(params), data_rows(bound, params, MAX_ROWS)
+    for name, draws in held.items():
+        flat = draws.log_weight.reshape(-1, *draws.log_weight.shape[2:])
+        largest, share = jnp.max(flat, axis=0), 0.0
+        if name in rows:
+            share = share_beyond_draws(bound, params, name, rows[name], largest)
+        if share > 0:
+            _warn(
+                name,
+                f"{100 * share:.0f}% of the data rows lie where none of {len(flat):,} "
+                "draws of the base came, so that log Z and the fit lack that mass.",
+            )
             continue
-        warnings.warn(
-            f"Of {num_draws:,} draws of the base of energy site '{name}' only "
-            f"{count:.1f} counted (ESS) at the end: its log Z and the fit are biased. "
-            "Take a base nearer to the data (ebm_ppl.from_sklearn, a flow), a lower bound "
-            "(ebm_ppl.bounded), more draws (num_draws), or go on with "
-            "Jarzynski (init_params=fit.params), whose walkers follow the energy.",
-            stacklevel=level_of_caller(),
-        )
+
+        khat = float(jnp.max(pareto_khat(flat)))
+        if bound_of(energies[name].factors) is None and khat > MAX_KHAT:
+            _warn(
+                name,
+                f"the weights of the base's draws have a tail so heavy (Pareto k̂ = "
+                f"{khat:.2f} > {MAX_KHAT}) that log Z is not known from them, and the fit "
+                "may have run off.",
+            )
+
+
+def _warn(name: str, finding: str) -> None:
+    warnings.warn(
+        f"Energy site '{name}': {finding} {REMEDIES}", stacklevel=level_of_caller()
+    )
