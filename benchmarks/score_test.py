@@ -1,9 +1,12 @@
 """The score test and `polish` over many data sets, against exact maximum likelihood.
 
-    python benchmarks/score_test.py [--seeds 100] [--rows 1000] [NAME ...]
+    python benchmarks/score_test.py [--seeds 100] [--rows 1000] [--backend NAME] [NAME ...]
 
 For every target and seed: data are drawn from the model itself by its distribution
-function on a grid, Jarzynski fits them, and four things are counted.
+function on a grid, a backend (jarzynski, vera or monte-carlo) fits them, and five things
+are counted.
+
+- The fit itself, in standard errors from the maximum, and whether the run warned.
 
 - The test is silent on a fit that stands within a standard error of the maximum
   (wanted: 95 of 100).
@@ -31,10 +34,21 @@ NAMES = ("precision 4", "skewed quartic", "exp(-a abs(x))", "gamma", "precisions
 NUM_UPDATES = 1000
 
 
+def backend_of(name, target):
+    rate = optax.cosine_decay_schedule(2e-2, NUM_UPDATES, 0.02)
+    if name == "vera":
+        plain = optax.adam(rate, b1=0.0)
+        return ebm.VERA(target.model, target.generator, plain, plain)
+    made = {"jarzynski": ebm.Jarzynski, "monte-carlo": ebm.MonteCarloMLE}[name]
+    return made(target.model, optax.adam(rate))
+
+
 def fit_of(backend, target, seed, num_updates):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return backend.run(random.key(seed), num_updates, target.x, progress_bar=False)
+    """The fit, and whether the run warned."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit = backend.run(random.key(seed), num_updates, target.x, progress_bar=False)
+    return fit, bool(seen)
 
 
 def covers(polished, truth):
@@ -48,28 +62,29 @@ def covers(polished, truth):
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(inside)])
 
 
-def report(name, num_seeds, num_rows):
+def report(name, num_seeds, num_rows, backend_name):
     began = time.perf_counter()
-    silent = healthy = loud = early = 0
-    ratios, distances, noises, covered = [], [], [], []
+    silent = healthy = loud = early = warned = 0
+    ratios, distances, noises, covered, fitted = [], [], [], [], []
     # One model and one backend for all data, which are arguments: compiled once.
     plain = TARGETS[name]()
-    rate = optax.cosine_decay_schedule(2e-2, NUM_UPDATES, 0.02)
-    backend = ebm.Jarzynski(plain.model, optax.adam(rate))
+    backend = backend_of(backend_name, plain)
     for seed in range(num_seeds):
         target = drawn(plain, seed, num_rows)
         best, errors = maximum_of(target)
         args = (target.model, target.x)
 
         # A fit that arrived
-        fit = fit_of(backend, target, seed, NUM_UPDATES)
-        if distance(fit.params, best, errors) <= 1.0:
+        fit, has_warned = fit_of(backend, target, seed, NUM_UPDATES)
+        fitted.append(distance(fit.params, best, errors))
+        if fitted[-1] <= 1.0:
             healthy += 1
+            warned += has_warned
             test = ebm.score_test(random.key(seed), fit, *args)
             silent += test.is_at_maximum
 
         # One that did not
-        short = fit_of(backend, target, seed, NUM_UPDATES // 10)
+        short, _ = fit_of(backend, target, seed, NUM_UPDATES // 10)
         lost = nats_a_row(target, best) - nats_a_row(target, short.params)
         if distance(short.params, best, errors) > 3.0:
             early += 1
@@ -88,7 +103,9 @@ def report(name, num_seeds, num_rows):
     low, high = np.quantile(ratios, [0.05, 0.95]) if ratios else (np.nan, np.nan)
     coverage = ", ".join(f"{100 * share:.0f}%" for share in np.mean(covered, 0))
     print(
-        f"{name:16} silent {silent} of {healthy} healthy; loud {loud} of {early} early, "
+        f"{name:16} fits off by {np.median(fitted):.2f} standard errors, worst "
+        f"{max(fitted):.2f}; {warned} of {healthy} healthy runs warned; test silent "
+        f"{silent} of {healthy}; loud {loud} of {early} early, "
         f"gain over truth {low:.2f} to {high:.2f}; polished: worst "
         f"{max(distances):.2f} standard errors off, Monte Carlo at most "
         f"{max(noises):.2f}, 90% intervals cover {coverage}; "
@@ -102,9 +119,10 @@ def main():
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--rows", type=int, default=1000)
+    parser.add_argument("--backend", default="jarzynski")
     asked = parser.parse_args()
     for name in asked.names or NAMES:
-        report(name, asked.seeds, asked.rows)
+        report(name, asked.seeds, asked.rows, asked.backend)
 
 
 if __name__ == "__main__":

@@ -210,12 +210,13 @@ TINY = ["--steps", "20", "--temperatures", "16"]
     [
         (
             "digits",
-            [*TINY, "--walkers", "4"],
+            [*TINY, "--walkers", "4", "--tilting-steps", "20"],
             {"samples.png", "training.png", "energies.png", "digits.nc"},
             [
                 "energy model",
                 "Gaussian (the base)",
                 "mixture",
+                "an energy on that mixture",
                 "labels alone",
                 "kNN label spreading",
                 "r_hat",

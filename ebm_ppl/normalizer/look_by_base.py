@@ -77,7 +77,10 @@ class Base:
         assert self.rows is not None
         if name in self.rows:
             rows = self.rows[name]
-            share = share_beyond_draws(self.bound, params, name, rows, largest)
+            num_draws = self.num_chains * self.num_draws
+            share = share_beyond_draws(
+                self.bound, params, name, rows, largest, site.estimate, num_draws
+            )
             flags += flag_where(
                 jnp.asarray(share > 0),
                 f"{100 * share:.0f}% of the rows lie where no draw of the base has come: "

@@ -17,10 +17,9 @@ from ebm_ppl.model.masks import unmasked
 from ebm_ppl.model.program import Params
 from ebm_ppl.walkers.site import SiteAtParams
 
-# Share of rows that may weigh more than every draw, chance aside, and nats by which that
-# is no rounding.
+# Share of rows that may weigh more than every draw, chance aside; and of log Z that one
+# draw there would have brought.
 MAX_BEYOND = 0.05
-ROUNDING = 1e-3
 
 
 def given_samples(
@@ -118,11 +117,18 @@ def data_rows(
 
 
 def share_beyond_draws(
-    bound: BoundModel, params: Params, name: str, rows: Array, largest: Array
+    bound: BoundModel,
+    params: Params,
+    name: str,
+    rows: Array,
+    largest: Array,
+    log_z: Array,
+    num_draws: int,
 ) -> float:
     """Share of data rows that weigh more than every draw of the start did.
 
-    There the model has that share of its mass, and the draws' mean weight lacks it.
+    And so much more that one draw there would have changed log Z: the model may have
+    that share of its mass there, and the draws' mean weight lacks it.
 
     Args:
         bound: The model, of these parameters.
@@ -130,12 +136,15 @@ def share_beyond_draws(
         name: The site.
         rows: ``(num_rows, *batch, *event)``.
         largest: Largest log weight of the draws, ``batch``.
+        log_z: Log of their mean weight, ``batch``.
+        num_draws: Their number.
 
     Returns:
         The share; 0 where chance explains it.
     """
     log_weight = _log_weights(bound, params, name, rows)
-    beyond = np.asarray(log_weight > largest + ROUNDING)
+    enough = log_z + np.log(MAX_BEYOND * num_draws)
+    beyond = np.asarray(log_weight > jnp.maximum(largest, enough))
     share, size = float(np.mean(beyond)), beyond.size
     chance = 3.0 * np.sqrt(MAX_BEYOND * (1 - MAX_BEYOND) / size)
     return share if share > MAX_BEYOND + chance else 0.0

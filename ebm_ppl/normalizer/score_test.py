@@ -144,6 +144,7 @@ def score_test(
     Source: Rao (1948); Geyer and Thompson (1992).
     """
     params = fit.params if isinstance(fit, Fit) else dict(fit)
+    others = None if held_out is None else Arguments(tuple(held_out), kwargs)
     size = FIRST_WALKERS if num_walkers is None else num_walkers
     for key in random.split(rng_key):
         surface, log_z = surface_at(
@@ -155,17 +156,18 @@ def score_test(
             num_walkers=size,
             num_temperatures=num_temperatures,
             tolerance=tolerance,
+            held_out=others,
         )
+
         maximum = climb_to_maximum(surface)
         test = verdict_on(surface, maximum, num_chains, log_z)
         if test.is_judged or num_walkers is not None:
             break
         size = _walkers_for(test, size)
 
-    if held_out is None:
+    if others is None:
         return test
-    gain = gain_on(surface, maximum, Arguments(tuple(held_out), kwargs))
-    return replace(test, gain_held_out=gain)
+    return replace(test, gain_held_out=gain_on(surface, maximum, others))
 
 
 def _walkers_for(test: ScoreTest, size: int) -> int:

@@ -39,6 +39,7 @@ def surface_at(
     num_walkers: int,
     num_temperatures: int | None,
     tolerance: float,
+    held_out: Arguments | None = None,
 ) -> tuple[LikelihoodSurface, LogNormalizer]:
     """Anneal to the energies at (constrained) parameters.
 
@@ -47,7 +48,8 @@ def surface_at(
         that the draws came with.
 
     Raises:
-        ValueError: Options, a model, parameters or data that cannot work.
+        ValueError: Options, a model, parameters or data that cannot work; held-out data
+            for which the model has other energies.
     """
     if num_chains < 2 or num_walkers < 1:
         raise ValueError(
@@ -58,6 +60,8 @@ def surface_at(
     full = with_full_plates(model)
     found = inspect_model(key_model, full, arguments, init_params=params)
     bound = BoundModel(full, found.transforms, key_model, arguments)
+    if held_out is not None:
+        _check_held_out(bound, found.params, held_out)
 
     plan = plan_of(
         "bracket", None, num_chains, num_walkers, num_temperatures, 1, None, 1
@@ -135,22 +139,8 @@ def gain_on(
     """Nats gained per row of other data by the steps to a maximum, priors left out.
 
     The same draws chose the steps and tell log Z there, which is taken off.
-
-    Raises:
-        ValueError: The energies there have other log Z's, so that the draws do not serve.
     """
-    bound = surface.bound
-    other = BoundModel(
-        without_priors(bound.model), bound.transforms, bound.rng_key, arguments
-    )
-    if not have_same_energies(other, bound, surface.params):
-        raise ValueError(
-            "The energies of the held-out rows are conditional: every row has a log Z of "
-            "its own, and the draws at the rows that were fitted do not serve. Test the "
-            "held-out rows by themselves."
-        )
-
-    # The gain
+    other = _likelihood(surface.bound, arguments)
     held_out = replace(surface, bound=other)
     slope = jax.value_and_grad(held_out.negative_log_joint, argnums=1)
     step = jnp.asarray(maximum.step, surface.directions.dtype)
@@ -165,6 +155,22 @@ def gain_on(
     constrained = replace(other, transforms={})
     size = num_rows(constrained, other.constrain(surface.params), counts)
     return (float(before - after) - optimism * num_held_out) / size
+
+
+def _likelihood(bound: BoundModel, arguments: Arguments) -> BoundModel:
+    """The model on other data, its likelihood alone."""
+    model = without_priors(bound.model)
+    return BoundModel(model, bound.transforms, bound.rng_key, arguments)
+
+
+def _check_held_out(bound: BoundModel, params: Params, held_out: Arguments) -> None:
+    """Refuse rows at which the energies have other log Z's: the draws do not serve."""
+    if not have_same_energies(_likelihood(bound, held_out), bound, params):
+        raise ValueError(
+            "The energies of the held-out rows are conditional: every row has a log Z of "
+            "its own, and the draws at the rows that were fitted do not serve. Test the "
+            "held-out rows by themselves."
+        )
 
 
 @lru_cache(maxsize=16)

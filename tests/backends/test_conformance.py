@@ -94,7 +94,7 @@ MONTE_CARLO_HISTORY = {
 }
 
 
-def monte_carlo(model, optim, *, num_walkers=16):
+def monte_carlo(model, optim, *, num_walkers=128):
     return ebm.MonteCarloMLE(model, optim, num_draws=num_walkers)
 
 

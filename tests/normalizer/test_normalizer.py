@@ -765,7 +765,7 @@ def test_parameters_that_are_missing_or_unknown(params, match):
     [
         (
             {"method": "ais"},
-            "method = 'ais'; expected one of bracket, forward, reverse, quadrature, "
+            "method = 'ais'; expected one of bracket, forward, reverse, base, quadrature, "
             "enumeration",
         ),
         ({"num_chains": 1}, "num_chains = 1; expected at least 2"),

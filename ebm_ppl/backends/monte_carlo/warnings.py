@@ -13,7 +13,7 @@ from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.flags import MAX_KHAT
 from ebm_ppl.normalizer.own_draws import OwnDraws
 from ebm_ppl.normalizer.rows import data_rows, share_beyond_draws
-from ebm_ppl.smc.weights import pareto_khat
+from ebm_ppl.smc.weights import log_mean_exp, pareto_khat
 from ebm_ppl.training.fit import Fit
 
 # Runs too short to have settled.
@@ -64,7 +64,10 @@ def warn_of_draws(
         flat = draws.log_weight.reshape(-1, *draws.log_weight.shape[2:])
         largest, share = jnp.max(flat, axis=0), 0.0
         if name in rows:
-            share = share_beyond_draws(bound, params, name, rows[name], largest)
+            log_z = log_mean_exp(flat, axis=0)
+            share = share_beyond_draws(
+                bound, params, name, rows[name], largest, log_z, len(flat)
+            )
         if share > 0:
             _warn(
                 name,
