@@ -192,7 +192,7 @@ def test_elements_have_their_own_log_z():
 
 def test_alarms_by_chance_are_rare():
     """Of 40 tests at the maximum at most as many as a binomial of 2% gives at 10⁻³."""
-    rows = ROWS[:200]
+    rows = ROWS[:100]
     at = {"lam": 1 / float(np.mean(rows.astype(float) ** 2))}
     alarms = sum(
         not ebm.score_test(
