@@ -147,14 +147,19 @@ def _draw_ess(ax: Axes, series: Series) -> None:
         if key in series:
             ax.plot(series[key], label=label, color=color)
     ax.set_ylim(0.0, 1.0)
-    ax.set_ylabel("ESS / walkers")
-    ax.legend()
+
+    # Draws of the base have no islands.
+    has_islands = "ess_holdout" in series
+    ax.set_ylabel("ESS / walkers" if has_islands else "ESS / draws")
+    if has_islands:
+        ax.legend()
 
 
 def _draw_log_normalizer(ax: Axes, series: Series) -> None:
     if "log_normalizer" in series:
         value = series["log_normalizer"]
-        label = "held-out islands"
+        has_islands = "log_normalizer_training" in series
+        label = "held-out islands" if has_islands else "at every update"
         if "log_normalizer_stderr" in series:
             stderr = series["log_normalizer_stderr"]
             ax.fill_between(

@@ -198,7 +198,7 @@ def test_training_with_a_batch_shape_shows_the_worst_ess_and_the_mean_log_normal
     ("keys", "labels"),
     [
         (["loss"], ["loss [nats]"]),
-        (["loss", "ess"], ["loss [nats]", "ESS / walkers"]),
+        (["loss", "ess"], ["loss [nats]", "ESS / draws"]),
         (["log_normalizer"], ["log Z [nats]"]),
         (["ess_holdout", "update_scale"], ["ESS / walkers", "update scale"]),
     ],
@@ -210,6 +210,22 @@ def test_keys_that_another_backend_lacks_are_skipped(keys, labels):
     assert [ax.get_ylabel() for ax in axes] == labels
     assert sum(len(ax.lines) for ax in axes) == len(keys)
     assert not any(ax.collections for ax in axes)
+
+
+def test_densities_of_looks_are_drawn_where_they_were_seen():
+    looks = np.where(np.arange(STEPS) % 3 == 2, np.arange(STEPS) / 10, np.nan)
+    shown = {"loss": RNG.normal(size=STEPS), "density_validation": looks}
+    shown |= {"density_training": looks + 1, "ess": {"x": np.full(STEPS, 0.5)}}
+    _, panel, effective = plot_training(shown)
+    training, validation = panel.get_lines()
+    for line, offset in ((training, 1.0), (validation, 0.0)):
+        np.testing.assert_allclose(line.get_xdata(), [2, 5])
+        np.testing.assert_allclose(line.get_ydata(), np.array([0.2, 0.5]) + offset)
+    labels = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert labels == ["training rows", "validation rows"]
+    # Draws of the base are on no islands.
+    assert effective.get_ylabel() == "ESS / draws"
+    assert effective.get_legend() is None
 
 
 def test_a_history_without_anything_to_draw():
