@@ -66,6 +66,9 @@ def to_arviz(
     ``entropy_weight`` and the running ``log_normalizer_bound``, and no log Z unless one
     is given.
 
+    A :class:`MonteCarloMLE` fit has 16 × 1,000 fresh draws of its base with their
+    weights, in the groups of a Jarzynski fit; no island is held out.
+
     A point fit has no posterior draws of the parameters, so there is no ``posterior``
     and no ``log_likelihood`` (LOO needs both): ``parameters`` holds their values, and
     ``standard_errors`` and ``distances`` (from the maximum of the likelihood, in

@@ -402,6 +402,41 @@ def test_the_best_validation_density_is_kept():
     assert trained == pytest.approx(density(float(fit.params["lam"]), ROWS), abs=1e-4)
 
 
+def flow():
+    """A normal without latents, whose score is exact."""
+    mean, scale = numpyro.param("mean", 0.0), numpyro.param("scale", 1.0)
+    numpyro.sample("x", dist.Normal(mean, jnp.exp(scale) / jnp.e))
+
+
+def vera(model):
+    optim = optax.adam(5e-2, b1=0.0)
+    return ebm.VERA(model, flow, optim, optim)
+
+
+@pytest.mark.parametrize("make", [jarzynski, vera])
+def test_other_backends_keep_their_best_look_too(make):
+    """And the whole state of it: the run goes on from there bit for bit."""
+    backend = make(precision)
+    valid = 1.2 * ROWS[:100]
+    fit = backend.run(
+        random.key(0), 60, ROWS, progress_bar=False,
+        validation=ebm.Validation(valid, every=10, options={"method": "quadrature"}),
+    )  # fmt: skip
+    best = int(np.nanargmax(fit.history["density_validation"]))
+    assert best < 59
+    again = backend.run(random.key(0), best + 1, ROWS, progress_bar=False)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jax.tree.map(_numbers, fit.state),
+        jax.tree.map(_numbers, again.state),
+    )
+
+
+def _numbers(leaf):
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return random.key_data(leaf) if is_key else np.asarray(leaf)
+
+
 def test_patience_ends_a_run():
     """Trained on rows that spread twice as far, the validation density only falls."""
     validation = ebm.Validation(
