@@ -123,6 +123,8 @@ def main():
     asked = parser.parse_args()
     for name in asked.names or NAMES:
         report(name, asked.seeds, asked.rows, asked.backend)
+        # Every target has programs of its own, and each maps memory.
+        jax.clear_caches()
 
 
 if __name__ == "__main__":
