@@ -22,6 +22,8 @@ from ebm_ppl.walkers.switch import merge_islands
 
 # More parameters than this are a net, tested along a few directions of every module.
 MAX_PARAMETERS = 1000
+# Terms of one sum, where digits matter.
+SHORT_SUM = 16
 # Roundings of a sum over rows that the score, a difference of two, may be off by.
 ROUNDING = 4.0
 # Derivatives along so few directions are cheaper forwards.
@@ -188,12 +190,30 @@ def _moments(
         parts = jnp.einsum("ci,cik->ck", weight, slopes)
         mean, shares = jnp.sum(parts, axis=0), jnp.sum(weight, axis=1)
         centred = ((slopes - mean) * jnp.sqrt(weight)[..., None]).reshape(-1, num)
+        moment = _gram(centred)
         left_out = (mean - parts) / (1.0 - shares[:, None])
         count = counts[element]
-        return count * (centred.T @ centred), count * left_out
+        return count * moment, count * left_out
 
     found, left_out = lax.map(of_element, jnp.arange(batch))
     return jnp.sum(found, axis=0), jnp.sum(left_out, axis=0)
+
+
+def _gram(rows: Array) -> Array:
+    """``rows.T @ rows``, of few columns by sums of few terms.
+
+    Nearly collinear columns are told apart by the last digits, which one long sum loses.
+    """
+    size, num = rows.shape
+    if num > MAX_FORWARD:
+        return rows.T @ rows
+    padded = jnp.pad(rows, ((0, -size % SHORT_SUM), (0, 0)))
+    blocks = padded.reshape(-1, SHORT_SUM, num)
+    found = jnp.einsum("gik,gil->gkl", blocks, blocks, precision="highest")
+    while len(found) > 1:
+        found = jnp.pad(found, ((0, -len(found) % SHORT_SUM), (0, 0), (0, 0)))
+        found = jnp.sum(found.reshape(-1, SHORT_SUM, num, num), axis=1)
+    return found[0]
 
 
 def _slopes(

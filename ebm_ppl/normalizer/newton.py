@@ -35,8 +35,8 @@ MIN_PART = 1e-3
 # What a score along such a direction may be, in units of the root of its curvature: one
 # whose Newton step would be a standard error, were the curvature information.
 MAX_UNTOLD = 1.0
-# Curvature under which single precision knows nothing of it, in units of the diagonal.
-NO_CURVATURE = 1e-8
+# Curvature that single precision cannot tell from none, in units of the diagonal.
+NO_CURVATURE = 1e-6
 # That unit where there is no curvature at all: scores over 0.01 nats count.
 WITHOUT_SCALE = 100.0
 # Monte Carlo errors that are taken off a score.
@@ -228,8 +228,9 @@ def _untold_score(here: Any) -> np.ndarray:
     error = np.sqrt(np.maximum(np.diag(vectors.T @ noise @ vectors), 0.0))
     rounding = np.abs(vectors).T @ (unit * here.rounding)
     beyond = np.maximum(np.abs(along) - MAX_ERRORS * error - rounding, 0.0)
-    values = np.maximum(values[values <= MIN_INFORMATION], 0.0)
-    scale = np.where(
-        values > NO_CURVATURE, np.sqrt(np.maximum(values, NO_CURVATURE)), 1.0
-    )
+    # Where nothing curves at all the unit is that of WITHOUT_SCALE.
+    is_idle = np.diag(here.information) == 0
+    idle = np.sum(vectors[is_idle] ** 2, axis=0)
+    scale = np.sqrt(np.maximum(np.abs(values[values <= MIN_INFORMATION]), NO_CURVATURE))
+    scale = np.where(idle > 0.5, 1.0, scale)
     return vectors @ (np.sign(along) * beyond / scale)
