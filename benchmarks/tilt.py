@@ -206,7 +206,8 @@ def report(name, asked):
         if asked.bracket:
             both = ebm.log_normalizer(random.key(2), *args, progress_bar=False)
             text += f"; {both}"
-        step = int(np.nanargmax(fit.history["density_validation"])) + 1
+        looks = np.nan_to_num(fit.history["density_validation"], nan=-np.inf)
+        step = int(np.argmax(looks)) + 1 if np.any(np.isfinite(looks)) else asked.steps
         print(
             f"  seed {seed}: tilted {-energy:.2f} on test, {-energy - mixture.score(test):+.2f} "
             f"over its base, {-energy - best:+.2f} over the best mixture; log Z {text}; "

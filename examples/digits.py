@@ -242,11 +242,11 @@ def main(arguments=None):
     parser.add_argument(
         "--temperatures",
         type=int,
-        default=1_000,
+        default=600,
         help="rungs of the annealing that gives log Z",
     )
     parser.add_argument(
-        "--tilting-steps", type=int, default=2_500, help="updates on the mixture"
+        "--tilting-steps", type=int, default=2_000, help="updates on the mixture"
     )
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path(__file__).parent / "output"

@@ -45,8 +45,9 @@ class Validation:
         patience: Looks without a better one after which the run ends; None goes on.
         options: Options of :func:`log_normalizer`.  By default draws of the base, where
             every energy is :func:`bounded`: limits within ``tolerance`` of 2 nats, an
-            observed error of 0.1 at most, and no more than 5% of the rows where no draw
-            has come.  Otherwise its bracket, which takes seconds.
+            observed error of 0.1 at most and, if the limits leave over a nat open, no
+            more than 5% of the rows where no draw has come.  Otherwise its bracket, which
+            takes seconds.
         kwargs: The model's keyword arguments, and those of the training rows too where
             none are given.
 

@@ -10,7 +10,9 @@ from ebm_ppl.energy.bounded import bound_of
 from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
+from ebm_ppl.normalizer.by_base import chernoff_limits
 from ebm_ppl.normalizer.flags import MAX_KHAT
+from ebm_ppl.normalizer.look_by_base import ROOM
 from ebm_ppl.normalizer.own_draws import OwnDraws
 from ebm_ppl.normalizer.rows import data_rows, share_beyond_draws
 from ebm_ppl.smc.weights import log_mean_exp, pareto_khat
@@ -63,8 +65,16 @@ def warn_of_draws(
     for name, draws in held.items():
         flat = draws.log_weight.reshape(-1, *draws.log_weight.shape[2:])
         largest, share = jnp.max(flat, axis=0), 0.0
+        log_z = log_mean_exp(flat, axis=0)
+        limit = (
+            bound_of(energies[name].factors) if energies[name].start is None else None
+        )
+        if limit is not None:
+            _, upper = chernoff_limits(np.asarray(log_z, float), limit, len(flat))
+            if np.all(upper - np.asarray(log_z) <= ROOM):
+                continue
+
         if name in rows:
-            log_z = log_mean_exp(flat, axis=0)
             share = share_beyond_draws(
                 bound, params, name, rows[name], largest, log_z, len(flat)
             )
@@ -77,7 +87,7 @@ def warn_of_draws(
             continue
 
         khat = float(jnp.max(pareto_khat(flat)))
-        if bound_of(energies[name].factors) is None and khat > MAX_KHAT:
+        if limit is None and khat > MAX_KHAT:
             _warn(
                 name,
                 f"the weights of the base's draws have a tail so heavy (Pareto k̂ = "
