@@ -9,6 +9,7 @@ import pathlib
 import sys
 import sysconfig
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,10 @@ class _Reader:
             return
         if isinstance(value, float):
             yield float, repr(value)  # NaN equals NaN
+            return
+        if isinstance(value, weakref.ref):
+            # A cache that comes and goes, such as a transform's inverse in NumPyro.
+            yield (weakref.ref,)
             return
         if isinstance(
             value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType

@@ -22,6 +22,7 @@ from numpyro.infer import MCMC, NUTS, log_likelihood
 import ebm_ppl as ebm
 from ebm_ppl.energy.pointwise import require_pointwise
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.programs.content import content_of
 from ebm_ppl.programs.snapshot import snapshot
 
 X = (np.random.default_rng(0).normal(size=40) * 0.7).astype(np.float32)
@@ -522,3 +523,15 @@ def test_the_neighbour_of_a_library_is_none(monkeypatch):
     before = snapshot(scope["fn"])
     scope["held"][0] = 2.0
     assert before != snapshot(scope["fn"])
+
+
+def test_a_cached_inverse_is_no_change():
+    """NumPyro's transforms keep a weak reference to their inverse, another one each time:
+    with a log-normal base every call compiled everything anew."""
+    base = dist.LogNormal(0.5, 0.7)
+    (transform,) = base.transforms
+    contents = []
+    for _ in range(2):
+        transform.inv(jnp.ones(()))
+        contents.append(content_of(base))
+    assert contents[0] == contents[1]
