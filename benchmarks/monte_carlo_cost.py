@@ -19,12 +19,12 @@ import numpy as np
 import numpyro
 import optax
 from cost import quartiles
-from flax import linen as nn
 from jax import lax, random
 from jax.nn import logsumexp
 from numpyro.contrib.module import flax_module
 from sklearn.datasets import load_digits
 from sklearn.mixture import GaussianMixture
+from tilt import Net
 
 import ebm_ppl as ebm
 from ebm_ppl.programs.arguments import Arguments
@@ -32,14 +32,6 @@ from ebm_ppl.training.loop import run_chunk
 
 NUM_DRAWS, BATCH, BOUND = 1024, 256, 5.0
 OPTIM = optax.adamw(1e-3, weight_decay=0.1)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        for _ in range(2):
-            x = nn.swish(nn.Dense(256)(x))
-        return nn.Dense(1, kernel_init=nn.initializers.zeros)(x)[..., 0]
 
 
 def hand_step(x, mixture, carry):

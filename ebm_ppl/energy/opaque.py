@@ -7,20 +7,9 @@ import numpy as np
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.programs.content import Same
+
 _NUMBERS = (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
-
-
-class _Identity:
-    """An object compared by identity, as part of a tree's structure."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
 
 
 class OpaqueTransform(Transform):
@@ -65,10 +54,10 @@ class OpaqueTransform(Transform):
 
     def tree_flatten(self) -> tuple:
         """No leaves; the transform is structure, compared by identity."""
-        return (), _Identity(self.transform)
+        return (), Same(self.transform)
 
     @classmethod
-    def tree_unflatten(cls, aux: _Identity, leaves: tuple) -> "OpaqueTransform":
+    def tree_unflatten(cls, aux: Same, leaves: tuple) -> "OpaqueTransform":
         """Inverse of :meth:`tree_flatten`."""
         return cls(aux.value)
 

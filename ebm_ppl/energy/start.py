@@ -1,7 +1,6 @@
 """Where walkers start, and the path from there to the energy."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from ebm_ppl.energy.supports import (
     unchecked_log_prob,
 )
 from ebm_ppl.energy.unnormalized import Unnormalized
+from ebm_ppl.energy.wrappers import path_to
 from ebm_ppl.errors import UnknownNormalizerError, at_site
 from ebm_ppl.kernels.base import Potential
 from ebm_ppl.smc.path import Path
@@ -39,7 +39,8 @@ def starting_distribution(
             "distribution: EnergyDistribution(energy, base, "
             "start=dist.Normal(...).to_event(...))."
         )
-    if holds_energy(start):
+    # Known by what it has: distributions import this module.
+    if path_to(start, lambda part: hasattr(part, "unchecked_potential")):
         raise UnknownNormalizerError(
             f"The {'base' if distribution.start is None else 'start'} of the "
             f"energy{at_site(name)} is an energy itself, whose draws are approximate "
@@ -48,17 +49,6 @@ def starting_distribution(
             "EnergyDistribution(energy, inner, start=inner.base)."
         )
     return start
-
-
-def holds_energy(distribution: Any) -> bool:
-    """Whether a distribution is, or is made of, an energy with a known log Z."""
-    if isinstance(distribution, list | tuple):
-        return any(map(holds_energy, distribution))
-    if not isinstance(distribution, dist.Distribution):
-        return False
-    if hasattr(distribution, "unchecked_potential"):
-        return True
-    return any(map(holds_energy, vars(distribution).values()))
 
 
 def starting_coordinates(distribution: Unnormalized, name: str | None) -> Transform:

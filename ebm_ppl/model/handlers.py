@@ -12,7 +12,7 @@ from numpyro.primitives import Messenger
 
 from ebm_ppl.energy.distribution import EnergyDistribution, unwrap
 from ebm_ppl.energy.supports import points_in_support
-from ebm_ppl.energy.wrappers import elementwise, innermost, rewrap
+from ebm_ppl.energy.wrappers import elementwise, innermost, path_to, rewrap
 from ebm_ppl.model.program import Model
 from ebm_ppl.programs.arguments import as_numbers
 
@@ -116,19 +116,12 @@ def _way_out_of(fn: dist.Distribution, energy: EnergyDistribution | None) -> str
 
 def find_energy(found: Any) -> list[str] | None:
     """Types from a distribution down to a nested energy without log Z, or ``None``."""
-    if isinstance(found, EnergyDistribution) and found.log_normalizer is None:
-        return ["EnergyDistribution"]
-    if isinstance(found, dist.Distribution):
-        parts, step = list(vars(found).values()), [type(found).__name__]
-    elif isinstance(found, list | tuple | dict):
-        parts, step = list(found.values() if isinstance(found, dict) else found), []
-    else:
-        return None
-    for part in parts:
-        path = find_energy(part)
-        if path is not None:
-            return step + path
-    return None
+    return path_to(
+        found,
+        lambda part: (
+            isinstance(part, EnergyDistribution) and part.log_normalizer is None
+        ),
+    )
 
 
 class EnergySites(Messenger):

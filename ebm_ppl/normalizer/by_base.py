@@ -160,6 +160,7 @@ def first_of(sites: Mapping[str, SiteCertificate]) -> dict[str, SiteCertificate]
 def _terms(
     bound: BoundModel, points: Params, rng_key: Array, name: str, shape: tuple[int, int]
 ) -> Terms:
+    """What fresh draws say at every point."""
 
     def at(point: tuple[Params, Array]) -> tuple[Array, Array, Array, Array]:
         params, _ = point

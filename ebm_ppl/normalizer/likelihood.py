@@ -106,6 +106,16 @@ class LikelihoodSurface:
         return {n: jnp.zeros(d.potential.shape[2:]) for n, d in self.draws.items()}
 
 
+@jax.jit
+def value_and_counts(
+    surface: LikelihoodSurface, step: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Negative log joint at a step, and how often every log Z enters."""
+    return jax.value_and_grad(surface.negative_log_joint, argnums=1)(
+        step, surface.offsets()
+    )
+
+
 class Quadratic(NamedTuple):
     """A surface near a step.
 

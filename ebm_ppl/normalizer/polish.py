@@ -14,15 +14,13 @@ from ebm_ppl.normalizer.likelihood import (
     LikelihoodSurface,
     num_params,
 )
-from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum, groups_of
-from ebm_ppl.normalizer.saddles import saddles
+from ebm_ppl.normalizer.newton import Maximum, groups_of
 from ebm_ppl.normalizer.score_test import (
     ScoreTest,
+    climb_from,
     constrained_errors,
     flags_of_draws,
-    verdict_on,
 )
-from ebm_ppl.normalizer.surface import surface_at
 from ebm_ppl.normalizer.verdict import NOT_FINITE
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
@@ -120,7 +118,7 @@ def polish(
         num_rounds += 1
 
         # Anneal, and climb
-        surface, log_z = surface_at(
+        climb = climb_from(
             key,
             params,
             model,
@@ -130,8 +128,8 @@ def polish(
             num_temperatures=num_temperatures,
             tolerance=1.0,
         )
-        maximum = climb_to_maximum(surface)
-        test = verdict_on(surface, maximum, num_chains, log_z)
+        surface, maximum = climb.surface, climb.maximum
+        of_draws = flags_of_draws(climb.test.log_normalizer)
         if not np.all(np.isfinite(maximum.step)):
             break
 
@@ -141,16 +139,16 @@ def polish(
         flat, _ = ravel_pytree(surface.params)
         if maximum.is_reached and _is_near(maximum) and not lost:
             found.append((np.asarray(flat, float) + maximum.step, maximum))
-            doubts |= dict.fromkeys(flags_of_draws(log_z))
+            doubts |= dict.fromkeys(of_draws)
         params = surface.bound.constrain(_at(surface, maximum.step))
         if found and _noise(found) < MAX_NOISE:
             break
         if num_walkers is None:
             size = _walkers_for(maximum, num_chains)
 
-    flags = tuple(doubts) if found else flags_of_draws(log_z)
-    flags += saddles(surface, maximum) + _flags_of_unknown(surface, maximum, lost)
-    return _result(surface, found, maximum, test, num_rounds, flags)
+    flags = tuple(doubts) if found else of_draws
+    flags += climb.curves_up + _flags_of_unknown(surface, maximum, lost)
+    return _result(surface, found, maximum, climb.test, num_rounds, flags)
 
 
 def _names(surface: LikelihoodSurface, which: np.ndarray) -> list[str]:

@@ -6,7 +6,7 @@ covariance, the Fisher information; Rao's test compares the two.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ def score_test(
     others = None if held_out is None else Arguments(tuple(held_out), kwargs)
     size = FIRST_WALKERS if num_walkers is None else num_walkers
     for key in random.split(rng_key):
-        surface, log_z = surface_at(
+        climb = climb_from(
             key,
             params,
             model,
@@ -158,16 +158,14 @@ def score_test(
             tolerance=tolerance,
             held_out=others,
         )
-
-        maximum = climb_to_maximum(surface)
-        test = verdict_on(surface, maximum, num_chains, log_z)
-        if test.is_judged or num_walkers is not None:
+        if climb.test.is_judged or num_walkers is not None:
             break
-        size = _walkers_for(test, size)
+        size = _walkers_for(climb.test, size)
 
     if others is None:
-        return test
-    return replace(test, gain_held_out=gain_on(surface, maximum, others))
+        return climb.test
+    gain = gain_on(climb.surface, climb.maximum, others)
+    return replace(climb.test, gain_held_out=gain)
 
 
 def _walkers_for(test: ScoreTest, size: int) -> int:
@@ -178,17 +176,61 @@ def _walkers_for(test: ScoreTest, size: int) -> int:
     return int(2 ** np.ceil(np.log2(wanted)))
 
 
-def verdict_on(
+class Climb(NamedTuple):
+    """Fresh walkers at some parameters, and where Newton steps by them lead.
+
+    Attributes:
+        surface: The likelihood by the walkers.
+        maximum: Where the steps lead.
+        curves_up: Flags of a likelihood that curves up there.
+        test: The verdict on where they began.
+    """
+
+    surface: LikelihoodSurface
+    maximum: Maximum
+    curves_up: tuple[str, ...]
+    test: ScoreTest
+
+
+def climb_from(
+    rng_key: Array,
+    params: Params,
+    model: Model,
+    arguments: Arguments,
+    *,
+    num_chains: int,
+    **options: Any,
+) -> Climb:
+    """Anneal to the energies at constrained parameters, and climb from there.
+
+    Args:
+        rng_key: A JAX PRNG key.
+        params: The parameters.
+        model: The model.
+        arguments: Its data.
+        num_chains: Islands.
+        options: Others of :func:`surface_at`.
+    """
+    surface, log_z = surface_at(
+        rng_key, params, model, arguments, num_chains=num_chains, **options
+    )
+    maximum = climb_to_maximum(surface)
+    curves_up = saddles(surface, maximum)
+    test = _verdict_on(surface, maximum, num_chains, log_z, curves_up)
+    return Climb(surface, maximum, curves_up, test)
+
+
+def _verdict_on(
     surface: LikelihoodSurface,
     maximum: Maximum,
     num_chains: int,
     log_z: LogNormalizer,
+    curves_up: tuple[str, ...],
 ) -> ScoreTest:
     """Distances by site, and flags."""
     bound, params = surface.bound, surface.params
     found = distances_of(surface, maximum, num_chains)
     is_judged, reasons = judgement(found, max_noise=MAX_NOISE)
-    reasons += saddles(surface, maximum)
     errors: dict[str, Any]
 
     # By site, or by module
@@ -211,7 +253,7 @@ def verdict_on(
         gain_per_row=found.gain_per_row,
         newton=after,
         log_normalizer=log_z,
-        flags=flags_of_draws(log_z) + reasons,
+        flags=flags_of_draws(log_z) + reasons + curves_up,
         is_judged=is_judged,
         covariance=covariance,
     )

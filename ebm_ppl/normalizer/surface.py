@@ -19,7 +19,12 @@ from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.density import num_rows
-from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, Draws, LikelihoodSurface
+from ebm_ppl.normalizer.likelihood import (
+    MAX_PARAMETERS,
+    Draws,
+    LikelihoodSurface,
+    value_and_counts,
+)
 from ebm_ppl.normalizer.newton import Maximum, directions_of, groups_of
 from ebm_ppl.normalizer.options import plan_of
 from ebm_ppl.normalizer.passes import Plan, run_passes
@@ -142,10 +147,9 @@ def gain_on(
     """
     other = _likelihood(surface.bound, arguments)
     held_out = replace(surface, bound=other)
-    slope = jax.value_and_grad(held_out.negative_log_joint, argnums=1)
     step = jnp.asarray(maximum.step, surface.directions.dtype)
-    before, counts = slope(jnp.zeros_like(step), surface.offsets())
-    after, _ = slope(step, surface.offsets())
+    before, counts = value_and_counts(held_out, jnp.zeros_like(step))
+    after, _ = value_and_counts(held_out, step)
 
     # What noise gained, in every log Z that enters
     num_fitted = max(float(np.sum(count)) for count in maximum.counts.values())

@@ -91,7 +91,8 @@ class Validation:
         rows = BoundModel(likelihood, {}, key, Arguments(given.args, kwargs))
         trained = BoundModel(likelihood, {}, key, arguments)
         are_shared = have_same_energies(rows, trained, params)
-        return ModelValidation(self, model, rows, trained, are_shared)
+        rows_by_base, trained_by_base = (Base(b, self.options) for b in (rows, trained))
+        return ModelValidation(self, model, rows_by_base, trained_by_base, are_shared)
 
 
 @dataclass
@@ -101,20 +102,18 @@ class ModelValidation:
     Attributes:
         validation: Rows and options.
         model: The model.
-        rows: Its likelihood of the validation rows.
-        trained: Its likelihood of the training rows.
+        rows: Its likelihood of the validation rows, and log Z by the base there.
+        trained: The same of the training rows.
         are_shared: Whether the same log Z's serve both.
         flags: Of the last log Z that had any.
-        bases: Draws of the base for either, where they certify.
     """
 
     validation: Validation
     model: Model
-    rows: BoundModel
-    trained: BoundModel
+    rows: Base
+    trained: Base
     are_shared: bool
     flags: dict[str, Any] = field(default_factory=dict)
-    bases: dict[int, Base] = field(default_factory=dict)
     keys: tuple[str, ...] = KEYS
 
     @property
@@ -133,13 +132,14 @@ class ModelValidation:
         if not log_z.is_certified:
             self.flags = log_z.flags
             return {}
-        density, error = mean_log_density(self.rows, params, log_z)
+        density, error = mean_log_density(self.rows.bound, params, log_z)
         found = {WATCHED: density, f"{WATCHED}_stderr": error}
 
         if not self.are_shared:
             log_z = self._log_normalizer(self.trained, params)
         if log_z.is_certified:
-            found["density_training"] = mean_log_density(self.trained, params, log_z)[0]
+            density, _ = mean_log_density(self.trained.bound, params, log_z)
+            found["density_training"] = density
         return found
 
     def warn(self, history: Mapping[str, Any]) -> None:
@@ -158,17 +158,16 @@ class ModelValidation:
                 stacklevel=level_of_caller(),
             )
 
-    def _log_normalizer(self, bound: BoundModel, params: Params) -> LogNormalizer:
+    def _log_normalizer(self, base: Base, params: Params) -> LogNormalizer:
         """By the base where that certifies, or as the options say."""
-        options, arguments = dict(self.validation.options), bound.arguments
-        energies = bound.energies(params)
+        options, arguments = dict(self.validation.options), base.bound.arguments
+        energies = base.bound.energies(params)
         may_use_base = all(
             energy.start is None and bound_of(energy.factors) is not None
             for energy in energies.values()
         )
         method = options.pop("method", "base" if may_use_base else "bracket")
         if method == "base":
-            base = self.bases.setdefault(id(bound), Base(bound, options))
             return base.log_normalizer(params, energies)
         return log_normalizer(
             random.key(1),

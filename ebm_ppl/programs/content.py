@@ -61,7 +61,7 @@ def content_of(value: Any) -> Content:
     return Content(tokens, hash(tokens))
 
 
-class _Same:
+class Same:
     """An object compared by identity, kept alive so that its ``id`` is not reused."""
 
     __slots__ = ("value",)
@@ -70,7 +70,7 @@ class _Same:
         self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
+        return isinstance(other, Same) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
@@ -97,7 +97,7 @@ class _Reader:
         if isinstance(
             value, jax.Array | type | types.ModuleType | types.BuiltinFunctionType
         ):
-            yield _Same(value)
+            yield Same(value)
             if isinstance(value, type) and not _is_library_class(value):
                 yield from self._once(value, self._class)
             return
@@ -193,7 +193,7 @@ class _Reader:
                     state[name] = getattr(value, name)
         state |= _given_away(value, has_state=bool(state))
         if not state:
-            yield _Same(value)
+            yield Same(value)
         if hasattr(value, "__wrapped__"):
             state["__wrapped__"] = value.__wrapped__
         yield from self._children("state", (*state, *state.values()))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 
 from ebm_ppl.errors import level_of_caller
@@ -33,6 +34,14 @@ class Finite(NamedTuple):
     def everywhere(self) -> Array:
         """Whether all of the step was finite."""
         return jnp.all(jnp.stack([*self.sites.values(), *self.parts.values()]))
+
+
+def finite_parts(loss: Array, grad_norm: Array, params: Params) -> dict[str, Array]:
+    """Of a step's loss, gradient and new parameters; the keys of :attr:`Backend.parts`."""
+    return {
+        "loss": jnp.isfinite(loss),
+        "gradient": jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params)),
+    }
 
 
 class Backend(ABC):

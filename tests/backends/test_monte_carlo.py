@@ -177,20 +177,21 @@ def test_a_chain_of_spins():
     assert np.mean(agreement(drawn)) == pytest.approx(p @ alike, abs=5 * 1.2 / 80)
 
 
+def conditional(x, c):
+    """x | c ~ N(w c / 4, 1 / 4): every row has a log Z of its own."""
+    w = numpyro.param("w", 0.0)
+    base = dist.Normal(jnp.zeros(len(c)), 1.0)
+    energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * c * v, base)
+    with numpyro.plate("rows", len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
 def test_conditional_energies_have_a_log_z_each():
-    """x | c ~ N(w c / λ, 1 / λ): every row draws for its own log Z."""
     c = RNG.normal(size=60).astype(np.float32) / 2
     x = (0.8 * c + 0.5 * RNG.normal(size=60)).astype(np.float32)
 
-    def model(x, c):
-        w = numpyro.param("w", 0.0)
-        base = dist.Normal(jnp.zeros(len(c)), 1.0)
-        energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * c * v, base)
-        with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", energy, obs=x)
-
-    fit = fit_of(model, x, c)
-    # λ = 4; the maximum is 4 Σ c x / Σ c².
+    fit = fit_of(conditional, x, c)
+    # The maximum is 4 Σ c x / Σ c².
     right = 4 * np.sum(c * x) / np.sum(c**2)
     error = 2 / np.sqrt(np.sum(c**2))
     assert abs(fit.params["w"] - right) < 0.2 * error
@@ -518,15 +519,8 @@ def test_conditional_rows_have_a_log_z_of_their_own():
     )
     x = (0.8 * c + 0.5 * RNG.normal(size=(2, 40))).astype(np.float32)
 
-    def model(x, c):
-        w = numpyro.param("w", 3.0)
-        base = dist.Normal(jnp.zeros(len(c)), 1.0)
-        energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * c * v, base)
-        with numpyro.plate("rows", len(x)):
-            numpyro.sample("x", energy, obs=x)
-
-    fit = ebm.MonteCarloMLE(model, optax.sgd(0.0)).run(
-        random.key(0), 1, x[0], c[0], progress_bar=False,
+    fit = ebm.MonteCarloMLE(conditional, optax.sgd(0.0)).run(
+        random.key(0), 1, x[0], c[0], progress_bar=False, init_params={"w": 3.0},
         validation=ebm.Validation(x[1], c[1], every=1, options={"method": "quadrature"}),
     )  # fmt: skip
     right = np.mean(-2 * (x - 0.75 * c) ** 2, axis=1) + 0.5 * np.log(2 / np.pi)

@@ -35,7 +35,7 @@ from ebm_ppl.normalizer.own_draws import is_checked, warn_unless_at_maximum
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import Resampling, systematic
-from ebm_ppl.training.backend import Backend, Finite
+from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, updates_of
@@ -221,11 +221,7 @@ class Jarzynski(Backend):
         ess = {name: w.ess() for name, w in walkers.items()}
         finite = Finite(
             {name: w.is_usable() for name, w in walkers.items()},
-            {
-                "loss": jnp.isfinite(loss),
-                "gradient": jnp.isfinite(grad_norm)
-                & jnp.isfinite(optax.tree.norm(params)),
-            },
+            finite_parts(loss, grad_norm, params),
         )
 
         # Resample, or return to the whole old state where a number is not finite

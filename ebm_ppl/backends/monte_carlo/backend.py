@@ -24,7 +24,7 @@ from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.own_draws import OwnDraws, is_checked, warn_unless_at_maximum
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.backend import Backend, Finite
+from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, check_optimizer, updates_of
@@ -136,11 +136,7 @@ class MonteCarloMLE(Backend):
                 name: jnp.all(jnp.isfinite(site.estimate))
                 for name, site in found.items()
             },
-            {
-                "loss": jnp.isfinite(loss),
-                "gradient": jnp.isfinite(grad_norm)
-                & jnp.isfinite(optax.tree.norm(params)),
-            },
+            finite_parts(loss, grad_norm, params),
         )
         new = MonteCarloMLEState(params, state.transforms, optim_state, key_next)
         new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
@@ -160,12 +156,13 @@ class MonteCarloMLE(Backend):
     def _check_fit(
         self, fit: Fit, init_state: MonteCarloMLEState, arguments: Arguments
     ) -> None:
+        if not fit.history or len(fit.history["loss"]) < MIN_UPDATES:
+            return
         warn_of_few_draws(fit, self.num_draws)
         state = fit.state
         bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
         held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
-        if fit.history and len(fit.history["loss"]) >= MIN_UPDATES:
-            warn_of_draws(bound, state.params, held)
+        warn_of_draws(bound, state.params, held)
         if is_checked(fit):
             warn_unless_at_maximum(fit, self.model, arguments, held, "")
 

@@ -35,8 +35,6 @@ REMEDIES = (
 def warn_of_few_draws(fit: Fit, num_draws: int) -> None:
     """Warn where a few draws of the base carried the last tenth of a run."""
     history = fit.history
-    if not history or len(history["loss"]) < MIN_UPDATES:
-        return
     last = max(1, len(history["loss"]) // 10)
     for name, ess in history["ess"].items():
         count = num_draws * float(np.min(np.median(ess[-last:], axis=0)))

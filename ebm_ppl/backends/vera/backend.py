@@ -35,7 +35,7 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.own_draws import is_checked
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.backend import Backend, Finite
+from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
 
@@ -226,10 +226,8 @@ class VERA(Backend):
         # Return to the whole old state where a number is not finite
         finite = Finite(
             {},
-            {
-                "loss": jnp.isfinite(loss),
-                "gradient": jnp.isfinite(grad_norm)
-                & jnp.isfinite(optax.tree.norm(params)),
+            finite_parts(loss, grad_norm, params)
+            | {
                 "generator": found.in_support
                 & jnp.isfinite(found.loss)
                 & _all_finite((progress.params, progress.score_state)),
