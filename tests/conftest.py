@@ -1,8 +1,10 @@
 """Settings that must be in place before the first import."""
 
+import importlib
 import importlib.metadata
 import os
 import pathlib
+import warnings
 
 os.environ["MPLBACKEND"] = "Agg"
 # Models here are tiny and compiled once: without optimisation the suite takes a third
@@ -35,6 +37,19 @@ import jax  # noqa: E402
 
 # Each executable maps memory, of which Linux allows a process 65,530 pieces.
 MAX_MAPS = 25_000
+
+
+def pytest_configure(config):
+    """Import ArviZ before there are workers.
+
+    ArviZ 0.23 stamps a file on the first import of a day, and two processes that do so
+    at once move it from under each other.
+    """
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("arviz")
 
 
 def pytest_runtest_teardown(item, nextitem):
