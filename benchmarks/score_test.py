@@ -2,9 +2,8 @@
 
     python benchmarks/score_test.py [--seeds 100] [--rows 1000] [--backend NAME] [NAME ...]
 
-For every target and seed: data are drawn from the model itself by its distribution
-function on a grid, a backend (jarzynski, vera or monte-carlo) fits them, and five things
-are counted.
+For every target and seed: data are drawn from the model itself, a backend (jarzynski,
+vera or monte-carlo) fits them, and five things are counted.
 
 - The fit itself, in standard errors from the maximum, and whether the run warned.
 
@@ -30,7 +29,14 @@ from vera_targets import TARGETS, distance, drawn, maximum_of, nats_a_row
 
 import ebm_ppl as ebm
 
-NAMES = ("precision 4", "skewed quartic", "exp(-a abs(x))", "gamma", "precisions 3-d")
+NAMES = (
+    "precision 4",
+    "skewed quartic",
+    "exp(-a abs(x))",
+    "gamma",
+    "precisions 3-d",
+    "joint model",
+)
 NUM_UPDATES = 1000
 
 

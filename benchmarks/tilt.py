@@ -135,10 +135,25 @@ def mixtures(train, valid):
     return sorted(found, key=lambda entry: -entry[0])
 
 
-def tilted(mixture, rows, asked, seed):
-    """A fit of a bounded net on the mixture, and its model."""
-    base = ebm.from_sklearn(mixture)
+def values_of(rows):
+    """Training, validation and test values, noise drawn once."""
+    return [
+        np.asarray(rows.values(raw, random.key(i)), float)
+        for i, raw in enumerate((rows.train, rows.valid, rows.test))
+    ]
 
+
+def mean_log_density(fit, model, raw, num_walkers=16384):
+    """log Z by draws of the base, and the mean log density of rows."""
+    log_z = ebm.log_normalizer(
+        random.key(1), model, fit.params, raw, method="base", num_walkers=num_walkers
+    )
+    data = ebm.to_arviz(fit, model, raw, log_normalizer=log_z, allow_uncertified=True)
+    return log_z, data.attrs["mean_log_density"]
+
+
+def tilted(base, rows, asked, seed):
+    """A fit of a bounded net on the base, and its model."""
     # The net sees a row's values and, as spreads differ by orders of magnitude, its ranks.
     train = rows.values(rows.train, random.key(0))
     levels = jnp.linspace(-1.5, 1.5, 129)
@@ -176,10 +191,7 @@ def tilted(mixture, rows, asked, seed):
 def report(name, asked):
     rows = load(asked.folder, name)
     began = time.perf_counter()
-    train, valid, test = (
-        np.asarray(rows.values(raw, random.key(i)), float)
-        for i, raw in enumerate((rows.train, rows.valid, rows.test))
-    )
+    train, valid, test = values_of(rows)
     grid = mixtures(train, valid)
     _, chosen, mixture = grid[0]
     best = max(m.score(test) for _, _, m in grid)
@@ -190,15 +202,10 @@ def report(name, asked):
     )
     for seed in range(asked.seeds):
         began = time.perf_counter()
-        fit, model = tilted(mixture, rows, asked, seed)
+        fit, model = tilted(ebm.from_sklearn(mixture), rows, asked, seed)
         seconds = time.perf_counter() - began
         args = (model, fit.params, rows.test)
-        draws = ebm.log_normalizer(
-            random.key(1), *args, method="base", num_walkers=16384
-        )
-        energy = -ebm.to_arviz(
-            fit, model, rows.test, log_normalizer=draws, allow_uncertified=True
-        ).attrs["mean_log_density"]
+        draws, density = mean_log_density(fit, model, rows.test)
         text = (
             f"draws {float(draws.estimate['x']):.3f} ± {float(draws.stderr['x']):.3f}"
         )
@@ -209,8 +216,8 @@ def report(name, asked):
         looks = np.nan_to_num(fit.history["density_validation"], nan=-np.inf)
         step = int(np.argmax(looks)) + 1 if np.any(np.isfinite(looks)) else asked.steps
         print(
-            f"  seed {seed}: tilted {-energy:.2f} on test, {-energy - mixture.score(test):+.2f} "
-            f"over its base, {-energy - best:+.2f} over the best mixture; log Z {text}; "
+            f"  seed {seed}: tilted {density:.2f} on test, {density - mixture.score(test):+.2f} "
+            f"over its base, {density - best:+.2f} over the best mixture; log Z {text}; "
             f"ESS {fit.history['ess']['x'][-1]:.2f}, step {step}, {seconds:.0f} s",
             flush=True,
         )

@@ -26,50 +26,47 @@ class Target(NamedTuple):
     Attributes:
         model: ``model(x)`` with the energy at site "x".
         generator: A generator for it.
-        x: ``(num_rows, *event)``.
-        energy: ``energy(params, v)``.
-        base: The base.
+        x: ``(num_rows, *event)``; of a joint model the label is the last column.
+        log_p: ``log_p(params, x)``, of every row, log Z left out.
         log_z: log Z at constrained parameters.
         start: Constrained parameters at which the search for the maximum begins.
+        draw: ``draw(rng, num_rows)`` from the model itself at ``start``; None where
+            nobody wants it.
     """
 
     model: Callable[..., Any]
     generator: Callable[[], Any]
     x: np.ndarray
-    energy: Callable[[Any, Any], Any]
-    base: Any
+    log_p: Callable[[Any, Any], Any]
     log_z: Callable[[Any], Any]
     start: dict[str, Any]
+    draw: Callable[[Any, int], Any] | None = None
 
 
 def nats_a_row(target, params):
     params = jax.tree.map(jnp.asarray, params)
-    log_p = target.base.log_prob(target.x) - target.energy(params, target.x)
-    return float(jnp.mean(log_p) - target.log_z(params))
+    return float(jnp.mean(target.log_p(params, target.x)) - target.log_z(params))
 
 
 def drawn(target, seed, num_rows):
-    """The target with rows drawn from the model itself at ``target.start``.
+    """The target with rows drawn from the model itself at ``target.start``."""
+    x = target.draw(np.random.default_rng(seed), num_rows)
+    return target._replace(x=np.asarray(x, np.float32))
 
-    By its distribution function on a grid in one dimension; of several independent
-    coordinates only the normal precisions are drawn.
-    """
-    rng = np.random.default_rng(seed)
-    if target.x.ndim == 2:
-        scale = np.asarray(target.start["lam"]) ** -0.5
-        return target._replace(
-            x=rng.normal(0, scale, (num_rows, len(scale))).astype("f")
-        )
 
-    is_positive = target.x.min() > 0
-    u = np.linspace(-7, 4, 40_001) if is_positive else np.linspace(-14, 14, 40_001)
-    x = np.exp(u) if is_positive else u
-    log_p = np.asarray(target.base.log_prob(x) - target.energy(target.start, x))
-    density = np.exp(log_p - log_p.max()) * (x if is_positive else 1.0)
-    below = np.cumsum(density) / density.sum()
-    return target._replace(
-        x=np.interp(rng.uniform(size=num_rows), below, x).astype("f")
-    )
+def by_inversion(log_p, params, support=constraints.real):
+    """Draws of a density on the line, or on its positive half, by inversion."""
+
+    def draw(rng, num_rows):
+        is_positive = support is constraints.positive
+        u = np.linspace(-7, 4, 40_001) if is_positive else np.linspace(-14, 14, 40_001)
+        x = np.exp(u) if is_positive else u
+        levels = np.asarray(log_p(params, x))
+        density = np.exp(levels - levels.max()) * (x if is_positive else 1.0)
+        below = np.cumsum(density) / density.sum()
+        return np.interp(rng.uniform(size=num_rows), below, x)
+
+    return draw
 
 
 def maximum_of(target):
@@ -80,8 +77,7 @@ def maximum_of(target):
 
         def loss(flat):
             params = unravel(flat)
-            log_p = wide.base.log_prob(wide.x) - wide.energy(params, wide.x)
-            return wide.log_z(params) - jnp.mean(log_p)
+            return wide.log_z(params) - jnp.mean(wide.log_p(params, wide.x))
 
         slope = jax.jit(jax.value_and_grad(loss))
         found = minimize(slope, flat, jac=True, method="BFGS", options={"gtol": 1e-7})
@@ -143,16 +139,20 @@ def net_generator(base, size):
     return generator
 
 
-def target_of(energy, base, sites, x, log_z, start, size=0):
-    x = np.asarray(x, np.float32)
+def target_of(energy, base, sites, x, log_z, start, size=0, draw=None):
+    def log_p(params, v):
+        return base.log_prob(v) - energy(params, v)
+
+    if size == 0:
+        draw = by_inversion(log_p, start, base.support)
     return Target(
         model_of(energy, base, sites),
         net_generator(base, size),
-        x,
-        energy,
-        base,
+        np.asarray(x, np.float32),
+        log_p,
         log_z,
         start,
+        draw,
     )
 
 
@@ -181,6 +181,7 @@ def precisions(size):
         lambda p: -0.5 * jnp.sum(jnp.log(p["lam"])),
         {"lam": np.full(size, 3.0)},
         size,
+        lambda rng, num_rows: rng.normal(0, 3.0**-0.5, (num_rows, size)),
     )
 
 
@@ -283,7 +284,60 @@ def double_well(size):
     return target_of(energy, base, sites, x, log_z, start, size)
 
 
+CLASS_SHARES = np.array([0.7, 0.21, 0.09])
+CLASS_CENTRES = np.array([[2.5, 0.0], [-1.5, 2.0], [0.0, -2.5]])
+
+
+def joint_classes():
+    """A joint model of x in the plane and three classes, linear logits.
+
+    p(x, y) is the base, a standard normal, times exp(w_y x + h_y): normals around w_y.
+    """
+    base = dist.Normal(0.0, 1.0).expand([2]).to_event(1)
+    log_shares = np.log(CLASS_SHARES / CLASS_SHARES[0])
+    tilts = 0.5 * np.sum(CLASS_CENTRES**2, 1)
+    start = {"w": CLASS_CENTRES, "h": (log_shares - tilts + tilts[0])[1:]}
+
+    def logits(p, v):
+        return v @ p["w"].T + jnp.append(0.0, p["h"])
+
+    def log_p(p, x):
+        labels = x[:, 2:].astype(int)
+        chosen = jnp.take_along_axis(logits(p, x[:, :2]), labels, -1)[:, 0]
+        return base.log_prob(x[:, :2]) + chosen
+
+    def log_z(p):
+        return logsumexp(jnp.append(0.0, p["h"]) + 0.5 * jnp.sum(p["w"] ** 2, -1))
+
+    def model(x):
+        params = {
+            "w": numpyro.param("w", jnp.zeros((3, 2)).at[:, 0].set(0.1)),
+            "h": numpyro.param("h", jnp.zeros(2)),
+        }
+        labels = x[:, 2].astype(int)
+
+        def energy(v):
+            return -logsumexp(logits(params, v), axis=-1)
+
+        with numpyro.plate("rows", len(x)):
+            points = numpyro.sample(
+                "x", ebm.EnergyDistribution(energy, base), obs=x[:, :2]
+            )
+            numpyro.sample(
+                "y", dist.Categorical(logits=logits(params, points)), obs=labels
+            )
+
+    def draw(rng, num_rows):
+        labels = rng.choice(3, num_rows, p=CLASS_SHARES)
+        x = CLASS_CENTRES[labels] + rng.normal(size=(num_rows, 2))
+        return np.column_stack([x, labels])
+
+    x = draw(np.random.default_rng(5), NUM_ROWS).astype(np.float32)
+    return Target(model, net_generator(base, 2), x, log_p, log_z, start, draw)
+
+
 TARGETS = {
+    "joint model": joint_classes,
     "precision 4": lambda: precision(0.5),
     "precision 26": lambda: precision(0.2),
     "precisions 3-d": lambda: precisions(3),

@@ -24,6 +24,8 @@ from ebm_ppl.training.watch import WATCHED
 
 KEYS = (WATCHED, f"{WATCHED}_stderr", "density_training")
 RESERVED = set(inspect.signature(log_normalizer).parameters) - {"args", "kwargs"}
+OPTIONS = RESERVED - {"rng_key", "model", "params", "batch_ndims"}
+OF_BASE = {"method", "num_chains", "num_walkers", "tolerance", "progress_bar"}
 
 
 class Validation:
@@ -46,13 +48,14 @@ class Validation:
         options: Options of :func:`log_normalizer`.  By default draws of the base, where
             every energy is :func:`bounded`: limits within ``tolerance`` of 2 nats, an
             observed error of 0.1 at most and, if the limits leave over a nat open, no
-            more than 5% of the rows where no draw has come.  Otherwise its bracket, which
-            takes seconds.
+            more than 5% of the rows where no draw has come.  Otherwise, or with options
+            that draws of the base do not have, its bracket, which takes seconds.
         kwargs: The model's keyword arguments, and those of the training rows too where
             none are given.
 
     Raises:
-        ValueError: ``every`` or ``patience`` is under 1.
+        ValueError: ``every`` or ``patience`` is under 1, or an option is none of
+            :func:`log_normalizer`'s or of its method's.
     """
 
     def __init__(
@@ -70,6 +73,13 @@ class Validation:
         self.every = every
         self.patience = patience
         self.options = dict(options or {})
+
+        known = OF_BASE if self.options.get("method") == "base" else OPTIONS
+        if unknown := set(self.options) - known:
+            raise ValueError(
+                f"Validation(options=) has {sorted(unknown)}; expected some of "
+                f"{sorted(known)}."
+            )
 
     def bound_to(
         self, model: Model, params: Params, arguments: Arguments
@@ -162,7 +172,7 @@ class ModelValidation:
         """By the base where that certifies, or as the options say."""
         options, arguments = dict(self.validation.options), base.bound.arguments
         energies = base.bound.energies(params)
-        may_use_base = all(
+        may_use_base = options.keys() <= OF_BASE and all(
             energy.start is None and bound_of(energy.factors) is not None
             for energy in energies.values()
         )

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 import ebm_ppl as ebm
+from ebm_ppl.normalizer import validation as validation_module
 
 pytestmark = pytest.mark.xdist_group("monte_carlo")
 
@@ -333,6 +334,34 @@ def test_bad_options():
         backend.run(random.key(0), 2, ROWS, progress_bar=False, averaging=1.5)
     with pytest.raises(ValueError, match="every = 0"):
         ebm.Validation(ROWS, every=0)
+    with pytest.raises(ValueError, match=r"\['num_chain'\]; expected"):
+        ebm.Validation(ROWS, options={"num_chain": 4})
+    with pytest.raises(ValueError, match=r"\['num_temperatures'\]; expected"):
+        ebm.Validation(ROWS, options={"method": "base", "num_temperatures": 9})
+
+
+def test_options_of_the_bracket_ask_for_the_bracket(monkeypatch):
+    """Where draws of the base would do, options that they do not have count."""
+    found = []
+    whole = validation_module.log_normalizer
+
+    def recorded(*args, **kwargs):
+        found.append(whole(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(validation_module, "log_normalizer", recorded)
+
+    def model(x):
+        lam = numpyro.param("lam", 0.1)
+        energy = ebm.bounded(lambda v: lam * v**2, 2.0)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(energy, dist.Normal()), obs=x)
+
+    options = {"num_temperatures": 8, "num_chains": 2, "num_walkers": 16}
+    validation = ebm.Validation(ROWS, every=1, options=options)
+    backend = ebm.MonteCarloMLE(model, optax.sgd(1e-3))
+    backend.run(random.key(0), 1, ROWS, progress_bar=False, validation=validation)
+    assert [log_z.method for log_z in found] == ["bracket"]
 
 
 # Averages and validation
