@@ -26,7 +26,7 @@ from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 
 # Monte Carlo error, in standard errors of the estimates, at which rounds end.
-MAX_NOISE = 0.2
+MAX_NOISE = 0.18
 FIRST_WALKERS = 512
 # A round counts when it began this near to where it led, in standard errors.
 NEAR = 1.0

@@ -14,7 +14,13 @@ from jax import Array, lax, random
 from jax.typing import ArrayLike
 
 from ebm_ppl.kernels.base import Kernel, KernelState, Tuning, move
-from ebm_ppl.smc.ensemble import Ensemble, Moves, resample_islands
+from ebm_ppl.smc.ensemble import (
+    Ensemble,
+    Moves,
+    ancestors_where,
+    of_ancestors,
+    resampled_where,
+)
 from ebm_ppl.smc.path import AtTemperature, Ladder, Path, difference_at
 from ebm_ppl.smc.resampling import Resampling
 from ebm_ppl.smc.weights import ess_fraction
@@ -86,14 +92,16 @@ def advance(
     low = ess_fraction(ensemble.log_weight, axis=1) < options.ess_threshold
 
     def resample() -> tuple[Ensemble, KernelState]:
-        resampled = resample_islands(key_resample, ensemble, low, options.resampling)
-        return resampled, kernel.evaluate(target, resampled.position)
+        ancestors = ancestors_where(
+            key_resample, ensemble.log_weight, low, options.resampling
+        )
+        picked = jax.tree.map(lambda leaf: of_ancestors(leaf, ancestors), state)
+        return resampled_where(low, ensemble, ancestors), picked
 
-    ensemble, state = lax.cond(
-        jnp.any(low), resample, lambda: (ensemble, target.recall(state))
-    )
+    ensemble, state = lax.cond(jnp.any(low), resample, lambda: (ensemble, state))
 
     # Reweight
+    state = target.recall(state)
     ensemble, before = _reweight(ensemble, state, beta_step), state.position
 
     # Move

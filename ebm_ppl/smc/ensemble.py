@@ -39,31 +39,44 @@ def resample_islands(
 
     ``low`` is boolean, ``(num_chains, *batch)``.
     """
-    # Ancestors
-    log_weight = ensemble.log_weight
+    ancestors = ancestors_where(rng_key, ensemble.log_weight, low, resampling)
+    return resampled_where(low, ensemble, ancestors)
+
+
+def resampled_where(low: Array, ensemble: Ensemble, ancestors: Array) -> Ensemble:
+    """Copies of ``ancestors`` with equal weights; their islands' Ẑ so far in ``past``."""
+    return Ensemble(
+        position=of_ancestors(ensemble.position, ancestors),
+        potential=of_ancestors(ensemble.potential, ancestors),
+        log_weight=jnp.where(low[:, None], 0.0, ensemble.log_weight),
+        past=jnp.where(low, ensemble.log_normalizers, ensemble.past),
+    )
+
+
+def ancestors_where(
+    rng_key: Array, log_weight: Array, low: Array, resampling: Resampling
+) -> Array:
+    """The walker that each one becomes a copy of, itself where not ``low``."""
     flat = jnp.moveaxis(log_weight, 1, -1).reshape(-1, log_weight.shape[1])
     picked = jax.vmap(resampling)(random.split(rng_key, flat.shape[0]), flat)
     picked = jnp.moveaxis(picked.reshape((*low.shape, log_weight.shape[1])), -1, 1)
     stay = jnp.arange(log_weight.shape[1]).reshape(
         (1, -1) + (1,) * (log_weight.ndim - 2)
     )
-    ancestors = jnp.where(low[:, None], picked, stay)
+    return jnp.where(low[:, None], picked, stay)
+
+
+def of_ancestors(value: Array, ancestors: Array) -> Array:
+    """Values ``(num_chains, num_walkers, *batch, ...)`` of the walkers' ancestors."""
 
     def gather(value: Array, indices: Array) -> Array:
         return value.at[indices].get(mode="promise_in_bounds")
 
     # One index gathers a whole event; take_along_axis would build an index for every
     # element.
-    for _ in range(log_weight.ndim - 2):
+    for _ in range(ancestors.ndim - 2):
         gather = jax.vmap(gather, (1, 1), 1)
-    gather = jax.vmap(gather)
-
-    return Ensemble(
-        position=gather(ensemble.position, ancestors),
-        potential=gather(ensemble.potential, ancestors),
-        log_weight=jnp.where(low[:, None], 0.0, log_weight),
-        past=jnp.where(low, ensemble.log_normalizers, ensemble.past),
-    )
+    return jax.vmap(gather)(value, ancestors)
 
 
 class Moves(NamedTuple):

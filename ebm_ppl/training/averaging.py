@@ -1,6 +1,6 @@
 """Parameters averaged over the updates of any backend."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +72,14 @@ class Averaging:
         share = jnp.maximum(1.0 - self.decay, 1.0 / (1.0 + state.count))
         average = optax.incremental_update(inner.params, state.average, share)
         return Averaged(inner, average, state.count + 1), info
+
+    def updates_until_upkeep(self, state: Any) -> int:
+        """The backend's."""
+        return self.backend.updates_until_upkeep(state.state)
+
+    def upkeep(self, state: Any, arguments: Arguments) -> Averaged:
+        """The backend's."""
+        return replace(state, state=self.backend.upkeep(state.state, arguments))
 
     def get_params(self, state: Any) -> Params:
         """Constrained averages."""

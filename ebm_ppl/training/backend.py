@@ -16,7 +16,7 @@ from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.averaging import Averaging
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
-from ebm_ppl.training.loop import run
+from ebm_ppl.training.loop import MAX_CHUNK, run
 from ebm_ppl.training.watch import Watchable
 
 
@@ -93,6 +93,14 @@ class Backend(ABC):
 
     def _resume(self, state: Any) -> Any:
         """A given state with this backend's own settings in it."""
+        return state
+
+    def updates_until_upkeep(self, state: Any) -> int:
+        """How many updates :meth:`run` may make before it calls :meth:`upkeep`."""
+        return MAX_CHUNK
+
+    def upkeep(self, state: Any, arguments: Arguments) -> Any:
+        """A state with what is done now and then, outside the compiled loop."""
         return state
 
     def with_params(self, state: Any, params: Params, arguments: Arguments) -> Any:

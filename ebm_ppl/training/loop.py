@@ -46,6 +46,14 @@ class Steps(Protocol):
         """The state after one step, and its entries in the history."""
         ...
 
+    def updates_until_upkeep(self, state: Any) -> int:
+        """How many steps may be made before the state needs care."""
+        ...
+
+    def upkeep(self, state: Any, arguments: Arguments) -> Any:
+        """The state with that care taken."""
+        ...
+
     @property
     def callables(self) -> dict[str, Any]:
         """What it runs that may change between runs, such as the model."""
@@ -94,8 +102,14 @@ def run(
         deferred_interrupt() as interrupted,
     ):
         while done < num_steps and not interrupted:
+            # Care
+            until_upkeep = backend.updates_until_upkeep(state)
+            if until_upkeep == 0:
+                state = backend.upkeep(state, arguments)
+                until_upkeep = backend.updates_until_upkeep(state)
+
             # Step
-            length = min(length, num_steps - done, every - done % every)
+            length = min(length, num_steps - done, every - done % every, until_upkeep)
             began = time.perf_counter()
             state, history, ran, finite = run_chunk(
                 backend, state, arguments, length, programs

@@ -43,11 +43,12 @@ class Annealed(NamedTuple):
     @property
     def ensemble(self) -> Ensemble:
         """The walkers, with potentials and log normalisers of the energy itself."""
-        return _absolute(self.relative, self.reference)
+        return absolute(self.relative, self.reference)
 
 
 @jax.jit
-def _absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
+def absolute(ensemble: Ensemble, reference: Array) -> Ensemble:
+    """Walkers whose energies had a reference taken off, with the energies themselves."""
     return ensemble._replace(
         potential=ensemble.potential + reference,
         past=ensemble.past - reference,

@@ -51,7 +51,7 @@ def anneal_site(
             the last call, and the total.
     """
     key_pilot, key_start, key_run = random.split(rng_key, 3)
-    at_start, level = _at_start(site, key_pilot)
+    at_start, level = level_at_start(site, key_pilot)
     site = replace(site, reference=level)
 
     if bool(at_start):
@@ -61,11 +61,9 @@ def anneal_site(
         return Annealed(ensemble, trivial, unmoved(level), level, NUM_PILOT_WALKERS)
 
     # Pilot
-    pilot, level = _pilot(site, kernel, options, key_pilot)
-    # Take the reference at the energy's walkers: at the base's, D may be far larger.
-    site = replace(site, reference=site.reference + level)
+    site, pilot = pilot_at(site, kernel, options, key_pilot)
     rungs = int(pilot.num_rungs)
-    if not bool(pilot.ladder.betas[rungs - 1] >= 1.0):
+    if not reaches_energy(pilot):
         raise ValueError(
             _why_annealing_stopped(
                 site, key_pilot, pilot.ladder.betas[rungs - 1], rungs
@@ -76,7 +74,7 @@ def anneal_site(
     if num_temperatures is None:
         # Powers of two, so that a few compiled lengths serve every call.
         num_temperatures = max(128, 2 ** math.ceil(math.log2(32 * rungs)))
-    ladder = _refine(pilot, num_temperatures)
+    ladder = refine(pilot, num_temperatures)
 
     # Anneal
     start = draw(site, key_start, (num_chains, num_walkers))
@@ -109,8 +107,24 @@ def _why_annealing_stopped(
     )
 
 
+def pilot_at(
+    site: SiteAtParams, kernel: Kernel, options: AnnealingOptions, rng_key: Array
+) -> tuple[SiteAtParams, Pilot]:
+    """A pilot to the site's parameters, and the site with its energy's level there.
+
+    At the base's walkers, where ``site.reference`` is from, D may be far larger.
+    """
+    pilot, level = _pilot(site, kernel, options, rng_key)
+    return replace(site, reference=site.reference + level), pilot
+
+
+def reaches_energy(pilot: Pilot) -> bool:
+    """Whether a pilot came to β = 1."""
+    return bool(pilot.ladder.betas[int(pilot.num_rungs) - 1] >= 1.0)
+
+
 @jax.jit
-def _at_start(site: SiteAtParams, rng_key: Array) -> tuple[Array, Array]:
+def level_at_start(site: SiteAtParams, rng_key: Array) -> tuple[Array, Array]:
     """Whether the starting distribution already is the energy, and the level of D."""
     difference = site.path().difference(site.draw(rng_key, (1, NUM_PILOT_WALKERS)))
     return jnp.all(ess_fraction(-difference, axis=1) > 0.9999), _level(difference)
@@ -158,4 +172,4 @@ def _exact_start(
     )
 
 
-_refine = jax.jit(refine_ladder, static_argnames=("num_temperatures",))
+refine = jax.jit(refine_ladder, static_argnames=("num_temperatures",))

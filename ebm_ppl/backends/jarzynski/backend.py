@@ -7,7 +7,7 @@ parameter step stays near a target.
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -16,14 +16,15 @@ import jax.numpy as jnp
 import optax
 from jax import Array, random
 
+from ebm_ppl.backends.jarzynski.clock import begin_clock
 from ebm_ppl.backends.jarzynski.control import controlled_switch, negative_log_joint
 from ebm_ppl.backends.jarzynski.journey import led_to
 from ebm_ppl.backends.jarzynski.options import check_options
-from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_walkers
+from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_for
+from ebm_ppl.backends.jarzynski.renewal import renewed, with_fresh_log_z
 from ebm_ppl.backends.jarzynski.state import JarzynskiState, new_or_old
 from ebm_ppl.backends.jarzynski.warnings import (
     held_out_draws,
-    warn_where_log_z_drifted,
     warn_where_training_left_held_out,
 )
 from ebm_ppl.kernels.base import Kernel
@@ -33,7 +34,6 @@ from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.own_draws import is_checked, warn_unless_at_maximum
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import Resampling, systematic
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
@@ -82,6 +82,10 @@ class Jarzynski(Backend):
         num_temperatures: Temperatures of the annealing from the start to the energy at
             the initial parameters, where the two differ.  None takes 32 times the
             number that a pilot run needed, at least 128.
+        renew_every: Updates after which :meth:`run` lets held-out islands begin to train
+            and replaces the oldest training islands by fresh ones, which are then held
+            out; where annealing needs more moves, that many times more updates.  None
+            lets walkers grow old with the fit, as the paper does.
 
     Raises:
         ValueError: An option out of range, such as too few walkers or islands.
@@ -122,6 +126,7 @@ class Jarzynski(Backend):
     ess_threshold: float = 0.5
     resampling: Resampling = systematic
     num_temperatures: int | None = None
+    renew_every: int | None = 100
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -131,7 +136,8 @@ class Jarzynski(Backend):
     ) -> JarzynskiState:
         """Walkers of every site, annealed to the initial parameters where needed."""
         place = partial(
-            self._place,
+            place_for,
+            self,
             num_chains=self.num_chains,
             num_temperatures=self.num_temperatures,
         )
@@ -173,6 +179,9 @@ class Jarzynski(Backend):
             optim_state=self.optim.init(found.params),
             walkers=walkers,
             update_scale=jnp.ones(()),
+            clock=begin_clock(
+                self.renew_every, self.kernel, bound.energies(found.params), walkers
+            ),
             rng_key=key_next,
         )
 
@@ -233,8 +242,9 @@ class Jarzynski(Backend):
             self.ess_threshold,
             self.resampling,
         )
+        clock = None if state.clock is None else state.clock.tick()
         new = JarzynskiState(
-            params, state.transforms, optim_state, walkers, scale, key_next
+            params, state.transforms, optim_state, walkers, scale, clock, key_next
         )
         new = new_or_old(finite.everywhere(), new, state)
 
@@ -255,6 +265,16 @@ class Jarzynski(Backend):
             "finite": finite,
         }
         return new, info
+
+    def updates_until_upkeep(self, state: JarzynskiState) -> int:
+        """Until islands are renewed."""
+        if state.clock is None:
+            return super().updates_until_upkeep(state)
+        return int(state.clock.left)
+
+    def upkeep(self, state: JarzynskiState, arguments: Arguments) -> JarzynskiState:
+        """Renew the oldest islands."""
+        return renewed(self, state, arguments)
 
     def with_params(
         self, state: JarzynskiState, params: Params, arguments: Arguments
@@ -292,49 +312,6 @@ class Jarzynski(Backend):
                 moves at each.
             kwargs: The model's keyword arguments.
         """
-        bound = BoundModel(
-            self.model, state.transforms, rng_key, Arguments(args, kwargs)
-        )
-        walkers = {}
-        for index, (name, old) in enumerate(state.walkers.items()):
-            fresh = self._place(
-                random.fold_in(rng_key, index),
-                name,
-                bound,
-                state.params,
-                num_chains=self.num_holdout_chains,
-                num_temperatures=num_temperatures,
-                transform=old.transform,
-            )
-
-            split = old.num_training_chains
-            ensemble = jax.tree.map(
-                lambda kept, new, split=split: jnp.concatenate([kept[:split], new]),
-                old.ensemble,
-                fresh.ensemble,
-            )
-            walkers[name] = replace(old, ensemble=ensemble)
-            warn_where_log_z_drifted(name, old, walkers[name])
-        return replace(state, walkers=walkers)
-
-    def _place(
-        self,
-        rng_key: Array,
-        name: str,
-        bound: BoundModel,
-        params: Params,
-        **options: Any,
-    ) -> Walkers:
-        return place_walkers(
-            rng_key,
-            name,
-            bound,
-            params,
-            self.kernel,
-            AnnealingOptions(
-                self.num_kernel_steps, self.ess_threshold, self.resampling
-            ),
-            num_walkers=self.num_walkers,
-            num_holdout_chains=self.num_holdout_chains,
-            **options,
+        return with_fresh_log_z(
+            self, rng_key, state, Arguments(args, kwargs), num_temperatures
         )

@@ -49,6 +49,12 @@ def check_options(backend: Any) -> None:
             "None for no control."
         )
 
+    if backend.renew_every is not None and backend.renew_every < 1:
+        raise ValueError(
+            f"renew_every = {backend.renew_every}; expected at least 1 update, or None "
+            "for walkers that are never renewed."
+        )
+
     if not 0 <= backend.ess_threshold <= 1:
         raise ValueError(
             f"ess_threshold = {backend.ess_threshold}; expected a fraction in [0, 1]."

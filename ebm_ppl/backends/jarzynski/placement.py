@@ -1,6 +1,7 @@
 """Placement of one site's walkers, at the start of a fit or for a refresh."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,35 @@ from ebm_ppl.smc.ensemble import Ensemble
 from ebm_ppl.walkers.placement import anneal_site
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 from ebm_ppl.walkers.state import Walkers, initial_gradient
+
+
+def place_for(
+    backend: Any,
+    rng_key: Array,
+    name: str,
+    bound: BoundModel,
+    params: Params,
+    **options: Any,
+) -> Walkers:
+    """:func:`place_walkers` with the options of a :class:`Jarzynski`."""
+    return place_walkers(
+        rng_key,
+        name,
+        bound,
+        params,
+        backend.kernel,
+        annealing_options(backend),
+        num_walkers=backend.num_walkers,
+        num_holdout_chains=backend.num_holdout_chains,
+        **options,
+    )
+
+
+def annealing_options(backend: Any, num_moves: int = 1) -> AnnealingOptions:
+    """Those of a :class:`Jarzynski`, with as many times its moves."""
+    return AnnealingOptions(
+        num_moves * backend.num_kernel_steps, backend.ess_threshold, backend.resampling
+    )
 
 
 def place_walkers(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.backends.jarzynski.clock import Clock
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.program import Params, constrain
@@ -27,6 +28,7 @@ from ebm_ppl.walkers.state import Walkers
         "optim_state",
         "walkers",
         "update_scale",
+        "clock",
         "rng_key",
     ],
     meta_fields=[],
@@ -42,6 +44,7 @@ class JarzynskiState(State):
         optim_state: The optax state.
         walkers: One :class:`Walkers` per energy site.
         update_scale: Factor on the optimiser's update, in (0, 1]; see ``ess_target``.
+        clock: When islands are renewed; None where they never are.
         rng_key: The key of the next update.
     """
 
@@ -50,6 +53,7 @@ class JarzynskiState(State):
     optim_state: Any
     walkers: dict[str, Walkers]
     update_scale: Array
+    clock: Clock | None
     rng_key: Array
 
     def constrained_params(self) -> Params:

@@ -60,6 +60,9 @@ def warn_where_training_left_held_out(fit: Fit) -> None:
     if not history or len(history["loss"]) < MIN_UPDATES:
         return
     last = max(1, len(history["loss"]) // 10)
+    remedy = "more walkers or a lower learning rate"
+    if fit.state.clock is None:
+        remedy = f"renew_every=100, {remedy}"
 
     for name, claimed in history["log_normalizer_training"].items():
         held_out, stderr = (
@@ -83,7 +86,7 @@ def warn_where_training_left_held_out(fit: Fit) -> None:
             "learning from its own walkers has biased this fit's parameters. Check it "
             "with ebm_ppl.score_test(...), mend a fit of few parameters with "
             "ebm_ppl.polish(...), or train again from here (init_params=fit.params, "
-            "which places fresh walkers) with more walkers or a lower learning rate.",
+            f"which places fresh walkers) with {remedy}.",
             stacklevel=level_of_caller(),
         )
 
