@@ -32,7 +32,7 @@ from tilt import Net, load
 
 import ebm_ppl as ebm
 
-RENEWALS = (100, None)
+RENEWALS = (50, None)
 
 
 def run(model, optim, seed, num_steps, x, renew_every):

@@ -126,7 +126,7 @@ class Jarzynski(Backend):
     ess_threshold: float = 0.5
     resampling: Resampling = systematic
     num_temperatures: int | None = None
-    renew_every: int | None = 100
+    renew_every: int | None = 50
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -16,6 +16,8 @@ from ebm_ppl.walkers.state import Walkers
 
 # Temperatures of a renewal.
 NUM_TEMPERATURES = 96
+# Periods before the first one.
+FIRST_PERIODS = 4
 
 
 class Line(NamedTuple):
@@ -34,7 +36,7 @@ class Line(NamedTuple):
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["left", "until_pilot", "lines"],
+    data_fields=["left", "until_pilot", "num_pilots", "lines"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Clock:
     Attributes:
         left: Updates until islands are renewed.
         until_pilot: Renewals until the ladders are chosen anew.
+        num_pilots: How often they were.
         lines: By site.
     """
 
     left: Array
     until_pilot: Array
+    num_pilots: Array
     lines: dict[str, Line]
 
     def tick(self) -> "Clock":
@@ -62,7 +66,7 @@ def begin_clock(
     energies: dict[str, EnergyDistribution],
     walkers: dict[str, Walkers],
 ) -> Clock | None:
-    """The first renewal comes after two periods: all islands are fresh at the start."""
+    """The first renewal comes after some periods: all islands are fresh at the start."""
     if renew_every is None:
         return None
 
@@ -82,7 +86,7 @@ def begin_clock(
         ladder = Ladder(jnp.zeros((), dtype), betas, tunings)
         reference = jnp.zeros(energy.batch_shape, dtype)
         lines[name] = Line(ladder, count(1), reference)
-    return Clock(count(2 * renew_every), count(0), lines)
+    return Clock(count(FIRST_PERIODS * renew_every), count(0), count(0), lines)
 
 
 def count(number: int) -> Array:

@@ -35,8 +35,10 @@ from ebm_ppl.walkers.site import SiteAtParams
 from ebm_ppl.walkers.state import Walkers
 
 # Moves of a renewal for every temperature that its pilot needed.
-PER_RUNG = 8
+PER_RUNG = 4
 MAX_MOVES = 8
+# Turns, at most, along ladders chosen once.
+MAX_TURNS = 8
 
 
 def renewed(
@@ -145,14 +147,22 @@ def _wound(
     walkers: dict[str, Walkers],
     is_new_turn: bool,
 ) -> Clock:
-    """The clock after a renewal: a turn replaces every island once."""
+    """The clock after a renewal.
+
+    A turn replaces every island once.  Ladders are chosen after one turn, two more, four
+    more, and so on: parameters move less and less.
+    """
     num_moves = max(int(line.num_moves) for line in lines.values())
+    left = count(backend.renew_every * num_moves)
+    if not is_new_turn:
+        return Clock(left, clock.until_pilot - 1, clock.num_pilots, lines)
+
     turn = min(
         math.ceil(site.log_weight.shape[0] / num_renewed(site))
         for site in walkers.values()
     )
-    until = turn - 1 if is_new_turn else int(clock.until_pilot) - 1
-    return Clock(count(backend.renew_every * num_moves), count(until), lines)
+    num_turns = min(2 ** int(clock.num_pilots), MAX_TURNS)
+    return Clock(left, count(turn * num_turns - 1), clock.num_pilots + 1, lines)
 
 
 @partial(jax.jit, static_argnames=("kernel", "options", "num_new"))

@@ -62,7 +62,7 @@ def warn_where_training_left_held_out(fit: Fit) -> None:
     last = max(1, len(history["loss"]) // 10)
     remedy = "more walkers or a lower learning rate"
     if fit.state.clock is None:
-        remedy = f"renew_every=100, {remedy}"
+        remedy = f"renew_every=50, {remedy}"
 
     for name, claimed in history["log_normalizer_training"].items():
         held_out, stderr = (
