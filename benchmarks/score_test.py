@@ -3,12 +3,12 @@
     python benchmarks/score_test.py [--seeds 100] [--rows 1000] [--backend NAME] [NAME ...]
 
 For every target and seed: data are drawn from the model itself, a backend (jarzynski,
-vera or monte-carlo) fits them, and five things are counted.
+vera or monte-carlo) fits them, and these things are counted.
 
 - The fit itself, in standard errors from the maximum, and whether the run warned.
-
 - The test is silent on a fit that stands within a standard error of the maximum
   (wanted: 95 of 100).
+- It is loud on a fit that ended over three standard errors away, and so is the run.
 - It is loud on the same fit stopped at a tenth of its updates, where that is over three
   standard errors away; the gain that it predicts stands beside the true one.
 - `polish` from there ends within its own Monte Carlo errors of the maximum, which are
@@ -70,7 +70,7 @@ def covers(polished, truth):
 
 def report(name, num_seeds, num_rows, backend_name):
     began = time.perf_counter()
-    silent = healthy = loud = early = warned = 0
+    silent = healthy = loud = early = warned = away = told = tested = 0
     ratios, distances, noises, covered, fitted = [], [], [], [], []
     # One model and one backend for all data, which are arguments: compiled once.
     plain = TARGETS[name]()
@@ -88,6 +88,11 @@ def report(name, num_seeds, num_rows, backend_name):
             warned += has_warned
             test = ebm.score_test(random.key(seed), fit, *args)
             silent += test.is_at_maximum
+        elif fitted[-1] > 3.0:
+            away += 1
+            told += has_warned
+            test = ebm.score_test(random.key(seed), fit, *args)
+            tested += not test.is_at_maximum
 
         # One that did not
         short, _ = fit_of(backend, target, seed, NUM_UPDATES // 10)
@@ -110,8 +115,9 @@ def report(name, num_seeds, num_rows, backend_name):
     coverage = ", ".join(f"{100 * share:.0f}%" for share in np.mean(covered, 0))
     print(
         f"{name:16} fits off by {np.median(fitted):.2f} standard errors, worst "
-        f"{max(fitted):.2f}; {warned} of {healthy} healthy runs warned; test silent "
-        f"{silent} of {healthy}; loud {loud} of {early} early, "
+        f"{max(fitted):.2f}; {warned} of {healthy} healthy runs warned, {told} of {away} "
+        f"that ended far off; test silent {silent} of {healthy}, loud {tested} of {away} "
+        f"far off and {loud} of {early} early, "
         f"gain over truth {low:.2f} to {high:.2f}; polished: worst "
         f"{max(distances):.2f} standard errors off, Monte Carlo at most "
         f"{max(noises):.2f}, 90% intervals cover {coverage}; "
