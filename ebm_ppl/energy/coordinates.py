@@ -22,6 +22,7 @@ from ebm_ppl.energy.mixture import NormalMixture
 from ebm_ppl.energy.opaque import traceable
 from ebm_ppl.energy.supports import bijector_of
 from ebm_ppl.energy.wrappers import innermost
+from ebm_ppl.programs.products import einsum, matmul
 
 
 class CholeskyAffine(Transform):
@@ -42,8 +43,8 @@ class CholeskyAffine(Transform):
     def __call__(self, x: Array) -> Array:
         """Map u to x."""
         if self.scale_tril.ndim == 2:
-            return self.loc + x @ self.scale_tril.T
-        return self.loc + jnp.einsum("...ij,...j->...i", self.scale_tril, x)
+            return self.loc + matmul(x, self.scale_tril.T)
+        return self.loc + einsum("...ij,...j->...i", self.scale_tril, x)
 
     def _inverse(self, y: Array) -> Array:
         return solve_triangular(self.scale_tril, (y - self.loc)[..., None], lower=True)[

@@ -13,6 +13,7 @@ from numpyro.distributions import constraints
 from scipy.linalg import solve_triangular
 
 from ebm_ppl.errors import level_of_caller
+from ebm_ppl.programs.products import einsum, matmul
 
 # Draws at which single precision is held against double, and nats that it may be off.
 NUM_POINTS = 64
@@ -56,9 +57,9 @@ class NormalMixture(dist.Distribution):
         if self.inverses.ndim == 2:
             return self.means[which] + noise * self.inverses[which]
         if len(self.inverses) == 1:
-            moved = jnp.matmul(noise, self.inverses[0], precision="highest")
+            moved = matmul(noise, self.inverses[0])
         else:
-            moved = jnp.einsum(
+            moved = einsum(
                 "...d,...de->...e", noise, self.inverses[which], precision="highest"
             )
         return self.means[which] + moved
@@ -102,11 +103,10 @@ class NormalMixture(dist.Distribution):
             standard = offsets * factors
             log_det = jnp.sum(jnp.log(jnp.broadcast_to(factors, means.shape)), axis=-1)
         else:
-            standard = jnp.einsum(
+            standard = einsum(
                 "nkd,kde->nke",
                 offsets,
                 jnp.broadcast_to(factors, (len(means), size, size)),
-                precision="highest",
             )
             log_det = jnp.linalg.slogdet(factors)[1]
 
@@ -117,20 +117,20 @@ class NormalMixture(dist.Distribution):
     @property
     def mean(self) -> Array:
         """Mean, ``(d,)``."""
-        return jnp.exp(self.log_weights) @ self.means
+        return matmul(jnp.exp(self.log_weights), self.means)
 
     @property
     def covariance_matrix(self) -> Array:
         """Covariance, ``(d, d)``."""
         weights = jnp.exp(self.log_weights)
         offsets = self.means - self.mean
-        between = jnp.einsum("k,kd,ke->de", weights, offsets, offsets)
+        between = einsum("k,kd,ke->de", weights, offsets, offsets)
         if self.inverses.ndim == 2:
             variances = jnp.broadcast_to(self.inverses**2, self.means.shape)
-            return between + jnp.diag(weights @ variances)
-        within = jnp.einsum("kde,kdf->kef", self.inverses, self.inverses)
+            return between + jnp.diag(matmul(weights, variances))
+        within = einsum("kde,kdf->kef", self.inverses, self.inverses)
         return between + (
-            within[0] if len(within) == 1 else jnp.tensordot(weights, within, 1)
+            within[0] if len(within) == 1 else einsum("k,kef->ef", weights, within)
         )
 
 

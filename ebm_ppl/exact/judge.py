@@ -15,6 +15,7 @@ from ebm_ppl.exact.rule import (
     WEIGHTS,
     interpolation,
 )
+from ebm_ppl.programs.products import einsum, matmul
 
 # Cells judged by their slopes before any is split: those with the most mass. Concrete
 # values only.
@@ -145,7 +146,7 @@ def _beside(values: Array, dims: int) -> Array:
 def _mean(values: Array, dims: int) -> Array:
     """Means over cells, by the rule's weights."""
     for _ in range(dims):
-        values = values @ jnp.asarray(WEIGHTS, values.dtype)
+        values = matmul(values, jnp.asarray(WEIGHTS, values.dtype))
     return values
 
 
@@ -155,7 +156,7 @@ def _tail(value: Array, axis: int) -> Array:
     Averaged over the lines of the other axis.
     """
     matrix = jnp.asarray(TO_COEFFICIENTS[-2:].T, value.dtype)
-    largest = jnp.max(jnp.abs(jnp.moveaxis(value, axis, -1) @ matrix), axis=-1)
+    largest = jnp.max(jnp.abs(matmul(jnp.moveaxis(value, axis, -1), matrix)), axis=-1)
     return _mean(largest, largest.ndim - 2)
 
 
@@ -164,11 +165,11 @@ def _mismatch(value: Array, step: Array, axis: int) -> Array:
 
     Averaged over the lines of the other axis.
     """
-    predicted = jnp.moveaxis(step, axis, -1) @ jnp.asarray(
-        ANTIDERIVATIVE.T, value.dtype
+    predicted = matmul(
+        jnp.moveaxis(step, axis, -1), jnp.asarray(ANTIDERIVATIVE.T, value.dtype)
     )
     difference = jnp.moveaxis(value, axis, -1) - predicted
-    centre = difference @ jnp.asarray(WEIGHTS, value.dtype)
+    centre = matmul(difference, jnp.asarray(WEIGHTS, value.dtype))
     largest = jnp.max(jnp.abs(difference - centre[..., None]), axis=-1)
     return _mean(largest, largest.ndim - 2)
 
@@ -213,7 +214,7 @@ def _interpolate(
 
     predicted = value[cell, element]
     for axis in reversed(range(dims)):
-        predicted = jnp.einsum(
+        predicted = einsum(
             "rb...j,rbj->rb...", predicted, interpolation(position[..., axis])
         )
     # The density at a row far above every node of its cell must not overflow.

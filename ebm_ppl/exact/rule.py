@@ -5,6 +5,8 @@ import numpy as np
 from jax import Array
 from numpy.polynomial.legendre import leggauss, legvander
 
+from ebm_ppl.programs.products import matmul
+
 NUM_NODES = 16
 
 
@@ -47,4 +49,4 @@ def interpolation(position: Array) -> Array:
     terms = [jnp.ones_like(x), x]
     for k in range(1, NUM_NODES - 1):
         terms.append(((2 * k + 1) * x * terms[k] - k * terms[k - 1]) / (k + 1))
-    return jnp.stack(terms, axis=-1) @ jnp.asarray(TO_COEFFICIENTS, x.dtype)
+    return matmul(jnp.stack(terms, axis=-1), jnp.asarray(TO_COEFFICIENTS, x.dtype))

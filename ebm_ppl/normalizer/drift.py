@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from ebm_ppl.energy.start import target_of
+from ebm_ppl.programs.products import matmul
 from ebm_ppl.walkers.site import SiteAtParams
 
 # The share of walkers in either tail.
@@ -81,7 +82,7 @@ def _projections(flat: Array) -> Array:
     # NumPy's generator: its numbers do not depend on JAX's dtypes or PRNG.
     numbers = np.random.default_rng(0).normal(size=(num_coordinates, NUM_DIRECTIONS))
     directions = jnp.asarray(numbers / np.linalg.norm(numbers, axis=0), flat.dtype)
-    directed = (flat / jnp.where(spread > 0, spread, 1.0)) @ directions
+    directed = matmul(flat / jnp.where(spread > 0, spread, 1.0), directions)
     return jnp.concatenate([coordinates, jnp.moveaxis(directed, -1, 0)])
 
 

@@ -17,6 +17,7 @@ from jax.nn import logsumexp
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
+from ebm_ppl.programs.products import einsum, matmul
 from ebm_ppl.smc.weights import ess_fraction
 from ebm_ppl.walkers.switch import merge_islands
 
@@ -80,7 +81,7 @@ class LikelihoodSurface:
     def at(self, step: Array) -> Params:
         """Unconstrained parameters a step away."""
         flat, unravel = ravel_pytree(self.params)
-        return unravel(flat + self.directions @ step)
+        return unravel(flat + matmul(self.directions, step))
 
     def log_weights(
         self, name: str, distribution: EnergyDistribution
@@ -171,7 +172,7 @@ def quadratic(surface: LikelihoodSurface, step: Array) -> Quadratic:
     # Jackknife over islands
     num_chains = left_out.shape[0]
     spread = left_out - jnp.mean(left_out, axis=0)
-    noise = (num_chains - 1) / num_chains * (spread.T @ spread)
+    noise = (num_chains - 1) / num_chains * matmul(spread.T, spread)
     rounding = ROUNDING * jnp.finfo(size.dtype).eps * size
     return Quadratic(
         value, -gradient, information, noise, rounding, counts, jnp.min(jnp.stack(ess))
@@ -197,7 +198,7 @@ def _moments(
         shape = slopes.shape[:2]
         weight = jax.nn.softmax(log_weight[:, :, element].ravel()).reshape(shape)
 
-        parts = jnp.einsum("ci,cik->ck", weight, slopes)
+        parts = einsum("ci,cik->ck", weight, slopes)
         mean, shares = jnp.sum(parts, axis=0), jnp.sum(weight, axis=1)
         centred = ((slopes - mean) * jnp.sqrt(weight)[..., None]).reshape(-1, num)
         moment = _gram(centred)
@@ -216,10 +217,10 @@ def _gram(rows: Array) -> Array:
     """
     size, num = rows.shape
     if num > MAX_FORWARD:
-        return rows.T @ rows
+        return matmul(rows.T, rows)
     padded = jnp.pad(rows, ((0, -size % SHORT_SUM), (0, 0)))
     blocks = padded.reshape(-1, SHORT_SUM, num)
-    found = jnp.einsum("gik,gil->gkl", blocks, blocks, precision="highest")
+    found = einsum("gik,gil->gkl", blocks, blocks)
     while len(found) > 1:
         found = jnp.pad(found, ((0, -len(found) % SHORT_SUM), (0, 0), (0, 0)))
         found = jnp.sum(found.reshape(-1, SHORT_SUM, num, num), axis=1)

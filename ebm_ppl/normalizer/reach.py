@@ -13,6 +13,7 @@ from jax import Array, lax, random
 from jax.nn import logsumexp
 
 from ebm_ppl.kernels.base import Kernel
+from ebm_ppl.programs.products import einsum
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.weights import jackknife_log_mean_exp
 from ebm_ppl.walkers.follow import Annealed, follow
@@ -134,7 +135,7 @@ def _scores(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
         rows, there = (
             u.reshape(*u.shape[: 1 + batch_ndims], -1) for u in (chunk, walkers)
         )
-        products = jnp.einsum("n...d,m...d->nm...", rows, there)
+        products = einsum("n...d,m...d->nm...", rows, there)
         squares = jnp.sum(rows**2, -1)[:, None] + jnp.sum(there**2, -1)[None]
 
         scores = jnp.stack(

@@ -11,6 +11,7 @@ from ebm_ppl.generators.scores.base import Pair
 from ebm_ppl.generators.scores.exact import ExactScore
 from ebm_ppl.generators.scores.importance import ImportanceScore
 from ebm_ppl.generators.scores.proposals import linearized
+from ebm_ppl.programs.products import matmul
 
 # Gauss–Newton steps are tried at these lengths; the best one is taken.
 LENGTHS = (1.0, 0.5, 0.2, 0.05, 0.0)
@@ -75,8 +76,8 @@ def latents_of(pair: Pair, guesses: Array, value: Array, num_steps: int) -> Arra
         residual, jacobian = linearized(residuals, latents, value)
         # Conjugate gradients need no factorisation, and L steps of them are exact.
         change, _ = cg(
-            lambda z: jacobian.T @ (jacobian @ z),
-            jacobian.T @ residual,
+            lambda z: matmul(jacobian.T, matmul(jacobian, z)),
+            matmul(jacobian.T, residual),
             maxiter=latents.size,
         )
         trials = latents - jnp.asarray(LENGTHS)[:, None] * change

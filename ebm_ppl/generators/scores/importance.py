@@ -18,6 +18,7 @@ from ebm_ppl.generators.scores.proposals import (
     global_proposals,
     local_proposals,
 )
+from ebm_ppl.programs.products import einsum, matmul
 
 # Sizes of a block of pairs that share their latents; a single block may be smaller.
 MAX_BLOCK, MIN_BLOCK = 256, 64
@@ -169,13 +170,13 @@ class ImportanceScore:
         )
         info, weights = mixture_score(pair, latents, values, proposals)
         shift, num = (
-            jnp.einsum("nk,nkl->nl", weights, proposals.latents) - latents,
+            einsum("nk,nkl->nl", weights, proposals.latents) - latents,
             len(latents),
         )
         now = state._replace(
-            covariance=jnp.einsum("nk,nkl,nkm->lm", weights, steps, steps) / num,
-            cross=shift.T @ slope / num,
-            gradient=slope.T @ slope / num,
+            covariance=einsum("nk,nkl,nkm->lm", weights, steps, steps) / num,
+            cross=matmul(shift.T, slope) / num,
+            gradient=matmul(slope.T, slope) / num,
         )
         return info, now
 

@@ -10,6 +10,7 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from ebm_ppl.generators.scores.base import Pair, Proposals
+from ebm_ppl.programs.products import einsum, matmul
 
 
 class ImportanceState(NamedTuple):
@@ -45,9 +46,7 @@ def local_proposals(
     # A QR decomposition, R = Q root and Λ = rootᵀ root, avoids forming RᵀR, which
     # squares the condition number.
     orthogonal, root = jnp.linalg.qr(jacobian)
-    step = jax.vmap(solve_triangular)(
-        root, jnp.einsum("nij,ni->nj", orthogonal, residual)
-    )
+    step = jax.vmap(solve_triangular)(root, einsum("nij,ni->nj", orthogonal, residual))
     spread = jax.vmap(lambda root, white: solve_triangular(root, white.T).T)(
         root, noise
     )
@@ -55,7 +54,7 @@ def local_proposals(
     log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=1, axis2=2))), axis=1)
     log_det = (log_det - noise.shape[-1] * jnp.log(scale))[:, None]
     centre = (latents - step)[:, None]
-    white = jnp.einsum("nkl,nml->nmk", root, lent - centre) / scale
+    white = einsum("nkl,nml->nmk", root, lent - centre) / scale
 
     return Proposals(
         centre + scale * spread,
@@ -87,8 +86,8 @@ def global_proposals(
     slope = jax.vmap(jax.grad(pair.log_joint))(latents, values)
     drift = jnp.linalg.solve(_with_ridge(state.gradient, 1e-4), state.cross.T)
     root = jnp.linalg.cholesky(_with_ridge(state.covariance, 1e-6))
-    steps = noise @ root.T
-    centre = (latents + slope @ drift)[:, None]
+    steps = matmul(noise, root.T)
+    centre = (latents + matmul(slope, drift))[:, None]
     log_det = jnp.sum(jnp.log(jnp.diagonal(root)))
     away = lent - centre
 
