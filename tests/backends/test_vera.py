@@ -90,6 +90,16 @@ def backend(*, program=generator, optim=None, generator_optim=None, **options):
 AT = {"slope": jnp.array([1.0, -0.5]), "precision": jnp.array([0.5, 2.0])}
 
 
+def test_no_lapack_in_the_loop_of_a_run():
+    """Its calls wait for one another for ever, on two cores under JAX 0.10."""
+    built = backend()
+    state = built.init(random.key(0), DATA)
+    text = jax.jit(built.update).lower(state, DATA).as_text().lower()
+    assert "while" in text
+    assert "lapack" not in text
+    assert "trsm" not in text
+
+
 # One update against closed forms
 
 

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from ebm_ppl.generators.scores.base import Pair
 from ebm_ppl.generators.scores.hmc import HMCScore
 from ebm_ppl.generators.scores.importance import ImportanceScore
+from ebm_ppl.generators.scores.orthogonal import orthonormalized
 from ebm_ppl.generators.scores.variational import VariationalScore
 
 pytestmark = pytest.mark.xdist_group("score")
@@ -307,3 +308,26 @@ def test_more_samples_bring_the_papers_proposals_nearer():
 def test_options_that_cannot_work(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("spread", [0.0, -3.0])
+def test_orthonormal_columns_without_lapack(spread):
+    """Nearly dependent columns too: orthogonal to rounding, and the inverse its own."""
+    rng = np.random.default_rng(0)
+    scales = np.logspace(0, spread, 6)
+    matrix = (rng.normal(size=(5, 9, 6)) * scales + rng.normal(size=(5, 9, 1))).astype(
+        np.float32
+    )
+    found = jax.tree.map(np.asarray, orthonormalized(jnp.asarray(matrix)))
+    columns, root = np.linalg.qr(matrix.astype(float))
+    signs = np.sign(np.diagonal(root, axis1=1, axis2=2))
+
+    gram = np.swapaxes(found.columns, 1, 2) @ found.columns
+    np.testing.assert_allclose(gram, np.broadcast_to(np.eye(6), gram.shape), atol=2e-6)
+    error = 1e-5 * 10**-spread
+    np.testing.assert_allclose(found.columns, columns * signs[:, None], atol=error)
+    np.testing.assert_allclose(found.root, root * signs[:, :, None], atol=1e-5)
+    product = found.root.astype(float) @ found.inverse
+    np.testing.assert_allclose(
+        product, np.broadcast_to(np.eye(6), product.shape), atol=error
+    )

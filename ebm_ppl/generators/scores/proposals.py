@@ -10,6 +10,7 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from ebm_ppl.generators.scores.base import Pair, Proposals
+from ebm_ppl.generators.scores.orthogonal import orthonormalized
 from ebm_ppl.programs.products import einsum, matmul
 
 
@@ -45,16 +46,16 @@ def local_proposals(
 
     # A QR decomposition, R = Q root and Λ = rootᵀ root, avoids forming RᵀR, which
     # squares the condition number.
-    orthogonal, root = jnp.linalg.qr(jacobian)
-    step = jax.vmap(solve_triangular)(root, einsum("nij,ni->nj", orthogonal, residual))
-    spread = jax.vmap(lambda root, white: solve_triangular(root, white.T).T)(
-        root, noise
+    found = orthonormalized(jacobian)
+    step = einsum(
+        "nlk,nk->nl", found.inverse, einsum("nij,ni->nj", found.columns, residual)
     )
+    spread = einsum("nlk,nmk->nml", found.inverse, noise)
     scale = jnp.sqrt(state.inflation)
-    log_det = jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root, axis1=1, axis2=2))), axis=1)
+    log_det = jnp.sum(jnp.log(jnp.diagonal(found.root, axis1=1, axis2=2)), axis=1)
     log_det = (log_det - noise.shape[-1] * jnp.log(scale))[:, None]
     centre = (latents - step)[:, None]
-    white = einsum("nkl,nml->nmk", root, lent - centre) / scale
+    white = einsum("nkl,nml->nmk", found.root, lent - centre) / scale
 
     return Proposals(
         centre + scale * spread,
