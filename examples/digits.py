@@ -12,7 +12,7 @@ Prints a table of normalised held-out log-likelihoods and test accuracies beside
 baselines, writes three figures and a NetCDF file, and ends with ArviZ's summary of the
 model's draws.
 
-    python examples/digits.py [--steps 3000] [--output examples/output]
+    python examples/digits.py [--steps 2000] [--output examples/output]
 """
 
 import argparse
@@ -235,7 +235,7 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=3_000)
+    parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument(
         "--walkers", type=int, default=32, help="walkers per island, on 16 islands"
     )
