@@ -19,6 +19,7 @@ from jax import random
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import ebm_ppl as ebm
+from ebm_ppl.programs.arguments import Arguments
 
 pytestmark = pytest.mark.xdist_group("processes")
 
@@ -73,7 +74,8 @@ def advance(backend, state, num_steps):
     update = jax.jit(backend.update)
     for _ in range(num_steps):
         state, _ = update(state, X)
-    return state
+    # Fresh islands too.
+    return backend.upkeep(state, Arguments((X,), {}))
 
 
 def spread_over_devices(state, num_chains):
@@ -96,9 +98,12 @@ def continue_elsewhere(task, folder, name):
     if task == "devices":
         assert len(jax.devices()) == 8
         state = spread_over_devices(state, backend.num_chains)
-        position = state.walkers["x"].ensemble.position
-        assert len(position.sharding.device_set) == 8
-    save(folder / "there.npz", advance(backend, state, NUM_STEPS))
+    after = advance(backend, state, NUM_STEPS)
+    if task == "devices":
+        old, new = (s.walkers["x"].ensemble.position for s in (state, after))
+        assert len(old.sharding.device_set) == 8
+        assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+    save(folder / "there.npz", after)
 
 
 def run_elsewhere(task, folder, name, **environment):

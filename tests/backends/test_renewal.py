@@ -195,6 +195,15 @@ def test_an_energy_out_of_reach_keeps_its_islands():
 
 def test_walkers_that_are_never_renewed():
     backend = small(quartic, optax.sgd(1e-4), renew_every=None)
-    assert backend.init(random.key(0), SKEWED).clock is None
+    state = backend.init(random.key(0), SKEWED)
+    assert state.clock is None
+    # The backend decides, whoever made the state.
+    renewing = small(quartic, optax.sgd(1e-4), renew_every=2)
+    fit = renewing.run(random.key(0), 9, SKEWED, init_state=state, progress_bar=False)
+    assert int(fit.state.clock.num_pilots) == 1
+    fit = backend.run(
+        random.key(0), 2, SKEWED, init_state=fit.state, progress_bar=False
+    )
+    assert fit.state.clock is None
     with pytest.raises(ValueError, match="renew_every = 0"):
         small(quartic, optax.sgd(1e-4), renew_every=0)

@@ -7,7 +7,7 @@ parameter step stays near a target.
 """
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -179,9 +179,7 @@ class Jarzynski(Backend):
             optim_state=self.optim.init(found.params),
             walkers=walkers,
             update_scale=jnp.ones(()),
-            clock=begin_clock(
-                self.renew_every, self.kernel, bound.energies(found.params), walkers
-            ),
+            clock=begin_clock(self.renew_every, self.kernel, walkers),
             rng_key=key_next,
         )
 
@@ -266,6 +264,13 @@ class Jarzynski(Backend):
         }
         return new, info
 
+    def _resume(self, state: JarzynskiState) -> JarzynskiState:
+        """Renewal is this backend's choice; a clock that runs goes on."""
+        if self.renew_every is None or state.clock is None:
+            clock = begin_clock(self.renew_every, self.kernel, state.walkers)
+            return replace(state, clock=clock)
+        return state
+
     def updates_until_upkeep(self, state: JarzynskiState) -> int:
         """Until islands are renewed."""
         if state.clock is None:
@@ -285,7 +290,7 @@ class Jarzynski(Backend):
     def _check_fit(
         self, fit: Fit, init_state: JarzynskiState, arguments: Arguments
     ) -> None:
-        warn_where_training_left_held_out(fit)
+        warn_where_training_left_held_out(fit, self.renew_every is not None)
         if is_checked(fit):
             held = held_out_draws(fit.state.walkers)
             warn_unless_at_maximum(fit, self.model, arguments, held, "")

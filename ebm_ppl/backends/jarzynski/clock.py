@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.smc.path import Ladder
 from ebm_ppl.walkers.state import Walkers
@@ -61,31 +60,28 @@ class Clock:
 
 
 def begin_clock(
-    renew_every: int | None,
-    kernel: Kernel,
-    energies: dict[str, EnergyDistribution],
-    walkers: dict[str, Walkers],
+    renew_every: int | None, kernel: Kernel, walkers: dict[str, Walkers]
 ) -> Clock | None:
-    """The first renewal comes after some periods: all islands are fresh at the start."""
+    """The first renewal comes after some periods: all islands are fresh at the start.
+
+    Ladders are shapes only: the first renewal chooses them.
+    """
     if renew_every is None:
         return None
 
     lines = {}
-    for name, energy in energies.items():
-        dtype = walkers[name].ensemble.potential.dtype
-        tuning = kernel.exactly().init_tuning(
-            math.prod(energy.event_shape), energy.batch_shape
-        )
+    for name, site in walkers.items():
+        like, batch_shape = site.ensemble.potential, site.ensemble.past.shape[1:]
+        num_elements = math.prod(site.ensemble.position.shape[like.ndim :])
         tunings = jax.tree.map(
-            lambda leaf, dtype=dtype: jnp.broadcast_to(
+            lambda leaf, dtype=like.dtype: jnp.broadcast_to(
                 leaf, (NUM_TEMPERATURES, *jnp.shape(leaf))
             ).astype(dtype),
-            tuning,
+            kernel.exactly().init_tuning(num_elements, batch_shape),
         )
-        betas = jnp.ones(NUM_TEMPERATURES, dtype)
-        ladder = Ladder(jnp.zeros((), dtype), betas, tunings)
-        reference = jnp.zeros(energy.batch_shape, dtype)
-        lines[name] = Line(ladder, count(1), reference)
+        betas = jnp.ones(NUM_TEMPERATURES, like.dtype)
+        ladder = Ladder(jnp.zeros((), like.dtype), betas, tunings)
+        lines[name] = Line(ladder, count(1), jnp.zeros(batch_shape, like.dtype))
     return Clock(count(FIRST_PERIODS * renew_every), count(0), count(0), lines)
 
 

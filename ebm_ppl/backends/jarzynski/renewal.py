@@ -71,7 +71,7 @@ def renewed(
                 continue
             lines[name] = line
 
-        walkers[name], is_done = _turned(
+        turned, is_done = _turned(
             replace(site, reference=lines[name].reference),
             backend.kernel.exactly(),
             annealing_options(backend, int(lines[name].num_moves)),
@@ -80,6 +80,7 @@ def renewed(
             old,
             num_renewed(old),
         )
+        walkers[name] = jax.tree.map(_on_the_devices_of, old, turned)
         if not bool(is_done):
             _warn_of(name)
 
@@ -198,6 +199,13 @@ def _turned(
         fresh,
     )
     return replace(walkers, ensemble=ensemble), is_done
+
+
+def _on_the_devices_of(old: Array, new: Array) -> Array:
+    """The new array, spread over devices as the old one was."""
+    if new.sharding.is_equivalent_to(old.sharding, old.ndim):
+        return new
+    return jax.device_put(new, old.sharding)
 
 
 def _warn_of(name: str) -> None:

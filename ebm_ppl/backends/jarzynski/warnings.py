@@ -49,7 +49,7 @@ def warn_where_log_z_drifted(name: str, old: Walkers, fresh: Walkers) -> None:
         )
 
 
-def warn_where_training_left_held_out(fit: Fit) -> None:
+def warn_where_training_left_held_out(fit: Fit, is_renewed: bool) -> None:
     """Warn where training islands contradict held-out ones about log Z.
 
     An update moves the parameters by the noise of the training islands' gradient, and
@@ -61,7 +61,7 @@ def warn_where_training_left_held_out(fit: Fit) -> None:
         return
     last = max(1, len(history["loss"]) // 10)
     remedy = "more walkers or a lower learning rate"
-    if fit.state.clock is None:
+    if not is_renewed:
         remedy = f"renew_every=50, {remedy}"
 
     for name, claimed in history["log_normalizer_training"].items():
