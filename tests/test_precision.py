@@ -12,6 +12,7 @@ from jax import lax, random
 from numpyro.distributions import constraints
 
 import ebm_ppl as ebm
+from ebm_ppl.normalizer import likelihood
 
 pytestmark = pytest.mark.xdist_group("precision")
 
@@ -61,7 +62,6 @@ def products(monkeypatch):
 def jarzynski():
     backend = ebm.Jarzynski(model, optax.sgd(1e-4), num_walkers=8)
     fit = backend.run(random.key(0), 2, ROWS, progress_bar=False)
-    ebm.score_test(random.key(1), fit, model, ROWS, num_walkers=32)
     ebm.log_normalizer(
         random.key(2),
         model,
@@ -71,6 +71,13 @@ def jarzynski():
         num_walkers=8,
         progress_bar=False,
     )
+
+
+def sums_of_the_score_test():
+    short = likelihood._gram(jnp.asarray(ROWS))
+    long = likelihood._gram(jnp.ones((40, likelihood.MAX_FORWARD + 1)))
+    assert short.shape == (2, 2)
+    assert long.shape == 2 * (likelihood.MAX_FORWARD + 1,)
 
 
 def vera():
@@ -97,7 +104,8 @@ def mixture():
 @pytest.mark.parametrize(
     ("program", "places"),
     [
-        (jarzynski, ["coordinates.py:__call__", "likelihood.py:_gram"]),
+        (jarzynski, ["coordinates.py:__call__", "drift.py", "reach.py"]),
+        (sums_of_the_score_test, ["likelihood.py:_gram"]),
         (vera, ["proposals.py:local_proposals", "importance.py"]),
         (quadrature, ["judge.py:_mean"]),
         (mixture, ["mixture.py"]),
