@@ -2,8 +2,8 @@
 
     python benchmarks/adaptation.py [--seeds 6] [--rows adam plain net] [--data FOLDER]
 
-Every row is fitted with the default ``renew_every`` and with None, the paper's
-algorithm; seeds are those of data and walkers.
+Every row is fitted with ``renew_every=50`` and with None, the paper's algorithm; seeds
+are those of data and walkers.
 
 - adam: two normals at −7 and +5 in the first of 10 coordinates, 30% in one of them;
   Adam, 5e-3 on a cosine over the last third, 4,000 updates.

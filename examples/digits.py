@@ -272,7 +272,12 @@ def main(arguments=None):
         optax.cosine_decay_schedule(1e-3, options.steps, 0.05), weight_decay=1e-4
     )
     backend = ebm.Jarzynski(
-        model, optim, num_chains=16, num_walkers=options.walkers, num_kernel_steps=3
+        model,
+        optim,
+        num_chains=16,
+        num_walkers=options.walkers,
+        num_kernel_steps=3,
+        renew_every=50,
     )
     fit = backend.run(random.key(0), options.steps, *data)
     print(

@@ -50,7 +50,8 @@ def means(x):
 
 
 def small(model, optim, **options):
-    settings = {"num_chains": 8, "num_holdout_chains": 4, "num_walkers": 32} | options
+    settings = {"num_chains": 8, "num_holdout_chains": 4, "num_walkers": 32}
+    settings = settings | {"renew_every": 50} | options
     return ebm.Jarzynski(model, optim, **settings)
 
 
@@ -184,13 +185,54 @@ def test_an_energy_out_of_reach_keeps_its_islands():
         with numpyro.plate("rows", len(x)):
             numpyro.sample("x", energy, obs=x)
 
-    backend = small(model, optax.sgd(0.0))
+    backend = small(model, optax.sgd(0.0), renew_every=50)
     state = backend.init(random.key(0), SKEWED)
     state = replace(state, params={"h": jnp.asarray(1.0)})
-    with pytest.warns(UserWarning, match="'x' could not be renewed"):
-        after = backend.upkeep(state, Arguments((SKEWED,), {}))
+    after = state
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="'x' could not be renewed"):
+            after = backend.upkeep(after, Arguments((SKEWED,), {}))
+        jax.tree.map(np.testing.assert_array_equal, state.walkers, after.walkers)
+        assert int(after.clock.left) == 400
+        assert int(after.clock.until_pilot) == 0
+
+
+def test_a_mode_that_fresh_walkers_miss_is_kept():
+    """A narrow mode far out, which walkers followed as it grew, is not thrown away."""
+
+    def model(x):
+        a, s = numpyro.param("a", 0.0), numpyro.param("s", 0.0)
+
+        def energy(v):
+            squares = jnp.sum((v - 4 * 5**-0.5) ** 2, -1)
+            mode = a - 0.5 * squares * jnp.exp(-2 * s) - 5 * s
+            return -jnp.logaddexp(0.0, mode + 0.5 * jnp.sum(v**2, -1))
+
+        base = dist.Normal(jnp.zeros(5), 1.0).to_event(1)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
+
+    # The walkers go along as the mode gets narrow.
+    rows = RNG.normal(size=(100, 5)).astype(np.float32)
+    backend = small(model, optax.sgd(0.0), renew_every=50, num_walkers=64)
+    state = backend.init(random.key(0), rows)
+    for width in (0.8, 0.65, 0.55, 0.47, 0.4, 0.35, 0.3):
+        narrow = {"a": jnp.asarray(0.0), "s": jnp.asarray(np.log(width))}
+        state = backend.with_params(state, narrow, Arguments((rows,), {}))
+    known = np.asarray(state.walkers["x"].ensemble.log_normalizers)
+    assert np.mean(known) == pytest.approx(np.log(2), abs=0.2)
+    with pytest.warns(UserWarning, match="'x' are not renewed: most fresh islands"):
+        after = backend.upkeep(state, Arguments((rows,), {}))
     jax.tree.map(np.testing.assert_array_equal, state.walkers, after.walkers)
-    assert int(after.clock.left) == 50
+
+
+def test_a_ladder_that_would_be_too_coarse():
+    """Far out, a pilot needs more temperatures than a renewal has."""
+    backend = small(means, optax.sgd(0.0), renew_every=50)
+    start = {"theta": np.full(10, 40.0, np.float32)}
+    state = backend.init(random.key(0), ROWS, init_params=start)
+    with pytest.warns(UserWarning, match="'x' could not be renewed"):
+        backend.upkeep(state, Arguments((ROWS,), {}))
 
 
 def test_walkers_that_are_never_renewed():

@@ -82,10 +82,12 @@ class Jarzynski(Backend):
         num_temperatures: Temperatures of the annealing from the start to the energy at
             the initial parameters, where the two differ.  None takes 32 times the
             number that a pilot run needed, at least 128.
-        renew_every: Updates after which :meth:`run` lets held-out islands begin to train
-            and replaces the oldest training islands by fresh ones, which are then held
-            out; where annealing needs more moves, that many times more updates.  None
-            lets walkers grow old with the fit, as the paper does.
+        renew_every: Updates, such as 50, after which :meth:`run` lets held-out islands
+            begin to train and replaces the oldest training islands by fresh ones, which
+            are then held out; where annealing needs more moves, that many times more
+            updates.  It takes back what a fit learns from its own walkers.  None lets
+            walkers grow old with the fit, as the paper does: right where annealing from
+            the base would miss a part that walkers have followed, a narrow mode.
 
     Raises:
         ValueError: An option out of range, such as too few walkers or islands.
@@ -126,7 +128,7 @@ class Jarzynski(Backend):
     ess_threshold: float = 0.5
     resampling: Resampling = systematic
     num_temperatures: int | None = None
-    renew_every: int | None = 50
+    renew_every: int | None = None
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, random
 
 from ebm_ppl.backends.jarzynski.clock import NUM_TEMPERATURES, Clock, Line, count
@@ -36,9 +37,12 @@ from ebm_ppl.walkers.state import Walkers
 
 # Moves of a renewal for every temperature that its pilot needed.
 PER_RUNG = 4
-MAX_MOVES = 8
-# Turns, at most, along ladders chosen once.
+# Turns, at most, along ladders chosen once; and periods until another try.
 MAX_TURNS = 8
+# Nats by which fresh islands may typically fall short, and the share of batch elements
+# that may.
+MAX_SHORT = 0.3
+MAX_SHARE = 0.1
 
 
 def renewed(
@@ -46,8 +50,8 @@ def renewed(
 ) -> JarzynskiState:
     """The state with its oldest islands replaced, and the clock set again.
 
-    A site whose energy annealing does not reach keeps its islands, and a warning says
-    so.
+    Where annealing does not reach a site's energy, or misses part of it, all islands
+    stay, and a warning says so.
 
     Args:
         backend: A :class:`Jarzynski`.
@@ -67,25 +71,30 @@ def renewed(
         if is_new_turn:
             line = _line(backend, site, key_pilot)
             if line is None:
-                _warn_of(name)
-                continue
+                return _postponed(backend, state, key_next, _out_of_reach(name))
             lines[name] = line
 
-        turned, is_done = _turned(
-            replace(site, reference=lines[name].reference),
-            backend.kernel.exactly(),
-            annealing_options(backend, int(lines[name].num_moves)),
-            key_islands,
-            lines[name].ladder,
-            old,
-            num_renewed(old),
-        )
-        walkers[name] = jax.tree.map(_on_the_devices_of, old, turned)
+        turned, is_done = _along(backend, site, lines[name], key_islands, old)
         if not bool(is_done):
-            _warn_of(name)
+            return _postponed(backend, state, key_next, _out_of_reach(name))
+        if message := _missed(name, old, turned):
+            return _postponed(backend, state, key_next, message)
+        walkers[name] = jax.tree.map(_on_the_devices_of, old, turned)
 
     clock = _wound(backend, clock, lines, state.walkers, is_new_turn)
     return replace(state, walkers=walkers, clock=clock, rng_key=key_next)
+
+
+def _postponed(
+    backend: Any, state: JarzynskiState, rng_key: Array, why: str
+) -> JarzynskiState:
+    """The state with all its islands, and another try, with new ladders, much later."""
+    warnings.warn(why, stacklevel=level_of_caller())
+    clock = state.clock
+    assert clock is not None
+    left, until_pilot = count(MAX_TURNS * backend.renew_every), count(0)
+    clock = replace(clock, left=left, until_pilot=until_pilot)
+    return replace(state, clock=clock, rng_key=rng_key)
 
 
 def with_fresh_log_z(
@@ -129,16 +138,49 @@ def num_renewed(walkers: Walkers) -> int:
 def _line(backend: Any, site: SiteAtParams, rng_key: Array) -> Line | None:
     """A ladder to the energy at the present parameters; None if it is out of reach."""
     kernel, (_, level) = backend.kernel.exactly(), level_at_start(site, rng_key)
-    site, pilot = pilot_at(
-        replace(site, reference=level), kernel, annealing_options(backend, 1), rng_key
-    )
-    if not reaches_energy(pilot):
+    options = annealing_options(backend)
+    at_level = replace(site, reference=level)
+    at_level, pilot = pilot_at(at_level, kernel, options, rng_key)
+    rungs = int(pilot.num_rungs)
+    if not reaches_energy(pilot) or rungs > NUM_TEMPERATURES:
         return None
 
-    wanted = PER_RUNG * int(pilot.num_rungs) / NUM_TEMPERATURES
-    num_moves = min(MAX_MOVES, 2 ** max(0, math.ceil(math.log2(wanted))))
-    assert site.reference is not None
-    return Line(refine(pilot, NUM_TEMPERATURES), count(num_moves), site.reference)
+    num_moves = 2 ** math.ceil(math.log2(max(1, PER_RUNG * rungs / NUM_TEMPERATURES)))
+    assert at_level.reference is not None
+    return Line(refine(pilot, NUM_TEMPERATURES), count(num_moves), at_level.reference)
+
+
+def _missed(name: str, old: Walkers, turned: Walkers) -> str:
+    """A message where fresh islands typically find less than those that train.
+
+    These saw the energy grow.  What most fresh ones miss would be lost as they take over,
+    and nothing would tell.
+    """
+    num_new, split = num_renewed(old), old.num_training_chains
+    logs = np.asarray(old.ensemble.log_normalizers)
+    fresh = np.asarray(turned.ensemble.log_normalizers[-num_new:])
+    known = logs[:split]
+    level = np.median(fresh, axis=0)
+    gap = np.median(known, axis=0) - level
+
+    # Four standard errors of a median, by the widest of the groups.
+    groups = (fresh, known, logs[split:])
+    spread = [np.median(np.abs(g - np.median(g, axis=0)), axis=0) for g in groups]
+    noise = 4 * 1.25 / math.sqrt(num_new) * 1.48 * np.max(spread, axis=0)
+    is_short = gap > np.maximum(MAX_SHORT, noise)
+    if np.mean(is_short) <= MAX_SHARE:
+        return ""
+    worst = np.argmax(np.where(is_short, gap, -np.inf))
+    found, kept = (
+        float(np.ravel(np.median(logs, axis=0))[worst]) for logs in (fresh, known)
+    )
+    return (
+        f"The walkers of energy site '{name}' are not renewed: most fresh islands put "
+        f"log Z near {found:.3g}, those that train at {kept:.3g}, so annealing from "
+        "the base misses a part of the energy that they know, such as a narrow mode. "
+        "What walkers learn from themselves stays in the fit. Name a closer start= or "
+        "base, and check the fit with ebm_ppl.score_test(...)."
+    )
 
 
 def _wound(
@@ -164,6 +206,21 @@ def _wound(
     )
     num_turns = min(2 ** int(clock.num_pilots), MAX_TURNS)
     return Clock(left, count(turn * num_turns - 1), clock.num_pilots + 1, lines)
+
+
+def _along(
+    backend: Any, site: SiteAtParams, line: Line, rng_key: Array, old: Walkers
+) -> tuple[Walkers, Array]:
+    """:func:`_turned` along a line, by the backend's kernel."""
+    return _turned(
+        replace(site, reference=line.reference),
+        backend.kernel.exactly(),
+        annealing_options(backend, int(line.num_moves)),
+        rng_key,
+        line.ladder,
+        old,
+        num_renewed(old),
+    )
 
 
 @partial(jax.jit, static_argnames=("kernel", "options", "num_new"))
@@ -208,11 +265,10 @@ def _on_the_devices_of(old: Array, new: Array) -> Array:
     return jax.device_put(new, old.sharding)
 
 
-def _warn_of(name: str) -> None:
-    warnings.warn(
+def _out_of_reach(name: str) -> str:
+    return (
         f"The walkers of energy site '{name}' could not be renewed: annealing from its "
-        "start did not reach the energy at the present parameters, so the old ones "
-        "went on, and what they learned from themselves stays in the fit. Name a "
-        "closer start= or base, or lower the learning rate.",
-        stacklevel=level_of_caller(),
+        "start does not reach the energy at the present parameters in a few hundred "
+        "moves, so the old ones go on, and what they learned from themselves stays in "
+        "the fit. Name a closer start= or base, or lower the learning rate."
     )
