@@ -40,13 +40,13 @@ MAX_MAPS = 25_000
 
 
 def pytest_configure(config):
-    """Import ArviZ before there are workers.
+    """Import ArviZ before there are workers, in the process that runs no tests.
 
     ArviZ 0.23 stamps a file on the first import of a day, and two processes that do so
     at once move it from under each other.
     """
     is_worker = hasattr(config, "workerinput")
-    if not is_worker:
+    if config.getoption("numprocesses", None) and not is_worker:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("arviz")

@@ -44,7 +44,7 @@ def generator():
 
 
 BACKENDS = {
-    "jarzynski": ebm.Jarzynski(model, optax.adam(0.01), num_walkers=16),
+    "jarzynski": ebm.Jarzynski(model, optax.adam(0.01), num_walkers=16, renew_every=50),
     "vera": ebm.VERA(
         model, generator, optax.adam(0.01, b1=0.0), optax.adam(0.01, b1=0.0)
     ),

@@ -280,8 +280,8 @@ class Jarzynski(Backend):
         return int(state.clock.left)
 
     def upkeep(self, state: JarzynskiState, arguments: Arguments) -> JarzynskiState:
-        """Renew the oldest islands."""
-        return renewed(self, state, arguments)
+        """Renew the oldest islands, where that was asked for."""
+        return state if state.clock is None else renewed(self, state, arguments)
 
     def with_params(
         self, state: JarzynskiState, params: Params, arguments: Arguments
