@@ -6,7 +6,8 @@ little more at every update, and the parameters follow.  One that has not traine
 right.  So every so many updates the oldest training islands leave, those held out begin
 to train, and as many fresh ones, annealed from exact draws of the start to the present
 parameters, are held out instead.  Their ladder comes from a pilot of its own, and the
-clock looks at nothing, so their log Z is unbiased given the path of the parameters.
+clock counts updates alone, so their log Z is unbiased given the path of the parameters.
+Only where fresh islands miss what old ones know is a renewal left out, with a warning.
 """
 
 import math
