@@ -2,6 +2,7 @@
 
 import traceback
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -40,6 +41,8 @@ def generator():
 @pytest.fixture
 def products(monkeypatch):
     """Precisions of the products traced so far that the package asks for, by place."""
+    # What other tests traced would not be traced again.
+    jax.clear_caches()
     found = {}
     bind = lax.dot_general_p.bind
 
