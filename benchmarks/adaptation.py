@@ -28,7 +28,7 @@ import optax
 from jax import random
 from jax.nn import logsumexp
 from numpyro.contrib.module import flax_module
-from tilt import Net, load
+from tilt import Net, load, mean_log_density
 
 import ebm_ppl as ebm
 
@@ -136,12 +136,7 @@ def net_rows(asked):
                 model, optim, 0, asked.steps, rows.train, renew_every
             )
             gap = last(fit, "log_normalizer_training") - last(fit, "log_normalizer")
-            log_z = ebm.log_normalizer(
-                random.key(1), model, fit.params, rows.test, progress_bar=False
-            )
-            density = ebm.to_arviz(
-                fit, model, rows.test, log_normalizer=log_z, allow_uncertified=True
-            ).attrs["mean_log_density"]
+            log_z, density = mean_log_density(fit, model, rows.test, progress_bar=False)
             print(
                 f"net on {name}, {asked.steps} updates, renew_every={renew_every}: "
                 f"training minus held-out log Z {gap:+.2f}, test density {density:.2f}, "

@@ -11,7 +11,6 @@ kept.  The better one on the validation rows meets the test rows.  ``--on-flow``
 energy on the coupling flow besides.
 """
 
-import argparse
 import time
 
 import equinox as eqx
@@ -25,7 +24,16 @@ from flowjax.distributions import StandardNormal, Transformed
 from flowjax.experimental.numpyro import distribution_to_numpyro
 from flowjax.flows import coupling_flow, masked_autoregressive_flow
 from jax import lax, random
-from tilt import SETS, load, mean_log_density, mixtures, tilted, values_of
+from tilt import (
+    BY_BASE,
+    SETS,
+    arguments,
+    load,
+    mean_log_density,
+    mixtures,
+    tilted,
+    values_of,
+)
 
 import ebm_ppl as ebm
 
@@ -132,7 +140,7 @@ def report(name, asked):
         began = time.perf_counter()
         fit, model = tilted(base, rows, asked, seed)
         seconds.append(time.perf_counter() - began)
-        densities.append(mean_log_density(fit, model, rows.test)[1])
+        densities.append(mean_log_density(fit, model, rows.test, **BY_BASE)[1])
         jax.clear_caches()
     texts = ", ".join(f"{density:.2f}" for density in densities)
     print(f"  tilted {texts} ({np.mean(seconds):.0f} s a fit)", flush=True)
@@ -157,7 +165,7 @@ def report(name, asked):
         began = time.perf_counter()
         fit, model = tilted(base, rows, asked, 0)
         seconds = time.perf_counter() - began
-        log_z, density = mean_log_density(fit, model, rows.test)
+        log_z, density = mean_log_density(fit, model, rows.test, **BY_BASE)
         print(
             f"  on the coupling flow {density:.2f}, {density - scores['coupling']:+.2f} "
             f"over it ({seconds:.0f} s); log Z {float(log_z.estimate['x']):.3f} ± "
@@ -168,12 +176,7 @@ def report(name, asked):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("names", nargs="*", default=[])
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--bound", type=float, default=5.0)
+    parser = arguments()
     parser.add_argument("--on-flow", action="store_true")
     asked = parser.parse_args()
     for name in asked.names or SETS:

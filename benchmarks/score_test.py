@@ -80,21 +80,19 @@ def report(name, num_seeds, num_rows, backend_name):
         best, errors = maximum_of(target)
         args = (target.model, target.x)
 
-        # A fit that arrived
+        # The whole run, judged unless it ended between here and there
         fit, has_warned = fit_of(backend, target, seed, NUM_UPDATES)
         fitted.append(distance(fit.params, best, errors))
-        if fitted[-1] <= 1.0:
-            healthy += 1
-            warned += has_warned
+        is_healthy, is_away = fitted[-1] <= 1.0, fitted[-1] > 3.0
+        if is_healthy or is_away:
             test = ebm.score_test(random.key(seed), fit, *args)
-            silent += test.is_at_maximum
-        elif fitted[-1] > 3.0:
-            away += 1
-            told += has_warned
-            test = ebm.score_test(random.key(seed), fit, *args)
-            tested += not test.is_at_maximum
+            healthy, away = healthy + is_healthy, away + is_away
+            warned += is_healthy and has_warned
+            told += is_away and has_warned
+            silent += is_healthy and test.is_at_maximum
+            tested += is_away and not test.is_at_maximum
 
-        # One that did not
+        # A tenth of it
         short, _ = fit_of(backend, target, seed, NUM_UPDATES // 10)
         lost = nats_a_row(target, best) - nats_a_row(target, short.params)
         if distance(short.params, best, errors) > 3.0:

@@ -47,6 +47,7 @@ SETS = {
 GRID = [("full", k) for k in (1, 2, 5, 10, 20, 40)]
 GRID += [("diag", k) for k in (10, 20, 50, 100, 200)]
 MAX_ROWS = 20_000
+BY_BASE = {"method": "base", "num_walkers": 16384}
 
 
 class Net(nn.Module):
@@ -143,11 +144,9 @@ def values_of(rows):
     ]
 
 
-def mean_log_density(fit, model, raw, num_walkers=16384):
-    """log Z by draws of the base, and the mean log density of rows."""
-    log_z = ebm.log_normalizer(
-        random.key(1), model, fit.params, raw, method="base", num_walkers=num_walkers
-    )
+def mean_log_density(fit, model, raw, **options):
+    """log Z, by options of `log_normalizer`, and the mean log density of rows."""
+    log_z = ebm.log_normalizer(random.key(1), model, fit.params, raw, **options)
     data = ebm.to_arviz(fit, model, raw, log_normalizer=log_z, allow_uncertified=True)
     return log_z, data.attrs["mean_log_density"]
 
@@ -205,7 +204,7 @@ def report(name, asked):
         fit, model = tilted(ebm.from_sklearn(mixture), rows, asked, seed)
         seconds = time.perf_counter() - began
         args = (model, fit.params, rows.test)
-        draws, density = mean_log_density(fit, model, rows.test)
+        draws, density = mean_log_density(fit, model, rows.test, **BY_BASE)
         text = (
             f"draws {float(draws.estimate['x']):.3f} ± {float(draws.stderr['x']):.3f}"
         )
@@ -223,13 +222,19 @@ def report(name, asked):
         )
 
 
-def main():
+def arguments():
+    """What every comparison of tilted fits is asked for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--bound", type=float, default=5.0)
+    return parser
+
+
+def main():
+    parser = arguments()
     parser.add_argument("--bracket", action="store_true")
     asked = parser.parse_args()
     for name in asked.names or SETS:

@@ -59,9 +59,7 @@ class NormalMixture(dist.Distribution):
         if len(self.inverses) == 1:
             moved = matmul(noise, self.inverses[0])
         else:
-            moved = einsum(
-                "...d,...de->...e", noise, self.inverses[which], precision="highest"
-            )
+            moved = einsum("...d,...de->...e", noise, self.inverses[which])
         return self.means[which] + moved
 
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:

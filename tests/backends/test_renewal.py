@@ -185,7 +185,7 @@ def test_an_energy_out_of_reach_keeps_its_islands():
         with numpyro.plate("rows", len(x)):
             numpyro.sample("x", energy, obs=x)
 
-    backend = small(model, optax.sgd(0.0), renew_every=50)
+    backend = small(model, optax.sgd(0.0))
     state = backend.init(random.key(0), SKEWED)
     state = replace(state, params={"h": jnp.asarray(1.0)})
     after = state
@@ -214,7 +214,7 @@ def test_a_mode_that_fresh_walkers_miss_is_kept():
 
     # The walkers go along as the mode gets narrow.
     rows = RNG.normal(size=(100, 5)).astype(np.float32)
-    backend = small(model, optax.sgd(0.0), renew_every=50, num_walkers=64)
+    backend = small(model, optax.sgd(0.0), num_walkers=64)
     state = backend.init(random.key(0), rows)
     for width in (0.8, 0.65, 0.55, 0.47, 0.4, 0.35, 0.3):
         narrow = {"a": jnp.asarray(0.0), "s": jnp.asarray(np.log(width))}
@@ -228,7 +228,7 @@ def test_a_mode_that_fresh_walkers_miss_is_kept():
 
 def test_a_ladder_that_would_be_too_coarse():
     """Far out, a pilot needs more temperatures than a renewal has."""
-    backend = small(means, optax.sgd(0.0), renew_every=50)
+    backend = small(means, optax.sgd(0.0))
     start = {"theta": np.full(10, 40.0, np.float32)}
     state = backend.init(random.key(0), ROWS, init_params=start)
     with pytest.warns(UserWarning, match="'x' could not be renewed"):

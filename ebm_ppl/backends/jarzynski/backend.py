@@ -20,8 +20,9 @@ from ebm_ppl.backends.jarzynski.clock import begin_clock
 from ebm_ppl.backends.jarzynski.control import controlled_switch, negative_log_joint
 from ebm_ppl.backends.jarzynski.journey import led_to
 from ebm_ppl.backends.jarzynski.options import check_options
-from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_for
-from ebm_ppl.backends.jarzynski.renewal import renewed, with_fresh_log_z
+from ebm_ppl.backends.jarzynski.placement import abstract_walkers, place_walkers
+from ebm_ppl.backends.jarzynski.refresh import with_fresh_log_z
+from ebm_ppl.backends.jarzynski.renewal import renewed
 from ebm_ppl.backends.jarzynski.state import JarzynskiState, new_or_old
 from ebm_ppl.backends.jarzynski.warnings import (
     held_out_draws,
@@ -138,7 +139,7 @@ class Jarzynski(Backend):
     ) -> JarzynskiState:
         """Walkers of every site, annealed to the initial parameters where needed."""
         place = partial(
-            place_for,
+            place_walkers,
             self,
             num_chains=self.num_chains,
             num_temperatures=self.num_temperatures,
@@ -149,13 +150,7 @@ class Jarzynski(Backend):
         self, rng_key: Array, arguments: Arguments, init_params: Params | None
     ) -> JarzynskiState:
         """The same with walkers that are shapes."""
-        place = partial(
-            abstract_walkers,
-            kernel=self.kernel,
-            num_chains=self.num_chains,
-            num_walkers=self.num_walkers,
-            num_holdout_chains=self.num_holdout_chains,
-        )
+        place = partial(abstract_walkers, self)
         return self._state(rng_key, arguments, init_params, place)
 
     def _state(

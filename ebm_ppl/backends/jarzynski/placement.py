@@ -19,28 +19,6 @@ from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 from ebm_ppl.walkers.state import Walkers, initial_gradient
 
 
-def place_for(
-    backend: Any,
-    rng_key: Array,
-    name: str,
-    bound: BoundModel,
-    params: Params,
-    **options: Any,
-) -> Walkers:
-    """:func:`place_walkers` with the options of a :class:`Jarzynski`."""
-    return place_walkers(
-        rng_key,
-        name,
-        bound,
-        params,
-        backend.kernel,
-        annealing_options(backend),
-        num_walkers=backend.num_walkers,
-        num_holdout_chains=backend.num_holdout_chains,
-        **options,
-    )
-
-
 def annealing_options(backend: Any, num_moves: int = 1) -> AnnealingOptions:
     """Those of a :class:`Jarzynski`, with as many times its moves."""
     return AnnealingOptions(
@@ -49,23 +27,22 @@ def annealing_options(backend: Any, num_moves: int = 1) -> AnnealingOptions:
 
 
 def place_walkers(
+    backend: Any,
     rng_key: Array,
     name: str,
     bound: BoundModel,
     params: Params,
-    kernel: Kernel,
-    options: AnnealingOptions,
     *,
     num_chains: int,
-    num_walkers: int,
-    num_holdout_chains: int,
     num_temperatures: int | None,
     transform: Transform | None = None,
 ) -> Walkers:
     """Walkers of the energy at ``params``: draws of the start, annealed if needed.
 
-    No initial gradient is computed where all islands are held out.
+    Settings are those of a :class:`Jarzynski`.  No initial gradient is computed where all
+    islands are held out.
     """
+    kernel, num_holdout_chains = backend.kernel, backend.num_holdout_chains
     site = _site(name, bound, params, kernel)
     if transform is not None:
         site = replace(site, transform=transform)
@@ -75,9 +52,9 @@ def place_walkers(
         rng_key,
         site,
         kernel.exactly(),
-        options,
+        annealing_options(backend),
         num_chains=num_chains,
-        num_walkers=num_walkers,
+        num_walkers=backend.num_walkers,
         num_temperatures=num_temperatures,
     )
     ensemble, is_exact = annealed.ensemble, kernel.is_exact
@@ -97,26 +74,19 @@ def _site(name: str, bound: BoundModel, params: Params, kernel: Kernel) -> SiteA
 
 
 def abstract_walkers(
-    rng_key: Array,
-    name: str,
-    bound: BoundModel,
-    params: Params,
-    *,
-    kernel: Kernel,
-    num_chains: int,
-    num_walkers: int,
-    num_holdout_chains: int,
+    backend: Any, rng_key: Array, name: str, bound: BoundModel, params: Params
 ) -> Walkers:
-    """Shapes of :func:`place_walkers`'s result."""
-    site = _site(name, bound, params, kernel)
+    """Shapes of :func:`place_walkers`'s result for all islands."""
+    site = _site(name, bound, params, backend.kernel)
 
     def walkers() -> Walkers:
-        position = site.draw(rng_key, (num_chains, num_walkers))
+        position = site.draw(rng_key, (backend.num_chains, backend.num_walkers))
         potential = site.path().start(position)
         zeros = jnp.zeros_like(potential)
         ensemble = Ensemble(position, potential, zeros, zeros[:, 0])
         gradient = site.params if zeros.ndim == 2 else None
-        tuning = site.init_tuning(kernel)
-        return Walkers(ensemble, tuning, site.transform, gradient, num_holdout_chains)
+        tuning = site.init_tuning(backend.kernel)
+        num_holdout = backend.num_holdout_chains
+        return Walkers(ensemble, tuning, site.transform, gradient, num_holdout)
 
     return jax.eval_shape(walkers)

@@ -22,9 +22,8 @@ import numpy as np
 from jax import Array, random
 
 from ebm_ppl.backends.jarzynski.clock import NUM_TEMPERATURES, Clock, Line, count
-from ebm_ppl.backends.jarzynski.placement import annealing_options, place_for
+from ebm_ppl.backends.jarzynski.placement import annealing_options
 from ebm_ppl.backends.jarzynski.state import JarzynskiState
-from ebm_ppl.backends.jarzynski.warnings import warn_where_log_z_drifted
 from ebm_ppl.errors import level_of_caller
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.bound import BoundModel
@@ -96,39 +95,6 @@ def _postponed(
     left, until_pilot = count(MAX_TURNS * backend.renew_every), count(0)
     clock = replace(clock, left=left, until_pilot=until_pilot)
     return replace(state, clock=clock, rng_key=rng_key)
-
-
-def with_fresh_log_z(
-    backend: Any,
-    rng_key: Array,
-    state: JarzynskiState,
-    arguments: Arguments,
-    num_temperatures: int,
-) -> JarzynskiState:
-    """The state with all held-out islands replaced, along a ladder as long as asked."""
-    bound = BoundModel(backend.model, state.transforms, rng_key, arguments)
-    walkers = {}
-    for index, (name, old) in enumerate(state.walkers.items()):
-        fresh = place_for(
-            backend,
-            random.fold_in(rng_key, index),
-            name,
-            bound,
-            state.params,
-            num_chains=backend.num_holdout_chains,
-            num_temperatures=num_temperatures,
-            transform=old.transform,
-        )
-
-        split = old.num_training_chains
-        ensemble = jax.tree.map(
-            lambda kept, new, split=split: jnp.concatenate([kept[:split], new]),
-            old.ensemble,
-            fresh.ensemble,
-        )
-        walkers[name] = replace(old, ensemble=ensemble)
-        warn_where_log_z_drifted(name, old, walkers[name])
-    return replace(state, walkers=walkers)
 
 
 def num_renewed(walkers: Walkers) -> int:
@@ -239,8 +205,7 @@ def _turned(
     The saved gradient stays, for one update, that of the islands that made it.
 
     Returns:
-        The walkers, or the old ones where an island died on the way; and whether none
-        did.
+        The walkers, and whether no island died on the way.
     """
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (num_new, walkers.log_weight.shape[1]))
@@ -250,9 +215,7 @@ def _turned(
     is_done = jnp.all(jnp.isfinite(fresh.log_normalizers))
 
     ensemble = jax.tree.map(
-        lambda old, new: jnp.where(
-            is_done, jnp.concatenate([old[num_new:], new.astype(old.dtype)]), old
-        ),
+        lambda old, new: jnp.concatenate([old[num_new:], new.astype(old.dtype)]),
         walkers.ensemble,
         fresh,
     )
