@@ -38,7 +38,7 @@ from optdigits import dequantise, gaussian
 
 import ebm_ppl as ebm
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.loop import run_chunk
+from ebm_ppl.training.chunk import run_chunk
 
 NUM_CHAINS, NUM_HOLDOUT = 16, 4
 NUM_TRAINING = NUM_CHAINS - NUM_HOLDOUT

@@ -28,7 +28,7 @@ from tilt import Net
 
 import ebm_ppl as ebm
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.loop import run_chunk
+from ebm_ppl.training.chunk import run_chunk
 
 NUM_DRAWS, BATCH, BOUND = 1024, 256, 5.0
 OPTIM = optax.adamw(1e-3, weight_decay=0.1)

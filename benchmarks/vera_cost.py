@@ -34,7 +34,7 @@ from jax.scipy.stats import norm
 import ebm_ppl as ebm
 from ebm_ppl.generators.scores.base import Pair
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.loop import run_chunk
+from ebm_ppl.training.chunk import run_chunk
 
 NUM_LATENTS, NUM_DRAWS, NUM_MOVES = tables.NUM_LATENTS, 64, 40
 GAMMA, BOUND_MEMORY = 1.0, 100

@@ -18,6 +18,7 @@ from ebm_ppl.errors import (
 )
 from ebm_ppl.export.arviz import to_arviz
 from ebm_ppl.export.plots import plot_energies
+from ebm_ppl.export.storage import Saved, load, save
 from ebm_ppl.export.surface import plot_energy_surface
 from ebm_ppl.export.training_panels import plot_training
 from ebm_ppl.generators.normal import standardized_normal
@@ -26,8 +27,10 @@ from ebm_ppl.generators.scores.importance import ImportanceScore
 from ebm_ppl.generators.scores.variational import VariationalScore
 from ebm_ppl.kernels.langevin import MALA, ULA
 from ebm_ppl.normalizer.estimate import log_normalizer
+from ebm_ppl.normalizer.fitted import fitted
 from ebm_ppl.normalizer.known import normalized
 from ebm_ppl.normalizer.polish import Polished, polish
+from ebm_ppl.normalizer.row_density import log_density
 from ebm_ppl.normalizer.score_test import ScoreTest, score_test
 from ebm_ppl.normalizer.validation import Validation
 from ebm_ppl.smc.resampling import multinomial, systematic
@@ -52,6 +55,7 @@ __all__ = [
     "MonteCarloMLEState",
     "NonFiniteError",
     "Polished",
+    "Saved",
     "ScoreTest",
     "UncertifiedNormalizerError",
     "UnknownNormalizerError",
@@ -60,8 +64,11 @@ __all__ = [
     "VariationalScore",
     "Walkers",
     "bounded",
+    "fitted",
     "from_sklearn",
     "latent_model",
+    "load",
+    "log_density",
     "log_normalizer",
     "multinomial",
     "normalized",
@@ -70,6 +77,7 @@ __all__ = [
     "plot_training",
     "polish",
     "sample",
+    "save",
     "score_test",
     "standardized_normal",
     "systematic",

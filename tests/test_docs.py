@@ -59,6 +59,16 @@ def checking_is_right(scope):
     assert abs(fitted.energy(x_test).mean() - scope["level"]) < 0.25
 
 
+def using_is_right(scope):
+    assert scope["gain"].mean() > 0.5
+    far, typical = scope["density"].log_prob(scope["odd"])
+    assert typical - far > 3
+    # Of the two moons at 1.8 the lower one is there, at about 0.1.
+    assert scope["second"].mean() == pytest.approx(0.1, abs=0.15)
+    assert np.array_equal(scope["same"], scope["scores"])
+    assert len(scope["more"].history["loss"]) == 10
+
+
 def extending_is_right(scope):
     right = 1 / float(np.mean(scope["x"] ** 2))
     assert float(scope["fit"].params["lam"]) == pytest.approx(right, rel=0.1)
@@ -185,6 +195,7 @@ def plane_is_right(scope):
     [
         ("README.md", None),
         ("docs/tutorial.md", tutorial_is_right),
+        ("docs/using.md", using_is_right),
         ("docs/concepts.md", concepts_are_right),
         ("docs/checking.md", checking_is_right),
         ("docs/comparing.md", comparing_is_right),

@@ -32,17 +32,12 @@ from ebm_ppl.energy.points import as_energy, as_points
 from ebm_ppl.energy.start import check_start_covers, starting_distribution
 from ebm_ppl.energy.states import needs_continuous
 from ebm_ppl.energy.supports import unchecked_log_prob
+from ebm_ppl.energy.ways_out import ways_out
 from ebm_ppl.energy.wrappers import innermost
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
 from ebm_ppl.programs.content import Content, content_of
 
 Energy = Callable[[Array], Array]
-
-_WAY_OUT = (
-    "Fit its parameters with ebm_ppl.Jarzynski(model, ...), or give a known "
-    "normaliser: EnergyDistribution(energy, base, log_normalizer=...), from "
-    "ebm_ppl.log_normalizer(...) or in closed form."
-)
 
 
 class EnergyDistribution(dist.Distribution):
@@ -251,7 +246,9 @@ class EnergyDistribution(dist.Distribution):
 
         return energies
 
-    def with_log_normalizer(self, log_normalizer: ArrayLike) -> "EnergyDistribution":
+    def with_log_normalizer(
+        self, log_normalizer: ArrayLike | LogNormalizer
+    ) -> "EnergyDistribution":
         """The same energy with another known log Z."""
         return EnergyDistribution(
             self.factors,
@@ -272,7 +269,7 @@ class EnergyDistribution(dist.Distribution):
         if self.log_normalizer is None:
             raise UnknownNormalizerError(
                 f"The normaliser of the energy{at_site(name)} is unknown, so its log "
-                f"density is too. {_WAY_OUT}"
+                f"density is too. {ways_out(self, name)}"
             )
 
         self.require_built_shapes()
@@ -323,7 +320,7 @@ class EnergyDistribution(dist.Distribution):
         if self.log_normalizer is None:
             raise UnknownNormalizerError(
                 f"Drawing from the energy{at_site(name)} needs its normaliser, which "
-                f"is unknown. {_WAY_OUT}"
+                f"is unknown. {ways_out(self, name)}"
             )
 
         self.require_built_shapes()

@@ -99,7 +99,9 @@ def require_same_energy(
             f"the points that it was marked with they differ {what}, although the "
             "parameters' names and values agree. Another base, other arguments of the "
             "model, or a changed net: estimate it for this very energy; "
-            "log_normalizer.estimate[site] is the bare number."
+            "log_normalizer.estimate[site] is the bare number. A base computed from the "
+            "data that the model is given (x.mean(0)) is another one for other data: "
+            "compute it outside of the model."
         )
 
     # A NumPy number: a JAX array would be traced here.

@@ -91,7 +91,9 @@ def traced_sites() -> tuple[str, ...]:
     )
 
 
-def depends_on_traced(fn: Callable[[Array], Array], value: Array) -> bool:
+def depends_on_traced(
+    fn: Callable[[Array], Array], value: Array | jax.ShapeDtypeStruct
+) -> bool:
     """Whether a function closes over traced values, of any type."""
     constants = jax.make_jaxpr(lambda v: fn(v))(
         jax.ShapeDtypeStruct(value.shape, value.dtype)

@@ -14,6 +14,9 @@ from ebm_ppl.energy.fingerprint import Fingerprint
 from ebm_ppl.errors import UncertifiedNormalizerError
 from ebm_ppl.smc.weights import log_mean_exp
 
+# Values of log Z that are printed; of more, the range.
+MAX_PRINTED = 8
+
 EXACT_METHODS = ("quadrature", "enumeration", "closed form")
 
 
@@ -219,39 +222,41 @@ class LogNormalizer:
                 given = ", ".join(f"'{other}'" for other in others)
                 yield f"{name}: log Z at the model's present value of {given}"
 
-        for name, estimate in self.estimate.items():
+        for name in self.estimate:
             verdict = "certified" if not self.flags[name] else "NOT certified"
-            if self.method in EXACT_METHODS:
-                error = float(np.max(self.stderr[name]))
-                rounded = f" up to {error:.1g}" if error > 0 else ""
-                yield (
-                    f"{name}: log Z = {np.asarray(estimate)}, exact{rounded} "
-                    f"({self.method}): {verdict}"
-                )
-                yield from (f"  - {flag}" for flag in self.flags[name])
-                continue
-
-            if np.ndim(estimate):
-                shape = " x ".join(map(str, np.shape(estimate)))
-                head = (
-                    f"{name}: {shape} values of log Z, standard error at most "
-                    f"{np.max(self.stderr[name]):.3g}"
-                )
-            else:
-                head = (
-                    f"{name}: log Z = {float(estimate):.4f} ± "
-                    f"{float(self.stderr[name]):.4f}"
-                )
-                head += (
-                    f", bracket [{float(self.lower[name]):.4f}, "
-                    f"{float(self.upper[name]):.4f}]"
-                )
-
-            yield (
-                f"{head}, ESS {float(np.min(self.ess[name])):.2f}, k̂ "
-                f"{float(np.max(self.khat[name])):.2f} ({self.method}): {verdict}"
-            )
+            yield f"{name}: {self._numbers(name)} ({self.method}): {verdict}"
             yield from (f"  - {flag}" for flag in self.flags[name])
+
+    def _numbers(self, name: str) -> str:
+        """The estimate, a summary of many, and what is known of its error."""
+        estimate, stderr = np.asarray(self.estimate[name]), self.stderr[name]
+        is_exact = self.method in EXACT_METHODS
+        error = float(np.max(stderr))
+        if estimate.size > MAX_PRINTED or (estimate.ndim and not is_exact):
+            shape = " x ".join(map(str, estimate.shape))
+            ends = (rounded(np.min(estimate)), rounded(np.max(estimate)))
+            head = f"{shape} values of log Z from {ends[0]} to {ends[1]}"
+            if not is_exact:
+                head += f", standard error at most {error:.3g}"
+        elif is_exact:
+            head = f"log Z = {np.array2string(estimate + 0.0, precision=6)}"
+        else:
+            limits = rounded(self.lower[name]), rounded(self.upper[name])
+            head = (
+                f"log Z = {rounded(estimate)} ± {error:.4f}, "
+                f"bracket [{limits[0]}, {limits[1]}]"
+            )
+
+        if is_exact:
+            return f"{head}, exact" + (f" up to {error:.1g}" if error > 0 else "")
+        khat = float(np.max(self.khat[name]))
+        tail = "" if np.isnan(khat) else f", k̂ {khat:.2f}"
+        return f"{head}, ESS {float(np.min(self.ess[name])):.2f}{tail}"
+
+
+def rounded(value: Any) -> str:
+    """Four decimals; a zero has no sign."""
+    return f"{round(float(value), 4) + 0.0:.4f}"
 
 
 def log_normalizer_site(name: str) -> str:

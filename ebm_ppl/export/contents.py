@@ -18,7 +18,8 @@ from ebm_ppl.export.groups import Naming, Variable, storable
 from ebm_ppl.export.names import Dimensions, distinct, labels
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.data import Observation, observations
-from ebm_ppl.model.program import Model
+from ebm_ppl.model.program import Model, require_same_parameters
+from ebm_ppl.normalizer.belongs import require_site
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 
@@ -121,12 +122,7 @@ def _check_belongs(
 ) -> None:
     """Refuse a log Z that was estimated for other sites or parameters."""
     for name in energies:
-        if name not in log_normalizer.estimate:
-            raise ValueError(
-                f"log_normalizer has sites {sorted(log_normalizer.estimate)}, but the "
-                f"model has energy site '{name}'; estimate it with "
-                "ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
-            )
+        require_site(log_normalizer, name)
 
     require_same_parameters(
         "log_normalizer",
@@ -135,27 +131,6 @@ def _check_belongs(
         "Estimate it at these: ebm_ppl.log_normalizer(rng_key, model, fit.params, ...), "
         "or with batch_ndims=2 at draws (chain, draw).",
     )
-
-
-def require_same_parameters(
-    option: str, given: Mapping[str, Any], params: Mapping[str, Any], remedy: str
-) -> None:
-    """Refuse what was found at other parameters.
-
-    Raises:
-        ValueError: The message names the parameter.
-    """
-    for name in set(given) | set(params):
-        ours, theirs = (jax.tree.leaves(where.get(name)) for where in (params, given))
-        same = len(ours) == len(theirs) and all(
-            np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-8)
-            for a, b in zip(ours, theirs, strict=True)
-        )
-
-        if not same:
-            raise ValueError(
-                f"{option} belongs to other parameters: '{name}' differs. {remedy}"
-            )
 
 
 def _leaves(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from ebm_ppl.export.contents import Contents, parameters_of, require_same_parameters
+from ebm_ppl.export.contents import Contents, parameters_of
 from ebm_ppl.export.groups import Group
+from ebm_ppl.model.program import require_same_parameters
 from ebm_ppl.normalizer.score_test import ScoreTest
 
 

@@ -1,6 +1,8 @@
 """A model at fixed parameters."""
 
 import copy
+from collections.abc import Container
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from ebm_ppl.energy.pointwise import doubt_of, in_company, require_no_rows
 from ebm_ppl.energy.start import check_start_covers
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import check_repeatable, energies_at_points
 from ebm_ppl.programs.arguments import Arguments
@@ -74,16 +77,38 @@ def bind_model(
         doubt_of("x", model, company)
         return bound, {"x": frozen}
 
-    bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
+    bound, found = _with_every_row(
+        BoundModel(model, {}, rng_key, Arguments(args, kwargs)), params
+    )
+    for name, distribution in found.items():
+        check_start_covers(distribution, name)
+    return bound, found
+
+
+def _with_every_row(
+    bound: BoundModel, params: Params
+) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
+    """The model and its energies; of those with one log Z per row, for all rows.
+
+    Elsewhere a subsampled plate changes no energy, and stays.
+    """
     found = check_params(bound, params)
     if not found:
         raise ValueError(
             "The model has no energy site: declare one with numpyro.sample('x', "
             "EnergyDistribution(...))."
         )
-    for name, distribution in found.items():
-        check_start_covers(distribution, name)
-    return bound, found
+    if not any(energy.batch_shape for energy in found.values()):
+        return bound, found
+
+    full = replace(bound, model=with_full_plates(bound.model))
+    try:
+        rows = full.energies(params)
+    except (TypeError, ValueError):  # the rows that were given are a batch
+        return bound, found
+    if all(rows[n].batch_shape == e.batch_shape for n, e in found.items()):
+        return bound, found
+    return full, check_params(full, params)
 
 
 def _with_present_content(distribution: EnergyDistribution) -> EnergyDistribution:
@@ -115,10 +140,27 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
     for name, distribution in recorder.found.items():
         require_no_rows(name, distribution)
 
+    require_all(params, trace, recorder.found)
+    check_repeatable(bound.rng_key, bound, params, recorder.found)
+    _check_given(conditions(bound, params, recorder.found), recorder.unobserved)
+    return recorder.found
+
+
+def require_all(params: Params, trace: dict, found: Container[str]) -> None:
+    """Refuse parameters that a model lacks, and a model's that were not given.
+
+    Args:
+        params: By site name.
+        trace: Of a run of the model with them.
+        found: Names of the energy sites.
+
+    Raises:
+        ValueError: The message names them.
+    """
     unknown = {
         name
         for name in params
-        if name not in trace or trace[name].get("is_observed") or name in recorder.found
+        if name not in trace or trace[name].get("is_observed") or name in found
     }
     missing = {name for name, site in trace.items() if site["type"] == "param"} - set(
         params
@@ -129,10 +171,6 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
             "model does not have; expected every parameter of the model by its site's "
             "name, such as fit.params."
         )
-
-    check_repeatable(bound.rng_key, bound, params, recorder.found)
-    _check_given(conditions(bound, params, recorder.found), recorder.unobserved)
-    return recorder.found
 
 
 def conditions(

@@ -1,5 +1,6 @@
 """Observed values of a model, with their plates and distributions."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ from jax import Array
 from numpyro import handlers
 
 from ebm_ppl.energy.distribution import unwrap
-from ebm_ppl.model.handlers import EnergySites, FullPlates
+from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.programs.arguments import Arguments
 
@@ -40,12 +42,29 @@ def observations(
 
     By default every plate has its full size.
     """
+    return observed_in(
+        trace_at(rng_key, model, params, arguments, full_plates=full_plates)
+    )
+
+
+def trace_at(
+    rng_key: Array,
+    model: Model,
+    params: Params,
+    arguments: Arguments,
+    *,
+    full_plates: bool = True,
+) -> dict[str, dict]:
+    """The sites of one run at constrained parameters."""
     with FullPlates() if full_plates else nullcontext():
         recorder = EnergySites(handlers.seed(model, rng_key))
-        trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
+        return handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
             *arguments.args, **arguments.kwargs
         )
 
+
+def observed_in(trace: Mapping[str, dict]) -> dict[str, Observation]:
+    """Data at the observed sample sites of a run, without auxiliary sites."""
     found = {}
     for name, site in trace.items():
         auxiliary = site["type"] != "sample" or site["infer"].get("is_auxiliary", False)

@@ -25,6 +25,7 @@ from ebm_ppl.model.parameters import (
     parameters_of,
     run_once,
 )
+from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import check_repeatable
 from ebm_ppl.programs.arguments import Arguments
@@ -62,12 +63,7 @@ def inspect_model(
             and what to write.
     """
     init_params = {} if init_params is None else dict(init_params)
-    args, kwargs = arguments.args, arguments.kwargs
-    recorder = EnergySites(handlers.seed(model, rng_key))
-    with_initial = handlers.substitute(recorder, substitute_fn=initial_value)
-    if init_params:
-        check_init_params(init_params, partial(run_once, with_initial, args, kwargs))
-    trace = run_once(handlers.substitute(with_initial, data=init_params), args, kwargs)
+    recorder, trace = _first_run(rng_key, model, arguments, init_params)
     if not recorder.found:
         raise ValueError(
             "The model has no energy site. Declare one: numpyro.sample('x', "
@@ -94,6 +90,28 @@ def inspect_model(
     check_repeatable(rng_key, bound, params, recorder.found)
     check_no_moving_jump(rng_key, bound, params, recorder.found)
     return Inspection(params, transforms, recorder.found)
+
+
+def initial_params(rng_key: Array, model: Model, arguments: Arguments) -> Params:
+    """Constrained values at which the model's parameters start; no check of the data."""
+    with FullPlates():  # of fewer rows than a batch, too
+        _, trace = _first_run(rng_key, model, arguments, {})
+    values, _ = parameters_of(trace)
+    return values
+
+
+def _first_run(
+    rng_key: Array, model: Model, arguments: Arguments, init_params: Params
+) -> tuple[EnergySites, dict[str, dict]]:
+    """One run at initial values: the energies that it came by, and its sites."""
+    args, kwargs = arguments.args, arguments.kwargs
+    recorder = EnergySites(handlers.seed(model, rng_key))
+    with_initial = handlers.substitute(recorder, substitute_fn=initial_value)
+    if init_params:
+        check_init_params(init_params, partial(run_once, with_initial, args, kwargs))
+    return recorder, run_once(
+        handlers.substitute(with_initial, data=init_params), args, kwargs
+    )
 
 
 def _check_energy_site(
@@ -137,12 +155,13 @@ def _check_energy_site(
     own_dims = len(distribution.batch_shape)
     for frame in site["cond_indep_stack"]:
         size = trace[frame.name]["args"][0]
-        if -frame.dim <= own_dims and frame.size != size:
+        if needs_walkers and -frame.dim <= own_dims and frame.size != size:
             raise ValueError(
                 f"Energy site '{name}' has one normaliser per row of plate "
                 f"'{frame.name}', which is subsampled: walkers of absent rows could "
-                "not follow. Drop subsample_size, or give the base no batch shape "
-                "(one shared Z)."
+                "not follow. Drop subsample_size, give the base no batch shape (one "
+                "shared Z), or fit with ebm_ppl.MonteCarloMLE(model, ...), whose draws "
+                "are fresh in every update."
             )
 
     if isinstance(value, jax.core.Tracer):

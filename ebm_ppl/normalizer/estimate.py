@@ -1,21 +1,19 @@
 """log Z of energies at fixed parameters, by annealing, quadrature or enumeration."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, random
 from jax.typing import ArrayLike
-from tqdm.auto import tqdm
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.fingerprint import fingerprint
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.binding import bind_model, conditions
-from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.program import Estimate, Model, Params, params_of
 from ebm_ppl.model.repeatable import fingerprints
 from ebm_ppl.normalizer.annealed import certify_by_annealing, few
 from ebm_ppl.normalizer.by_base import certify_by_base, first_of
@@ -27,6 +25,8 @@ from ebm_ppl.normalizer.parameter_draws import (
     flatten_draws,
 )
 from ebm_ppl.normalizer.rows import data_rows
+from ebm_ppl.programs.keys import require_key
+from ebm_ppl.walkers.bar import annealing_bar
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 
 NUM_WALKERS = 64
@@ -38,7 +38,7 @@ MAX_EXACT_ROWS = 4096
 def log_normalizer(
     rng_key: Array | None,
     model: Model | EnergyDistribution,
-    params: Params | None = None,
+    params: Estimate | Params | None = None,
     *args: Any,
     method: str = "bracket",
     num_chains: int = 16,
@@ -79,8 +79,7 @@ def log_normalizer(
         rng_key: A JAX PRNG key; may be None for exact methods.
         model: A NumPyro model with energy sites, or an :class:`EnergyDistribution`,
             whose site is then named 'x'.
-        params: All constrained parameters of the model by site name, such as
-            ``fit.params``.
+        params: A :class:`Fit`, or all constrained parameters by site name.
         args: The model's positional arguments; data at the energy sites may be left
             out.
         method: See above.
@@ -124,12 +123,14 @@ def log_normalizer(
         budget,
         batch_ndims,
     )
+    if rng_key is not None:
+        require_key(rng_key)
 
     # JAX arrays: loops in the model index parameters by a tracer, which NumPy arrays
     # refuse.
-    params = {} if params is None else jax.tree.map(jnp.asarray, dict(params))
-    draws, lead = flatten_draws(params, batch_ndims)
-    one = params if draws is None else draw_in_the_middle(draws)
+    given: Params = jax.tree.map(jnp.asarray, params_of(params))
+    draws, lead = flatten_draws(given, batch_ndims)
+    one = given if draws is None else draw_in_the_middle(draws)
     is_exact = method in EXACT
     key_bind = random.key(0) if rng_key is None else rng_key
 
@@ -137,7 +138,7 @@ def log_normalizer(
     bound, found = bind_model(key_bind, model, one, args, kwargs, compiled=not is_exact)
     first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
     belongs_to: dict[str, Any] = {
-        "params": params,
+        "params": given,
         "conditions": conditions(bound, one, found),
     }
     is_bare = isinstance(model, EnergyDistribution)
@@ -196,12 +197,8 @@ def log_normalizer(
         transform = coordinates_for(plan.kernel, found[name], name, "annealing")
         site = SiteAtParams(name, bound, one, transform)
 
-        with tqdm(
-            desc=f"log Z[{name}]",
-            unit="temperature",
-            delay=1.0,
-            disable=not progress_bar,
-        ) as bar:
+        num_passes = 1 if method == "forward" else 2
+        with annealing_bar(f"log Z[{name}]", progress_bar, num_passes) as progress:
             annealed = certify_by_annealing(
                 key,
                 site,
@@ -210,7 +207,7 @@ def log_normalizer(
                 draws,
                 rows.get(name),
                 tolerance,
-                partial(_report, bar, method),
+                progress,
             )
 
         sites[name], visited[name] = annealed.certificate, annealed.visited
@@ -224,8 +221,3 @@ def log_normalizer(
         fingerprints=fingerprints(bound, first, visited),
         **belongs_to,
     )
-
-
-def _report(bar: tqdm, method: str, done: int, num_temperatures: int) -> None:
-    bar.total = num_temperatures if method == "forward" else 2 * num_temperatures
-    bar.update(done)

@@ -12,10 +12,10 @@ from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model
 from ebm_ppl.normalizer.likelihood import Draws, LikelihoodSurface, num_params
 from ebm_ppl.normalizer.newton import climb_to_maximum
-from ebm_ppl.normalizer.surface import with_full_plates
 from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
@@ -72,6 +72,9 @@ def warn_unless_at_maximum(
     state = fit.state
     bound = _bound(state, model, arguments)
     energies = bound.energies(state.params)
+    # Of one log Z per row, a subsampled plate leaves draws for a batch of rows alone.
+    if any(e.batch_shape != held[n].log_weight.shape[2:] for n, e in energies.items()):
+        return
     draws = {
         name: Draws(values, log_weight, energies[name].unchecked_potential(values))
         for name, (values, log_weight) in held.items()

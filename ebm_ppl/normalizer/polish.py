@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
-from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.program import Estimate, Model, Params, params_of
 from ebm_ppl.normalizer.likelihood import (
     MAX_PARAMETERS,
     LikelihoodSurface,
@@ -23,7 +23,7 @@ from ebm_ppl.normalizer.score_test import (
 )
 from ebm_ppl.normalizer.verdict import NOT_FINITE
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.fit import Fit
+from ebm_ppl.programs.keys import require_key
 
 # Monte Carlo error, in standard errors of the estimates, at which rounds end.
 MAX_NOISE = 0.18
@@ -33,7 +33,7 @@ NEAR = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Polished:
+class Polished(Estimate):
     """A maximum of the likelihood, or of the joint density with priors.
 
     Attributes:
@@ -67,13 +67,14 @@ class Polished:
 
 def polish(
     rng_key: Array,
-    fit: Fit | Params,
+    fit: Estimate | Params,
     model: Model,
     *args: Any,
     num_chains: int = 16,
     num_walkers: int | None = None,
     num_temperatures: int | None = None,
     max_rounds: int = 10,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> Polished:
     """Take parameters to the maximum of the likelihood, whatever fitted them.
@@ -93,6 +94,7 @@ def polish(
             many as there are rows to be told from noise, 8,192 at most.
         num_temperatures: As in :func:`log_normalizer`.
         max_rounds: Rounds at most; a flag says where they did not do.
+        progress_bar: Show the number of temperatures done, after the first second.
         kwargs: The model's keyword arguments.
 
     Raises:
@@ -100,7 +102,14 @@ def polish(
 
     Source: Geyer and Thompson (1992); Hunter and Handcock (2006).
     """
-    params = fit.params if isinstance(fit, Fit) else dict(fit)
+    require_key(rng_key)
+    params = params_of(fit)
+    arguments = Arguments(args, kwargs)
+    options: dict[str, Any] = {
+        "num_chains": num_chains,
+        "num_temperatures": num_temperatures,
+        "progress_bar": progress_bar,
+    }
     if num_params(params) > MAX_PARAMETERS:
         raise ValueError(
             f"The model has {num_params(params)} parameters; polish takes "
@@ -119,14 +128,7 @@ def polish(
 
         # Anneal, and climb
         climb = climb_from(
-            key,
-            params,
-            model,
-            Arguments(args, kwargs),
-            num_chains=num_chains,
-            num_walkers=size,
-            num_temperatures=num_temperatures,
-            tolerance=1.0,
+            key, params, model, arguments, num_walkers=size, tolerance=1.0, **options
         )
         surface, maximum = climb.surface, climb.maximum
         of_draws = flags_of_draws(climb.test.log_normalizer)

@@ -58,9 +58,13 @@ def given_samples(
     return given
 
 
-def observed_rows(bound: BoundModel, params: Params) -> dict[str, Observation]:
+def observed_rows(
+    bound: BoundModel, params: Params, *, full_plates: bool = True
+) -> dict[str, Observation]:
     """Data with every plate at full size, or as given if the caller passed a batch."""
     arguments = (bound.rng_key, bound.model, params, bound.arguments)
+    if not full_plates:
+        return observations(*arguments, full_plates=False)
     full = observations(*arguments)
     try:
         for found in full.values():
@@ -71,7 +75,11 @@ def observed_rows(bound: BoundModel, params: Params) -> dict[str, Observation]:
 
 
 def data_rows(
-    bound: BoundModel, params: Params, max_rows: int | None = None
+    bound: BoundModel,
+    params: Params,
+    max_rows: int | None = None,
+    *,
+    full_plates: bool = True,
 ) -> dict[str, Array]:
     """The usable data rows of every observed energy site.
 
@@ -79,7 +87,8 @@ def data_rows(
     ones are kept.
     """
     rows = {}
-    for name, found in observed_rows(bound, params).items():
+    seen = observed_rows(bound, params, full_plates=full_plates)
+    for name, found in seen.items():
         energy = unwrap(found.distribution)
         if (
             energy is None

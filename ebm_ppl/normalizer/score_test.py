@@ -16,14 +16,14 @@ from jax.flatten_util import ravel_pytree
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.bound import BoundModel
-from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.program import Estimate, Model, Params, params_of
 from ebm_ppl.normalizer.likelihood import LikelihoodSurface
 from ebm_ppl.normalizer.newton import Maximum, climb_to_maximum
 from ebm_ppl.normalizer.saddles import saddles
 from ebm_ppl.normalizer.surface import gain_on, surface_at
 from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.fit import Fit
+from ebm_ppl.programs.keys import require_key
 
 # Monte Carlo error, in standard errors, over which a distance is not judged.
 MAX_NOISE = 0.5
@@ -98,7 +98,7 @@ class ScoreTest:
 
 def score_test(
     rng_key: Array,
-    fit: Fit | Params,
+    fit: Estimate | Params,
     model: Model,
     *args: Any,
     num_chains: int = 16,
@@ -106,6 +106,7 @@ def score_test(
     num_temperatures: int | None = None,
     tolerance: float = 1.0,
     held_out: tuple | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> ScoreTest:
     r"""Test whether parameters maximise the likelihood, or the joint density with priors.
@@ -136,6 +137,7 @@ def score_test(
         tolerance: As in :func:`log_normalizer`.
         held_out: Positional arguments with rows that were not fitted, on which the gain
             is told too: what a net gains on its own rows may be nothing on others.
+        progress_bar: Show the number of temperatures done, after the first second.
         kwargs: The model's keyword arguments.
 
     Raises:
@@ -143,9 +145,11 @@ def score_test(
 
     Source: Rao (1948); Geyer and Thompson (1992).
     """
-    params = fit.params if isinstance(fit, Fit) else dict(fit)
+    require_key(rng_key)
+    params = params_of(fit)
     others = None if held_out is None else Arguments(tuple(held_out), kwargs)
     size = FIRST_WALKERS if num_walkers is None else num_walkers
+
     for key in random.split(rng_key):
         climb = climb_from(
             key,
@@ -156,6 +160,7 @@ def score_test(
             num_walkers=size,
             num_temperatures=num_temperatures,
             tolerance=tolerance,
+            progress_bar=progress_bar,
             held_out=others,
         )
         if climb.test.is_judged or num_walkers is not None:

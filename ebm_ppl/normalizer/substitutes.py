@@ -22,8 +22,10 @@ from ebm_ppl.errors import UnknownNormalizerError
 from ebm_ppl.exact.enumeration import total
 from ebm_ppl.exact.quadrature import integral, rows_at
 from ebm_ppl.model.bound import BoundModel
-from ebm_ppl.model.handlers import FullPlates, KnownNormalizers
+from ebm_ppl.model.handlers import KnownNormalizers
+from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.belongs import require_site
 from ebm_ppl.programs.arguments import Arguments
 
 
@@ -174,12 +176,7 @@ class FixedNormalizers(KnownNormalizers):
     def _constant(
         self, name: str, distribution: EnergyDistribution
     ) -> EnergyDistribution:
-        if name not in self.certificate.estimate:
-            raise ValueError(
-                f"log_normalizer has sites {sorted(self.certificate.estimate)}, but "
-                f"the model has energy site '{name}'; estimate it with "
-                "ebm_ppl.log_normalizer(rng_key, model, params, ...) on this model."
-            )
+        require_site(self.certificate, name)
         estimate = self.certificate.estimate[name]
         if estimate.shape != distribution.batch_shape:
             raise ValueError(

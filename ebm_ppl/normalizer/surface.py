@@ -14,8 +14,9 @@ from jax.flatten_util import ravel_pytree
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.bound import BoundModel
-from ebm_ppl.model.handlers import FullPlates, WithoutPriors
+from ebm_ppl.model.handlers import WithoutPriors
 from ebm_ppl.model.inspection import inspect_model
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.density import num_rows
@@ -31,6 +32,7 @@ from ebm_ppl.normalizer.passes import Plan, run_passes
 from ebm_ppl.normalizer.rows import data_rows
 from ebm_ppl.normalizer.same_energies import have_same_energies
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.walkers.bar import annealing_bar
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 
 
@@ -44,6 +46,7 @@ def surface_at(
     num_walkers: int,
     num_temperatures: int | None,
     tolerance: float,
+    progress_bar: bool = False,
     held_out: Arguments | None = None,
 ) -> tuple[LikelihoodSurface, LogNormalizer]:
     """Anneal to the energies at (constrained) parameters.
@@ -72,20 +75,9 @@ def surface_at(
         "bracket", None, num_chains, num_walkers, num_temperatures, 1, None, 1
     )
     draws, log_z = _draws_of(
-        key_walkers, bound, found.params, found.energies, plan, tolerance
+        key_walkers, bound, found.params, found.energies, plan, tolerance, progress_bar
     )
     return _surface(bound, found.params, draws), log_z
-
-
-@lru_cache(maxsize=16)
-def with_full_plates(model: Model) -> Model:
-    """The model without subsampling; one object, so that calls share programs."""
-
-    def full(*args: Any, **kwargs: Any) -> Any:
-        with FullPlates():
-            return model(*args, **kwargs)
-
-    return full
 
 
 def _draws_of(
@@ -95,6 +87,7 @@ def _draws_of(
     energies: Mapping[str, EnergyDistribution],
     plan: Plan,
     tolerance: float,
+    progress_bar: bool,
 ) -> tuple[dict[str, Draws], LogNormalizer]:
     """Weighted draws of every site, and the certificate that comes with them."""
     constrained = bound.constrain(params)
@@ -104,7 +97,8 @@ def _draws_of(
         transform = coordinates_for(plan.kernel, distribution, name, "annealing")
         site = SiteAtParams(name, bound, params, transform)
         key = random.fold_in(rng_key, index)
-        passes = run_passes(key, site, plan, None, rows.get(name))
+        with annealing_bar(f"walkers[{name}]", progress_bar, 2) as progress:
+            passes = run_passes(key, site, plan, None, rows.get(name), progress)
         sites[name] = certify(passes.findings, tolerance)
         spent += passes.num_evaluations
 

@@ -13,12 +13,13 @@ from ebm_ppl.energy.bounded import bound_of
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.density import mean_log_density
 from ebm_ppl.normalizer.estimate import log_normalizer
 from ebm_ppl.normalizer.look_by_base import Base
 from ebm_ppl.normalizer.same_energies import have_same_energies
-from ebm_ppl.normalizer.surface import with_full_plates, without_priors
+from ebm_ppl.normalizer.surface import without_priors
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.watch import WATCHED
 

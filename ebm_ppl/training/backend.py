@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,12 +12,16 @@ import optax
 from jax import Array, lax
 
 from ebm_ppl.errors import level_of_caller
-from ebm_ppl.model.program import Model, Params, constrain
+from ebm_ppl.model.program import Estimate, Model, Params, constrain, params_of
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.programs.keys import require_key
 from ebm_ppl.training.averaging import Averaging
+from ebm_ppl.training.chunk import MAX_CHUNK
+from ebm_ppl.training.data import Batches, Data, SameData
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.fit import Fit
-from ebm_ppl.training.loop import MAX_CHUNK, run
+from ebm_ppl.training.loop import run
+from ebm_ppl.training.state import OnlyParameters
 from ebm_ppl.training.watch import Watchable
 
 
@@ -120,11 +125,15 @@ class Backend(ABC):
         """Warn of what a finished run shows."""
         return
 
+    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
+        """Warn where it ended far from a maximum; of data that are all at hand."""
+        return
+
     def init(
         self,
         rng_key: Array,
         *args: Any,
-        init_params: Params | None = None,
+        init_params: Estimate | Params | None = None,
         **kwargs: Any,
     ) -> Any:
         """Check the model on its data and make the first state.
@@ -132,22 +141,24 @@ class Backend(ABC):
         Args:
             rng_key: A JAX PRNG key.
             args: The model's positional arguments.
-            init_params: Constrained values for any parameter, instead of the model's
-                own initial value.
+            init_params: A :class:`Fit` to begin from, or constrained values for any
+                parameter, instead of the model's own initial value.
             kwargs: The model's keyword arguments.
 
         Raises:
             ValueError: A model, a generator or data that cannot be fitted; the message
                 names the site and the remedy.
         """
-        state = self._start(rng_key, Arguments(args, kwargs), init_params)
+        require_key(rng_key)
+        given = None if init_params is None else params_of(init_params)
+        state = self._start(rng_key, Arguments(args, kwargs), given)
         return jax.tree.map(_as_strong_array, state)
 
     def template(
         self,
         rng_key: Array,
         *args: Any,
-        init_params: Params | None = None,
+        init_params: Estimate | Params | None = None,
         **kwargs: Any,
     ) -> Any:
         """Shapes and types of :meth:`init`'s state, without annealing or fitting.
@@ -155,7 +166,9 @@ class Backend(ABC):
         A saved state is read into it: its leaves are ``jax.ShapeDtypeStruct``, what
         Orbax calls an abstract state.  Arguments are those of :meth:`init`.
         """
-        state = self._template(rng_key, Arguments(args, kwargs), init_params)
+        require_key(rng_key)
+        given = None if init_params is None else params_of(init_params)
+        state = self._template(rng_key, Arguments(args, kwargs), given)
         return jax.tree.map(_shape_of, state)
 
     def run(
@@ -165,9 +178,10 @@ class Backend(ABC):
         *args: Any,
         progress_bar: bool = True,
         init_state: Any | None = None,
-        init_params: Params | None = None,
+        init_params: Estimate | Params | None = None,
         averaging: float | None = None,
         validation: Watchable | None = None,
+        batches: Iterable | None = None,
         **kwargs: Any,
     ) -> Fit:
         """Train for ``num_steps`` updates; Ctrl-C returns what was reached.
@@ -179,35 +193,52 @@ class Backend(ABC):
             progress_bar: Show the loss and diagnostics, once per chunk of steps.
             init_state: Continue from here exactly as if the run had not stopped; it
                 stays usable.
-            init_params: Constrained initial values, instead of the model's own.
+            init_params: A :class:`Fit` to begin from, or constrained initial values,
+                instead of the model's own.
             averaging: Decay, such as 0.99, of an exponential average of the
                 unconstrained parameters over the updates: ``fit.params`` are then the
                 averages, and a run that goes on begins from them.
             validation: A :class:`Validation` with rows that are not trained on: the fit
                 is the one that had the highest certified density there, and the history
                 tells all of it.
+            batches: An iterable with the data of every update, such as a generator or a
+                data loader: tuples of positional arguments (before ``args``), single
+                arrays, or dicts of keyword arguments.  They are read ahead, so that
+                memory holds few of them, and the run ends with them if they are fewer
+                than ``num_steps``.  Declare plates at their full size,
+                ``plate("rows", num_rows, subsample_size=len(batch))``, so that a batch
+                stands for all rows.  The maximum is not judged at the end, for which
+                all rows would be needed.
             kwargs: The model's keyword arguments.
 
         Raises:
             NonFiniteError: A step gave a NaN or an infinity; its ``fit`` holds the last
                 good state.
         """
+        data: Data = SameData(Arguments(args, kwargs))
+        if batches is not None:
+            data = Batches(batches, Arguments(args, kwargs))
         if init_state is None:
-            init_state = self.init(rng_key, *args, init_params=init_params, **kwargs)
+            init_state = self.init(
+                rng_key,
+                *data.arguments.args,
+                init_params=init_params,
+                **data.arguments.kwargs,
+            )
+        _require_state(init_state)
         init_state = self._resume(init_state)
 
         # Train
-        arguments = Arguments(args, kwargs)
         averaged = None if averaging is None else Averaging(self, _decay(averaging))
         watch = None
         if validation is not None:
             params = self.get_params(init_state)
-            watch = validation.bound_to(self.model, params, arguments)
+            watch = validation.bound_to(self.model, params, data.arguments)
         fit = run(
             self if averaged is None else averaged,
             init_state if averaged is None else averaged.begin(init_state),
             num_steps,
-            arguments,
+            data,
             progress_bar=progress_bar,
             watch=watch,
         )
@@ -216,7 +247,9 @@ class Backend(ABC):
 
         # Judge
         try:
-            self._check_fit(fit, init_state, arguments)
+            self._check_fit(fit, init_state, data.arguments)
+            if batches is None:
+                self._check_maximum(fit, data.arguments)
         except Warning:
             raise
         except Exception as error:  # a check that fails must not cost the run
@@ -230,6 +263,19 @@ class Backend(ABC):
     def get_params(self, state: Any) -> Params:
         """Constrained values at the model's ``param`` and unobserved sample sites."""
         return constrain(state.transforms, state.params)
+
+
+def _require_state(init_state: Any) -> None:
+    if isinstance(init_state, OnlyParameters):
+        raise ValueError(
+            "The fit was read for its model alone, without the state of its "
+            f"{init_state.backend} run. Read it for the backend, ebm_ppl.load(path, "
+            "backend, *args), or begin at its parameters: init_params=fit."
+        )
+    if isinstance(init_state, Estimate):
+        raise TypeError(
+            "init_state is a Fit; expected its state: init_state=fit.state."
+        )
 
 
 def _decay(averaging: float) -> float:

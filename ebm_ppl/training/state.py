@@ -1,6 +1,7 @@
 """What the state of any backend can tell an export."""
 
 from collections.abc import Container, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -28,6 +29,11 @@ class Population(NamedTuple):
 class State:
     """Base of the states of backends; a state without walkers overrides nothing."""
 
+    @property
+    def backend(self) -> str:
+        """Name of the backend that it is of."""
+        return type(self).__name__.removesuffix("State")
+
     def populations(
         self,
         rng_key: Array,
@@ -54,3 +60,21 @@ class State:
     def contradictions(self, log_normalizer: LogNormalizer) -> tuple[str, ...]:
         """What a certified log Z at the fit's parameters shows to be wrong with it."""
         return ()
+
+
+@dataclass(frozen=True)
+class OnlyParameters(State):
+    """Stands for the state of a fit that was read for its parameters alone.
+
+    Attributes:
+        rng_key: For what an export draws.
+        name: The backend that made the fit.
+    """
+
+    rng_key: Array
+    name: str
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that it was of."""
+        return self.name

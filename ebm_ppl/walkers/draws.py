@@ -11,13 +11,15 @@ from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.start import potential_at
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.binding import bind_model
-from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.program import Estimate, Model, Params, params_of
+from ebm_ppl.programs.keys import require_key
 from ebm_ppl.smc.annealing import AnnealingOptions
 from ebm_ppl.smc.resampling import systematic
+from ebm_ppl.walkers.bar import annealing_bar
 from ebm_ppl.walkers.chains import run_chains, warm_up
 from ebm_ppl.walkers.placement import anneal_site
 from ebm_ppl.walkers.settle import resampled, settle
-from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
+from ebm_ppl.walkers.site import Progress, SiteAtParams, coordinates_for
 
 METHODS = ("smc", "mala", "nuts")
 
@@ -28,7 +30,7 @@ POOL = 64
 def sample(
     rng_key: Array,
     model: Model | EnergyDistribution,
-    params: Params | None = None,
+    params: Estimate | Params | None = None,
     *args: Any,
     method: str = "smc",
     num_chains: int = 4,
@@ -37,6 +39,7 @@ def sample(
     num_warmup: int = 500,
     thinning: int = 1,
     initial: Mapping[str, ArrayLike] | None = None,
+    progress_bar: bool = True,
     **kwargs: Any,
 ) -> dict[str, Array]:
     """Draw x from every energy site of a model at fixed parameters.
@@ -61,7 +64,7 @@ def sample(
         rng_key: A JAX PRNG key.
         model: A NumPyro model with energy sites, or an :class:`EnergyDistribution`,
             whose site is then named 'x'.
-        params: Constrained parameters by site name, such as ``fit.params``.
+        params: A :class:`Fit`, or constrained parameters by site name.
         args: The model's positional arguments; data at the energy sites may be left
             out.
         method: See above.
@@ -75,6 +78,7 @@ def sample(
         initial: First points by site name,
             ``(num_chains, *batch_shape, *event_shape)``.  ``"mala"`` then adapts its
             step size in the warm-up.
+        progress_bar: Show the number of temperatures done, after the first second.
         kwargs: The model's keyword arguments.
 
     Returns:
@@ -96,8 +100,10 @@ def sample(
         },
     )
 
+    require_key(rng_key)
+
     # Model
-    params = {} if params is None else dict(params)
+    params = params_of(params)
     bound, found = bind_model(rng_key, model, params, args, kwargs)
     if initial is not None and not set(initial) <= set(found):
         raise ValueError(
@@ -113,11 +119,13 @@ def sample(
         transform = coordinates_for(MALA(), distribution, name, "drawing by moves")
         site = SiteAtParams(name, bound, params, transform)
         chains = Chains(method, num_chains, num_draws, num_warmup, thinning)
-        position = (
-            _annealed_chains(key, site, chains, num_temperatures)
-            if initial is None
-            else _chains_from(key, site, chains, initial)
-        )
+        if initial is None:
+            with annealing_bar(f"draws[{name}]", progress_bar) as progress:
+                position = _annealed_chains(
+                    key, site, chains, num_temperatures, progress
+                )
+        else:
+            position = _chains_from(key, site, chains, initial)
         draws[name] = site.transform(position)
 
     return draws
@@ -182,7 +190,11 @@ def _chains_from(
 
 
 def _annealed_chains(
-    rng_key: Array, site: SiteAtParams, chains: Chains, num_temperatures: int | None
+    rng_key: Array,
+    site: SiteAtParams,
+    chains: Chains,
+    num_temperatures: int | None,
+    progress: Progress,
 ) -> Array:
     """Walkers annealed from the base, or chains from one of every island."""
     key_anneal, key_resample, key_settle, key_pick, key_run = random.split(rng_key, 5)
@@ -197,6 +209,7 @@ def _annealed_chains(
         num_chains=chains.num_chains,
         num_walkers=chains.num_draws if is_smc else POOL,
         num_temperatures=num_temperatures,
+        progress=progress,
     )
 
     # Settle

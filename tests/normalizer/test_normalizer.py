@@ -16,6 +16,7 @@ from scipy.stats import binom, norm
 from scipy.stats import t as student_t
 
 import ebm_ppl as ebm
+from ebm_ppl.energy.log_normalizer import rounded
 from ebm_ppl.normalizer.certify import certify
 from ebm_ppl.normalizer.findings import Findings
 from ebm_ppl.smc.ensemble import Moves
@@ -333,7 +334,8 @@ def test_batch_shapes(tilted):
     ):
         assert getattr(log_z, field)["x"].shape == (NUM_ENERGIES,)
     assert str(log_z).startswith(
-        f"x: {NUM_ENERGIES} values of log Z, standard error at most 0."
+        f"x: {NUM_ENERGIES} values of log Z from {rounded(log_z.estimate['x'].min())} to "
+        f"{rounded(log_z.estimate['x'].max())}, standard error at most 0."
     )
 
 

@@ -288,6 +288,8 @@ class Jarzynski(Backend):
         self, fit: Fit, init_state: JarzynskiState, arguments: Arguments
     ) -> None:
         warn_where_training_left_held_out(fit, self.renew_every is not None)
+
+    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
         if is_checked(fit):
             held = held_out_draws(fit.state.walkers)
             warn_unless_at_maximum(fit, self.model, arguments, held, "")

@@ -285,6 +285,8 @@ class VERA(Backend):
         warn_of_collapse(fit, init_state)
         is_weighed = self.importance_weights or self.defensive
         warn_of_tempering(self.entropy_weight, is_weighed)
+
+    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
         if is_checked(fit):
             score = self.score_of(fit.state.generator)
             warn_of_draws(fit, self.model, arguments, score)

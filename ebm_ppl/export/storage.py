@@ -1,0 +1,152 @@
+"""Fits in files."""
+
+import importlib.metadata
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import random
+
+from ebm_ppl.energy.fingerprint import Fingerprint
+from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.export.archive import Reader, Writer
+from ebm_ppl.model.inspection import initial_params
+from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.belongs import require_of_fit
+from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.backend import Backend
+from ebm_ppl.training.fit import Fit
+from ebm_ppl.training.state import OnlyParameters
+
+FORMAT, VERSION = "an ebm_ppl fit", 1
+PACKAGES = ("ebm-ppl", "numpyro", "jax", "optax", "numpy")
+
+# Fields of a LogNormalizer that are not arrays by site.
+PLAIN = ("flags", "method", "num_evaluations", "batch_ndims", "conditions")
+
+
+class Saved(NamedTuple):
+    """What a file held.
+
+    Attributes:
+        fit: The fit.  Read for a model alone, its ``state`` holds nothing to go on from.
+        log_normalizer: Its log Z, where one was saved.
+    """
+
+    fit: Fit
+    log_normalizer: LogNormalizer | None
+
+
+def save(
+    path: str | os.PathLike, fit: Fit, log_normalizer: LogNormalizer | None = None
+) -> None:
+    """Write a fit to one file: parameters, history, state, and log Z with its flags.
+
+    The file is a NumPy archive without pickles, with arrays named by their places in the
+    fit; ``numpy.load`` reads it.  It appears whole or not at all.
+
+    Args:
+        path: The file, which is replaced if it exists; ``.npz`` is usual.
+        fit: From a backend's ``run``.
+        log_normalizer: From :func:`log_normalizer` at ``fit.params``, certified or not;
+            its flags go with it.
+
+    Raises:
+        TypeError: ``fit`` is none.
+        ValueError: ``log_normalizer`` belongs to other parameters.
+    """
+    if not isinstance(fit, Fit):
+        raise TypeError(
+            f"fit is a {type(fit).__name__}; expected a Fit: ebm_ppl.save(path, fit)."
+        )
+    writer = Writer()
+    trees = {"params": fit.params, "state": fit.state}
+    described: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "backend": fit.state.backend,
+        "trees": {prefix: writer.tree(prefix, tree) for prefix, tree in trees.items()},
+        "history": writer.nested("history", fit.history),
+    }
+    if log_normalizer is not None:
+        require_of_fit(log_normalizer, fit.params, allow_uncertified=True)
+        described["log_normalizer"] = _described(writer, log_normalizer)
+    writer.write(pathlib.Path(path), described)
+
+
+def load(
+    path: str | os.PathLike, source: Backend | Model, *args: Any, **kwargs: Any
+) -> Saved:
+    """Read a fit that :func:`save` wrote.
+
+    The structure of parameters and state (nets, optimisers) is code, which no file
+    holds: it comes from the model or the backend.
+
+    Args:
+        path: The file.
+        source: The backend, made as for the run: its ``run(..., init_state=fit.state)``
+            then goes on as if nothing had happened.  Or the model alone, which is enough
+            to score rows, to draw, and to train from there (``init_params=fit``).
+        args: The model's positional arguments: those of the run for a backend, any that
+            it takes for a model.
+        kwargs: The model's keyword arguments.
+
+    Returns:
+        The fit, and its log Z or None.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged or no saved fit; or the parameters or the state of
+            ``source`` are others than those in the file, and the message names the first.
+    """
+    reader = Reader(pathlib.Path(path), FORMAT, VERSION)
+    if isinstance(source, Backend):
+        template = source.template(random.key(0), *args, **kwargs)
+        state = reader.tree("state", template)
+        params = jax.eval_shape(source.get_params, template)
+    else:
+        state = OnlyParameters(random.key(0), reader.described["backend"])
+        params = initial_params(random.key(0), source, Arguments(args, kwargs))
+
+    params = reader.tree("params", params)
+    fit = Fit(params, state, reader.nested(reader.described["history"]))
+    described = reader.described.get("log_normalizer")
+    log_z = None if described is None else _log_normalizer(reader, described, params)
+    return Saved(fit, log_z)
+
+
+def _described(writer: Writer, log_normalizer: LogNormalizer) -> dict[str, Any]:
+    """A log Z with names for arrays; its parameters are the fit's."""
+    described = {name: getattr(log_normalizer, name) for name in PLAIN}
+    for field in fields(log_normalizer):
+        if field.name in (*PLAIN, "params"):
+            continue
+        by_site = {
+            name: found._asdict() if isinstance(found, Fingerprint) else found
+            for name, found in getattr(log_normalizer, field.name).items()
+        }
+        described[field.name] = writer.nested(f"log_normalizer/{field.name}", by_site)
+    return described
+
+
+def _log_normalizer(
+    reader: Reader, described: Mapping[str, Any], params: Params
+) -> LogNormalizer:
+    plain = {name: described[name] for name in PLAIN}
+    for name in ("flags", "conditions"):
+        plain[name] = {site: tuple(found) for site, found in plain[name].items()}
+
+    arrays = {
+        name: jax.tree.map(jnp.asarray, reader.nested(names))
+        for name, names in described.items()
+        if name not in PLAIN
+    }
+    arrays["fingerprints"] = {
+        site: Fingerprint(**found) for site, found in arrays["fingerprints"].items()
+    }
+    return LogNormalizer(**arrays, **plain, params=params)

@@ -1,0 +1,183 @@
+"""Data that come in batches: every update sees its own, and nothing is lost on the way."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from jax import random
+from numpyro.distributions import constraints
+
+import ebm_ppl as ebm
+from ebm_ppl.training import data as data_module
+
+pytestmark = pytest.mark.xdist_group("batches")
+
+NUM_ROWS = 1_000
+X = np.random.default_rng(0).normal(size=(NUM_ROWS,)).astype(np.float32) / 2
+NORMAL = dist.Normal(0.0, 1.0)
+
+
+def model(x, num_rows=NUM_ROWS, weight=1.0):
+    """A precision, by rows that stand for ``num_rows``."""
+    rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.5 * (weight * rate - 1.0) * v**2, NORMAL
+    )
+    with numpyro.plate("rows", num_rows, subsample_size=len(x)):
+        numpyro.sample("x", energy, obs=x)
+
+
+def monte_carlo(rate=1e-4):
+    return ebm.MonteCarloMLE(model, optax.sgd(rate), num_draws=64)
+
+
+def jarzynski():
+    # No acceptance, which rounding could turn.
+    options = {"kernel": ebm.ULA(0.05), "num_chains": 6, "num_walkers": 8}
+    return ebm.Jarzynski(model, optax.sgd(1e-4), **options)
+
+
+def slices(size, rows=X):
+    for begin in range(0, len(rows), size):
+        yield rows[begin : begin + size]
+
+
+def by_hand(backend, batches):
+    state, update, losses = None, jax.jit(backend.update), []
+    for batch in batches:
+        if state is None:
+            state = backend.init(random.key(0), batch)
+        state, info = update(state, batch)
+        losses.append(info["loss"])
+    return backend.get_params(state), np.array(losses)
+
+
+def run(backend, batches, num_steps=1_000, **options):
+    return backend.run(
+        random.key(0), num_steps, batches=batches, progress_bar=False, **options
+    )
+
+
+@pytest.mark.parametrize("make", [monte_carlo, jarzynski])
+def test_every_update_has_the_next_batch(make):
+    """100 batches, more than a stack holds, and a last one that is shorter."""
+    batches = [*slices(9), X[:4]]
+    params, losses = by_hand(make(), batches)
+    fit = run(make(), iter(batches))
+    np.testing.assert_allclose(fit.history["loss"], losses, rtol=1e-4)
+    np.testing.assert_allclose(fit.params["rate"], params["rate"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_steps", [1, 65, 130])
+def test_a_run_ends_with_its_steps_or_with_its_batches(num_steps):
+    fit = run(monte_carlo(), slices(10), num_steps)
+    assert len(fit.history["loss"]) == min(num_steps, 100)
+
+
+def test_a_run_goes_on_with_the_next_batches():
+    whole = run(monte_carlo(), slices(10))
+    first = run(monte_carlo(), slices(10, X[:300]))
+    second = run(monte_carlo(), slices(10, X[300:]), init_state=first.state)
+    np.testing.assert_allclose(second.params["rate"], whole.params["rate"], rtol=1e-6)
+
+
+def test_rows_in_batches_are_fitted_as_one():
+    """Ten epochs of shuffled batches; the rate falls, so that their noise does."""
+    rng = np.random.default_rng(1)
+    epochs = (slices(50, rng.permutation(X)) for _ in range(30))
+    rate = optax.cosine_decay_schedule(1e-3, 600)
+    fit = run(monte_carlo(rate), itertools.chain.from_iterable(epochs))
+    right = 1 / np.mean(X**2)
+    error = right * np.sqrt(2 / NUM_ROWS)
+    assert abs(fit.params["rate"] - right) < error
+
+
+@pytest.mark.parametrize(
+    ("batches", "args", "kwargs"),
+    [
+        ([(X[:10],)] * 3, (), {}),
+        ([X[:10]] * 3, (), {}),
+        ([[X[:10]]] * 3, (NUM_ROWS,), {}),
+        ([{"x": X[:10]}] * 3, (), {"num_rows": NUM_ROWS}),
+        ([{"x": X[:10], "weight": 1.0}] * 3, (), {}),
+        ([X[:10].astype(float)] * 3, (), {"weight": np.ones(())}),
+        ([jnp.asarray(X[:10])] * 3, (), {}),
+    ],
+)
+def test_batches_are_arguments(batches, args, kwargs):
+    expected = monte_carlo().run(random.key(0), 3, X[:10], progress_bar=False)
+    fit = monte_carlo().run(
+        random.key(0), 3, *args, batches=batches, progress_bar=False, **kwargs
+    )
+    np.testing.assert_allclose(fit.params["rate"], expected.params["rate"], rtol=1e-6)
+
+
+def test_few_batches_are_read_ahead():
+    read = []
+
+    def endless():
+        for index in itertools.count():
+            read.append(index)
+            yield X[:10]
+
+    run(monte_carlo(), endless(), 300)
+    assert len(read) <= 300 + 2 * data_module.MAX_STACK + 1
+
+
+def test_the_second_stack_compiles_nothing():
+    traces = []
+
+    def counted(x):
+        traces.append(1)
+        model(x)
+
+    backend = ebm.MonteCarloMLE(counted, optax.sgd(1e-4), num_draws=64)
+    state, counts = run(backend, slices(10, X[:20])).state, []
+    for rows in (X[:600], X[:600], X):
+        before = len(traces)
+        run(backend, slices(10, rows), init_state=state)
+        counts.append(len(traces) - before)
+    # What a finished run is asked runs the model too, as often after either.
+    assert counts[1] == counts[2]
+
+
+def test_what_the_batches_raise_keeps_the_fit():
+    def failing():
+        yield from slices(10, X[:700])
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone") as caught:
+        run(monte_carlo(), failing())
+    fit = caught.value.fit
+    assert 0 < len(fit.history["loss"]) <= 70
+    assert "error.fit.state" in caught.value.__notes__[0]
+    again = run(monte_carlo(), slices(10, X[:10]), init_state=fit.state)
+    assert np.isfinite(again.params["rate"])
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "match"),
+    [
+        (X, TypeError, "batches is a ndarray; expected an iterable of batches"),
+        (7, TypeError, "batches is a int"),
+        ([], ValueError, "batches holds none"),
+        (iter([]), ValueError, "batches holds none"),
+        ([("a",)], TypeError, r"Batch 0 of batches holds a str"),
+    ],
+)
+def test_what_is_no_batches(batches, error, match):
+    with pytest.raises(error, match=match):
+        run(monte_carlo(), batches)
+
+
+def test_a_fit_of_batches_is_exported():
+    fit = run(monte_carlo(), slices(10))
+    log_z = ebm.log_normalizer(None, model, fit, X, method="quadrature")
+    idata = ebm.to_arviz(fit, model, X, log_normalizer=log_z)
+    assert idata["observed_data"]["x"].shape == (NUM_ROWS,)
+    assert np.isfinite(idata.attrs["mean_log_density"])
