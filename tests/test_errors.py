@@ -115,6 +115,104 @@ def test_an_optimiser_that_is_not_optax(optim):
         ebm.Jarzynski(model, optim)
 
 
+ENERGY = ebm.EnergyDistribution(jnp.square, NORMAL)
+
+
+@pytest.mark.parametrize(
+    ("rng_key", "found"),
+    [
+        (0, "a int"),
+        (X, r"an array of float32 and shape \(12,\)"),
+        (random.split(random.key(0)), r"an array of key<fry> and shape \(2,\)"),
+    ],
+)
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda key: ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).init(key, X),
+        lambda key: ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).run(key, 1, X),
+        lambda key: ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS).template(key, X),
+        lambda key: ebm.log_normalizer(key, ENERGY),
+        lambda key: ebm.sample(key, ENERGY),
+        lambda key: ebm.score_test(key, {"a": 0.0}, model, X),
+        lambda key: ebm.polish(key, {"a": 0.0}, model, X),
+    ],
+    ids=["init", "run", "template", "log_normalizer", "sample", "score_test", "polish"],
+)
+def test_what_is_no_key(ask, rng_key, found):
+    with pytest.raises(TypeError, match=rf"rng_key is {found}.*jax\.random\.key\(0\)"):
+        ask(rng_key)
+
+
+def test_a_key_of_the_older_kind_is_one():
+    log_z = ebm.log_normalizer(random.PRNGKey(0), ENERGY, method="quadrature")
+    assert float(log_z) == pytest.approx(-0.5 * np.log(3), abs=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [0.5, [1.0], ENERGY])
+def test_what_are_no_parameters(wrong):
+    for ask in (ebm.score_test, ebm.polish):
+        with pytest.raises(TypeError, match=r"expected a Fit, or constrained param"):
+            ask(random.key(0), wrong, model, X)
+    with pytest.raises(TypeError, match=r"expected a Fit, or constrained param"):
+        ebm.log_normalizer(random.key(0), model, wrong, X)
+
+
+def test_a_fit_is_no_state():
+    backend = ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS)
+    fit = ebm.Fit({"a": jnp.zeros(())}, None, {})
+    with pytest.raises(TypeError, match=r"init_state is a Fit.*init_state=fit\.state"):
+        backend.run(random.key(0), 1, X, init_state=fit)
+
+
+# What to do where log Z is unknown: the easiest way, and a constant where that serves
+
+
+@pytest.mark.parametrize(
+    ("energy", "match"),
+    [
+        (ENERGY, r"1 dimension: ebm_ppl\.normalized\(model\).*log_normalizer=0\.0"),
+        (
+            ebm.EnergyDistribution(
+                lambda v: v.sum(-1), dist.Normal(0, 1).expand([2]).to_event(1)
+            ),
+            r"2 dimensions: ebm_ppl\.normalized\(model\)",
+        ),
+        (
+            ebm.EnergyDistribution(
+                lambda v: v.sum(-1), dist.Normal(0, 1).expand([9]).to_event(1)
+            ),
+            r"Jarzynski\(model.*log_normalizer\(rng_key, model, fit.*0\.0",
+        ),
+        (
+            ebm.EnergyDistribution(jnp.sqrt, dist.Categorical(logits=jnp.zeros(4))),
+            r"states are few: ebm_ppl\.normalized\(model\)",
+        ),
+        (
+            ebm.EnergyDistribution(jnp.sqrt, dist.Poisson(2.0)),
+            r"Sum it by hand",
+        ),
+    ],
+)
+def test_the_way_out_of_an_unknown_normaliser(energy, match):
+    value = jnp.ones(
+        energy.event_shape, jnp.result_type(energy.base.sample(random.key(0)))
+    )
+    with pytest.raises(ebm.UnknownNormalizerError, match=match):
+        energy.log_prob(value)
+    with pytest.raises(ebm.UnknownNormalizerError, match=match):
+        energy.sample(random.key(0))
+
+
+def test_no_constant_is_offered_where_parameters_are_learned():
+    def log_density(a):
+        return ebm.EnergyDistribution(lambda v: a * v**2, NORMAL).log_prob(0.3)
+
+    with pytest.raises(ebm.UnknownNormalizerError) as caught:
+        jax.grad(log_density)(1.0)
+    assert "log_normalizer=0.0" not in str(caught.value)
+
+
 @pytest.mark.parametrize("num_steps", [0, -1])
 def test_no_steps(num_steps):
     backend = ebm.Jarzynski(model, optax.sgd(0.1), **SETTINGS)

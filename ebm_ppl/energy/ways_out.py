@@ -9,6 +9,10 @@ import jax.numpy as jnp
 from ebm_ppl.energy.guard import depends_on_traced
 from ebm_ppl.energy.states import states
 
+POINT = "A point estimate needs no log Z: ebm_ppl.Jarzynski(model, ...)."
+KNOWN = (
+    "One that is known goes in: EnergyDistribution(energy, base, log_normalizer=...)."
+)
 CONSTANT = (
     "Where its parameters are fixed and the site is a latent, any constant serves: "
     "EnergyDistribution(energy, base, log_normalizer=0.0)."
@@ -22,10 +26,8 @@ def ways_out(distribution: Any, name: str | None) -> str:
         distribution: An :class:`~ebm_ppl.EnergyDistribution`.
         name: Its site's name, where that is known.
     """
-    sentences = [_by_size(distribution, name)]
-    if not _has_traced_parameters(distribution):
-        sentences.append(CONSTANT)
-    return " ".join(sentences)
+    last = KNOWN if _has_traced_parameters(distribution) else CONSTANT
+    return f"{_by_size(distribution, name)} {last}"
 
 
 def _by_size(distribution: Any, name: str | None) -> str:
@@ -44,7 +46,7 @@ def _by_size(distribution: Any, name: str | None) -> str:
     if num_dims <= 2:
         return (
             f"It has {num_dims} dimension{'s' * (num_dims > 1)}: ebm_ppl.normalized(model) "
-            "integrates it inside the model, for NUTS, SVI and log_likelihood."
+            f"integrates it inside the model, for NUTS, SVI and log_likelihood. {POINT}"
         )
     return (
         "Fit its parameters with ebm_ppl.Jarzynski(model, ...); then log_z = "

@@ -21,7 +21,7 @@ from pages import definitions_of
 
 import ebm_ppl as ebm
 from ebm_ppl.backends.jarzynski import placement
-from ebm_ppl.training import loop
+from ebm_ppl.training import data, loop
 
 pytestmark = pytest.mark.xdist_group("conformance")
 
@@ -239,6 +239,14 @@ def test_a_template_has_the_states_shapes(trained, monkeypatch):
     assert_equal(trained.update(restored, X), trained.update(trained.fit.state, X))
 
 
+def test_a_fit_is_written_and_read(trained, tmp_path):
+    ebm.save(tmp_path / "fit.npz", trained.fit)
+    again = ebm.load(tmp_path / "fit.npz", trained.backend, X).fit
+    assert_equal(again.params, trained.fit.params)
+    assert_equal(again.history, trained.fit.history)
+    assert_equal(again.state, trained.fit.state)
+
+
 def test_a_state_survives_a_trip_to_the_host(trained):
     """What a checkpoint does: arrays to NumPy and back."""
     host = jax.tree.map(
@@ -420,13 +428,13 @@ def default_interrupt():
 
 def test_progress_is_fed_once_per_chunk(trained, bars, monkeypatch):
     chunks = []
-    compiled = loop.run_chunk
+    compiled = data.run_chunk
 
     def chunk(*args):
         chunks.append(1)
         return compiled(*args)
 
-    monkeypatch.setattr(loop, "run_chunk", chunk)
+    monkeypatch.setattr(data, "run_chunk", chunk)
     trained.backend.run(random.key(1), 100, X, init_state=trained.state)
     (bar,) = bars
     assert (bar.total, bar.disable) == (100, False)
