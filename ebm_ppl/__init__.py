@@ -32,6 +32,8 @@ from ebm_ppl.normalizer.known import normalized
 from ebm_ppl.normalizer.polish import Polished, polish
 from ebm_ppl.normalizer.row_density import log_density
 from ebm_ppl.normalizer.score_test import ScoreTest, score_test
+from ebm_ppl.normalizer.table import TabulatedNormalizer
+from ebm_ppl.normalizer.tabulate import tabulate_log_normalizer
 from ebm_ppl.normalizer.validation import Validation
 from ebm_ppl.smc.resampling import multinomial, systematic
 from ebm_ppl.training.fit import Fit
@@ -57,6 +59,7 @@ __all__ = [
     "Polished",
     "Saved",
     "ScoreTest",
+    "TabulatedNormalizer",
     "UncertifiedNormalizerError",
     "UnknownNormalizerError",
     "VERAState",
@@ -81,5 +84,6 @@ __all__ = [
     "score_test",
     "standardized_normal",
     "systematic",
+    "tabulate_log_normalizer",
     "to_arviz",
 ]

@@ -68,6 +68,21 @@ def using_is_right(scope):
     assert np.array_equal(scope["same"], scope["scores"])
     assert len(scope["more"].history["loss"]) == 10
 
+    # log Z of the chain is −½ log det(I + λ L), L its Laplacian.
+    laplacian = np.diff(np.eye(4), axis=0).T @ np.diff(np.eye(4), axis=0)
+    rates = np.linspace(0.1, 6.0, 1_000)
+    values = np.linalg.eigvalsh(laplacian)
+    log_z = -0.5 * np.log1p(rates[:, None] * values).sum(1)
+    pull = 0.5 * np.sum(np.diff(scope["rows"]) ** 2)
+    posterior = np.log(rates) - rates * (1 + pull) - 8 * log_z
+    weights = np.exp(posterior - posterior.max())
+    mean = np.sum(weights * rates) / weights.sum()
+    assert scope["table"].is_certified
+    drawn = np.asarray(scope["mcmc"].get_samples()["stiffness"])
+    # A fifth of a nat, and 1,000 draws of which a third counts
+    deviation = np.sqrt(np.sum(weights * (rates - mean) ** 2) / weights.sum())
+    assert abs(drawn.mean() - mean) < (0.1 + 4 / np.sqrt(333)) * deviation
+
 
 def extending_is_right(scope):
     right = 1 / float(np.mean(scope["x"] ** 2))

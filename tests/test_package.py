@@ -112,6 +112,7 @@ def test_public_names_are_pinned():
         "Polished",
         "Saved",
         "ScoreTest",
+        "TabulatedNormalizer",
         "UncertifiedNormalizerError",
         "UnknownNormalizerError",
         "VERAState",
@@ -136,6 +137,7 @@ def test_public_names_are_pinned():
         "score_test",
         "standardized_normal",
         "systematic",
+        "tabulate_log_normalizer",
         "to_arviz",
     ]
     for name in ebm_ppl.__all__:

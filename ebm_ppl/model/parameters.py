@@ -84,6 +84,24 @@ def value_and_transform(name: str, site: dict) -> tuple[Any, Transform]:
     return as_real(name, site["value"], constraint), biject_to(constraint)
 
 
+def transform_of(name: str, site: dict) -> Transform:
+    """The map from the real line to a scalar parameter's or latent's values.
+
+    Raises:
+        ValueError: It is no scalar, or has no continuous support.
+    """
+    if site["type"] == "param":
+        support = site["kwargs"].get("constraint", constraints.real)
+    else:
+        support = site["fn"].support
+    if jnp.shape(site["value"]) or support.is_discrete:
+        raise ValueError(
+            f"Site '{name}' has values of shape {jnp.shape(site['value'])} in {support}; "
+            "expected a scalar of a continuous support."
+        )
+    return biject_to(support)
+
+
 def as_real(name: str, value: Any, constraint: constraints.Constraint) -> Any:
     """The initial value of a parameter; an integer array becomes a float array.
 

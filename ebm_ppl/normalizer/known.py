@@ -8,11 +8,13 @@ from ebm_ppl.normalizer.substitutes import (
     FixedNormalizers,
     model_at_draws,
 )
+from ebm_ppl.normalizer.table import TabulatedNormalizer
+from ebm_ppl.normalizer.tabulated import model_at_table
 
 
 def normalized(
     model: Model,
-    log_normalizer: LogNormalizer | None = None,
+    log_normalizer: LogNormalizer | TabulatedNormalizer | None = None,
     *,
     num_points: int | None = None,
     allow_uncertified: bool = False,
@@ -30,13 +32,15 @@ def normalized(
     - With one over parameter draws: give ``log_normalizer.samples`` as the posterior
       samples, to ``log_likelihood`` or ``Predictive``; each draw then has its own log
       Z.
+    - With a table from :func:`tabulate_log_normalizer`: the parameters of its grid stay
+      free; beyond the grid the density is NaN.
 
     Plates keep their subsampling under SVI and ``Predictive``; ``log_likelihood`` gets
     every row of the data.
 
     Args:
         model: A NumPyro model with energy sites.
-        log_normalizer: From :func:`log_normalizer`.
+        log_normalizer: From :func:`log_normalizer` or :func:`tabulate_log_normalizer`.
         num_points: Points of the quadrature; see :func:`log_normalizer`.
         allow_uncertified: Accept a ``log_normalizer`` that has flags.
 
@@ -50,6 +54,8 @@ def normalized(
         return ExactNormalizers(model, num_points)
     if not allow_uncertified:
         log_normalizer.require_certified()
+    if isinstance(log_normalizer, TabulatedNormalizer):
+        return model_at_table(model, log_normalizer)
     if log_normalizer.batch_ndims:
         return model_at_draws(model, log_normalizer)
     return FixedNormalizers(model, log_normalizer)

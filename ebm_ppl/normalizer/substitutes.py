@@ -205,7 +205,7 @@ def model_at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
 
     @wraps(model)
     def known(*args: Any, **kwargs: Any) -> Any:
-        _require_same_at_first_draw(model, log_normalizer, Arguments(args, kwargs))
+        require_same_at_first_draw(model, log_normalizer, Arguments(args, kwargs))
         # Read outside the model, whose scopes would change the names.
         given = {
             name: numpyro.param(log_normalizer_site(name), None)
@@ -216,7 +216,7 @@ def model_at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
     return known
 
 
-def _require_same_at_first_draw(
+def require_same_at_first_draw(
     model: Model, log_normalizer: LogNormalizer, arguments: Arguments
 ) -> None:
     """Check the energies at the first draw against the fingerprints.

@@ -1,0 +1,280 @@
+"""Tables of log Z, and the posteriors they give, against closed forms and enumeration."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from jax import random
+from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.infer import MCMC, NUTS
+from numpyro.infer.util import log_density
+from scipy.stats import gamma
+
+import ebm_ppl as ebm
+from ebm_ppl.normalizer.chebyshev import smooth
+
+pytestmark = pytest.mark.xdist_group("tabulate")
+
+SIZE, NUM_ROWS = 5, 8
+X = np.random.default_rng(0).normal(size=(NUM_ROWS, SIZE)).astype(np.float32) * 0.7
+POSTERIOR = gamma(
+    2 + NUM_ROWS * SIZE / 2, scale=1 / (2 + 0.5 * np.sum(X.astype(float) ** 2))
+)
+FLAT = dist.ImproperUniform(constraints.real_vector, (), (SIZE,))
+START = dist.Normal(0, 1).expand([SIZE]).to_event(1)
+RANGE = {"rate": np.geomspace(0.6, 6.0, 9)}
+
+
+def model(x=None):
+    """E = ½ λ |x|² in five dimensions: log Z = −5/2 log λ, up to a constant."""
+    rate = numpyro.sample("rate", dist.Gamma(2.0, 2.0))
+    energy = ebm.EnergyDistribution(
+        lambda v: 0.5 * rate * (v**2).sum(-1), FLAT, start=START
+    )
+    with numpyro.plate("rows", NUM_ROWS):
+        numpyro.sample("x", energy, obs=x)
+
+
+def line(x, base=None, other=False):
+    """The same in one dimension, where quadrature serves, and may depend on more."""
+    rate = numpyro.sample("rate", dist.Gamma(2.0, 2.0))
+    shift = numpyro.sample("shift", dist.Normal(0, 1)) if other else 0.0
+    base = dist.Normal(0.0, 3.0) if base is None else base
+    with numpyro.plate("rows", len(x)):
+        energy = lambda v: 0.5 * rate * v**2 - shift * v  # noqa: E731
+        numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
+
+
+def line_log_z(rate):
+    return -0.5 * np.log(1 + 9 * np.asarray(rate))
+
+
+def moments(normalized, x, rates):
+    """Of the posterior that a model has, on a fine grid."""
+    joint = jax.vmap(lambda r: log_density(normalized, (x,), {}, {"rate": r})[0])
+    values = np.asarray(joint(jnp.asarray(rates)), float)
+    weights = np.exp(values - values.max())
+    mean = np.sum(weights * rates) / weights.sum()
+    return mean, np.sqrt(np.sum(weights * (rates - mean) ** 2) / weights.sum())
+
+
+@pytest.fixture(scope="module")
+def table():
+    return ebm.tabulate_log_normalizer(
+        random.key(0), model, RANGE, X, num_walkers=256, progress_bar=False
+    )
+
+
+@pytest.fixture(scope="module")
+def exact_table():
+    return ebm.tabulate_log_normalizer(
+        None, line, {"rate": np.geomspace(0.2, 40, 13)}, X[:, 0], method="quadrature"
+    )
+
+
+# The function
+
+
+def test_it_is_log_z_between_the_points(exact_table):
+    rates = np.geomspace(0.2, 40, 101).astype(np.float32)
+    found = jax.vmap(lambda r: exact_table({"rate": r})["x"])(rates)
+    np.testing.assert_allclose(found, line_log_z(rates), atol=1e-4)
+    assert exact_table.is_certified
+    assert exact_table.error["x"] < 2e-4
+    assert exact_table.counts == {"x": NUM_ROWS}
+
+
+def test_its_derivative_is_that_of_log_z(exact_table):
+    """−9/2 / (1 + 9λ), which is −E[x²] / 2."""
+    slope = jax.grad(lambda r: exact_table({"rate": r})["x"])
+    for rate in (0.5, 2.0, 9.0):
+        assert slope(rate) == pytest.approx(-4.5 / (1 + 9 * rate), rel=2e-3)
+
+
+@pytest.mark.parametrize("rate", [0.19, 41.0])
+def test_outside_of_the_grid_there_is_none(exact_table, rate):
+    assert np.isnan(exact_table({"rate": rate})["x"])
+
+
+@pytest.mark.parametrize("rate", [0.2, 40.0])
+def test_the_ends_are_inside(exact_table, rate):
+    assert exact_table({"rate": rate})["x"] == pytest.approx(line_log_z(rate), abs=1e-3)
+
+
+def test_two_parameters_of_a_finite_support():
+    """Four spins in a ring with a field, over every state."""
+    states = np.array(list(itertools.product([0, 1], repeat=4)), float)
+
+    def energy(v, coupling, field):
+        spins = 2.0 * v - 1.0
+        return -coupling * (spins * jnp.roll(spins, 1, -1)).sum(-1) - field * spins.sum(
+            -1
+        )
+
+    def ring():
+        coupling = numpyro.param("coupling", 0.1)
+        field = numpyro.param("field", 0.1)
+        base = dist.Bernoulli(0.5 * jnp.ones(4)).to_event(1)
+        numpyro.sample(
+            "x", ebm.EnergyDistribution(lambda v: energy(v, coupling, field), base)
+        )
+
+    grid = {"coupling": np.linspace(-0.6, 0.6, 9), "field": np.linspace(-0.5, 1, 9)}
+    table = ebm.tabulate_log_normalizer(None, ring, grid, method="enumeration")
+    for coupling, field in [(-0.55, 0.9), (0.33, 0.21), (0.6, -0.5)]:
+        exact = np.log(np.mean(np.exp(-energy(states, coupling, field))))
+        found = table({"coupling": coupling, "field": field})["x"]
+        assert found == pytest.approx(exact, abs=table.error["x"])
+    assert table.error["x"] < 0.02
+    assert table.is_certified
+    assert table.counts == {"x": 1.0}
+
+
+def test_a_function_that_is_not_smooth_is_off():
+    nodes = np.linspace(-1, 1, 11)[:, None]
+    between = (nodes[1:] + nodes[:-1]) / 2
+    halves = nodes, between
+    noise = np.zeros(11), np.zeros(10)
+    everywhere = np.ones(11, bool), np.ones(10, bool)
+    kink = smooth(
+        halves, tuple(np.abs(p[:, 0] - 0.15) for p in halves), noise, everywhere
+    )
+    assert kink.error > 0.05
+    curve = smooth(halves, tuple(np.exp(p[:, 0]) for p in halves), noise, everywhere)
+    assert curve.error < 1e-4
+
+
+def test_noise_is_smoothed_and_told():
+    """Ten repeats: the function is nearer than the values, and the error holds."""
+    rng = np.random.default_rng(0)
+    nodes = np.linspace(-1, 1, 17)[:, None]
+    halves = nodes, (nodes[1:] + nodes[:-1]) / 2
+    noise = tuple(np.full(len(p), 0.01) for p in halves)
+    everywhere = tuple(np.ones(len(p), bool) for p in halves)
+    for _ in range(10):
+        values = tuple(np.exp(p[:, 0]) + rng.normal(0, 0.01, len(p)) for p in halves)
+        found = smooth(halves, values, noise, everywhere)
+        line = np.linspace(-0.9, 0.9, 50)
+        at = jax.vmap(found.polynomial)(jnp.asarray(line[:, None], float))
+        off = np.asarray(at, float) - np.exp(line)
+        assert np.abs(off - off.mean()).max() < min(0.02, 2 * found.error)
+
+
+# Posteriors
+
+
+def test_the_posterior_of_a_precision_in_five_dimensions(table):
+    """Mean and deviation within 2% of the conjugate ones."""
+    rates = np.linspace(0.61, 5.99, 400)
+    mean, deviation = moments(ebm.normalized(model, table), X, rates)
+    assert mean == pytest.approx(POSTERIOR.mean(), rel=0.02)
+    assert deviation == pytest.approx(POSTERIOR.std(), rel=0.02)
+
+
+def test_nuts_runs_on_it(exact_table):
+    x = X[:, 0]
+    kernel = NUTS(ebm.normalized(line, exact_table))
+    mcmc = MCMC(kernel, num_warmup=200, num_samples=300, progress_bar=False)
+    mcmc.run(random.key(0), x)
+    rates = np.linspace(0.21, 39.9, 4_000)
+    exact = gamma(2, scale=0.5).logpdf(rates)
+    exact += NUM_ROWS * 0.5 * np.log(1 + 9 * rates) - 0.5 * rates * np.sum(x**2)
+    weights = np.exp(exact - exact.max())
+    mean = np.sum(weights * rates) / weights.sum()
+    deviation = np.sqrt(np.sum(weights * (rates - mean) ** 2) / weights.sum())
+    drawn = np.asarray(mcmc.get_samples()["rate"])
+    # NUTS's draws of one parameter count for a third at least.
+    assert abs(drawn.mean() - mean) < 4 * deviation / np.sqrt(100)
+
+
+def test_a_grid_that_the_posterior_leaves_is_told():
+    narrow = {"rate": np.linspace(1.0, 2.0, 6)}
+    table = ebm.tabulate_log_normalizer(
+        None, line, narrow, X[:, 0], method="quadrature"
+    )
+    assert "posterior of 'rate' lie beyond 2, where the grid ends" in str(table)
+    with pytest.raises(ebm.UncertifiedNormalizerError, match="go further"):
+        ebm.normalized(line, table)
+
+
+def test_a_coarse_table_is_told(table):
+    assert table.error["x"] < 0.05
+    strict = ebm.tabulate_log_normalizer(
+        None,
+        line,
+        {"rate": np.array([1e-3, 1.0, 20.0, 1e4])},
+        X[:, 0],
+        method="quadrature",
+    )
+    assert "over the tolerance of 0.1" in strict.flags["x"][0]
+
+
+def test_errors_count_where_the_posterior_is():
+    """With three hundred times the rows the same noise counts more, and sooner."""
+    few, many = (
+        ebm.tabulate_log_normalizer(
+            None,
+            line,
+            {"rate": np.array([0.02, 0.4, 2.0, 10.0, 200.0])},
+            np.tile(X[:, 0], times),
+            method="quadrature",
+        )
+        for times in (1, 300)
+    )
+    assert many.counts["x"] == 300 * few.counts["x"]
+    assert many.error["x"] <= few.error["x"]
+    assert any("over the tolerance" in flag for flag in many.flags["x"])
+
+
+def test_other_parameters_stay_fixed():
+    def with_scale(x):
+        scale = numpyro.param("scale", 1.0, constraint=constraints.positive)
+        line(x * scale, dist.Normal(0.0, 3.0 * scale))
+
+    grid = {"rate": np.geomspace(0.2, 40, 9)}
+    params = {"scale": jnp.asarray(2.0)}
+    table = ebm.tabulate_log_normalizer(
+        None, with_scale, grid, X[:, 0], params=params, method="quadrature"
+    )
+    assert table({"rate": 1.0})["x"] == pytest.approx(-0.5 * np.log(37), abs=1e-3)
+    known = handlers.seed(ebm.normalized(with_scale, table, allow_uncertified=True), 0)
+    trace = handlers.trace(handlers.substitute(known, {"rate": 1.0})).get_trace(X[:, 0])
+    assert "scale" not in trace
+    assert np.isfinite(trace["x"]["fn"].log_prob(trace["x"]["value"])).all()
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("grid", "match"),
+    [
+        ({}, "grid has 0 parameters"),
+        ({n: np.arange(4.0) for n in "abc"}, "grid has 3 parameters"),
+        ({"rate": [1.0, 2.0, 3.0]}, r"grid\['rate'\].*at least 4"),
+        ({"rate": [4.0, 3.0, 2.0, 1.0]}, r"grid\['rate'\].*ascend"),
+        ({"rate": [1.0, 2.0, np.nan, 4.0]}, r"grid\['rate'\].*finite"),
+        ({"theta": np.arange(4.0)}, r"grid names 'theta', which is no parameter"),
+    ],
+)
+def test_grids_that_cannot_be(grid, match):
+    with pytest.raises(ValueError, match=match):
+        ebm.tabulate_log_normalizer(None, line, grid, X[:, 0], method="quadrature")
+
+
+def test_an_energy_that_depends_on_more_than_the_grid():
+    with pytest.raises(ValueError, match=r"depends on a latent site that has no value"):
+        ebm.tabulate_log_normalizer(
+            None, line, RANGE, X[:, 0], other=True, method="quadrature"
+        )
+
+
+def test_another_base_than_the_tables(exact_table):
+    known = ebm.normalized(line, exact_table)
+    with pytest.raises(ValueError, match="belongs to another energy"):
+        log_density(known, (X[:, 0], dist.Normal(0, 2)), {}, {"rate": 1.0})
