@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Container
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +16,8 @@ from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.pointwise import doubt_of, in_company, require_no_rows
 from ebm_ppl.energy.start import check_start_covers
 from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.every_row import with_every_row
 from ebm_ppl.model.handlers import EnergySites
-from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import check_repeatable, energies_at_points
 from ebm_ppl.programs.arguments import Arguments
@@ -77,38 +76,16 @@ def bind_model(
         doubt_of("x", model, company)
         return bound, {"x": frozen}
 
-    bound, found = _with_every_row(
-        BoundModel(model, {}, rng_key, Arguments(args, kwargs)), params
-    )
-    for name, distribution in found.items():
-        check_start_covers(distribution, name)
-    return bound, found
-
-
-def _with_every_row(
-    bound: BoundModel, params: Params
-) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
-    """The model and its energies; of those with one log Z per row, for all rows.
-
-    Elsewhere a subsampled plate changes no energy, and stays.
-    """
-    found = check_params(bound, params)
+    bound = BoundModel(model, {}, rng_key, Arguments(args, kwargs))
+    bound, found = check_params(bound, params)
     if not found:
         raise ValueError(
             "The model has no energy site: declare one with numpyro.sample('x', "
             "EnergyDistribution(...))."
         )
-    if not any(energy.batch_shape for energy in found.values()):
-        return bound, found
-
-    full = replace(bound, model=with_full_plates(bound.model))
-    try:
-        rows = full.energies(params)
-    except (TypeError, ValueError):  # the rows that were given are a batch
-        return bound, found
-    if all(rows[n].batch_shape == e.batch_shape for n, e in found.items()):
-        return bound, found
-    return full, check_params(full, params)
+    for name, distribution in found.items():
+        check_start_covers(distribution, name)
+    return bound, found
 
 
 def _with_present_content(distribution: EnergyDistribution) -> EnergyDistribution:
@@ -121,11 +98,14 @@ def _with_present_content(distribution: EnergyDistribution) -> EnergyDistributio
     return frozen
 
 
-def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribution]:
+def check_params(
+    bound: BoundModel, params: Params
+) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
     """Refuse parameters that do not determine the energies on their own.
 
     Returns:
-        The energies, by site.
+        The model and its energies by site: where they have one log Z per row, of every
+        row.
 
     Raises:
         ValueError: Parameters are missing or unknown; the message names them.
@@ -141,9 +121,12 @@ def check_params(bound: BoundModel, params: Params) -> dict[str, EnergyDistribut
         require_no_rows(name, distribution)
 
     require_all(params, trace, recorder.found)
+    full = with_every_row(bound, params, recorder.found)
+    if full is not bound:
+        return check_params(full, params)
     check_repeatable(bound.rng_key, bound, params, recorder.found)
     _check_given(conditions(bound, params, recorder.found), recorder.unobserved)
-    return recorder.found
+    return bound, recorder.found
 
 
 def require_all(params: Params, trace: dict, found: Container[str]) -> None:

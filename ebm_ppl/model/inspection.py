@@ -16,6 +16,7 @@ from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.pointwise import require_no_rows
 from ebm_ppl.energy.start import check_start_covers, starting_distribution
 from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.every_row import with_every_row
 from ebm_ppl.model.handlers import EnergySites
 from ebm_ppl.model.jumps import check_no_moving_jump
 from ebm_ppl.model.masks import unmasked
@@ -87,8 +88,12 @@ def inspect_model(
         transform_fn(transforms, values, invert=True),
     )
     bound = BoundModel(model, transforms, rng_key, arguments)
-    check_repeatable(rng_key, bound, params, recorder.found)
-    check_no_moving_jump(rng_key, bound, params, recorder.found)
+    checked = bound
+    if not needs_walkers:
+        checked = with_every_row(bound, params, recorder.found)
+    found = recorder.found if checked is bound else checked.energies(params)
+    check_repeatable(rng_key, checked, params, found)
+    check_no_moving_jump(rng_key, checked, params, found)
     return Inspection(params, transforms, recorder.found)
 
 
