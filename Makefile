@@ -8,8 +8,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export MPLBACKEND ?= Agg
 
 BIN = $(VENV)/bin
-# Twice quiet: errors only.
-INSTALL = $(BIN)/python -m pip install -qq --constraint constraints.txt --editable
+# Twice quiet: errors only.  What is imported is compiled then; the rest need not be.
+INSTALL = $(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt --editable
 
 .PHONY: help demo test lint types docs dev clean
 .NOTPARALLEL:
