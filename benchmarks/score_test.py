@@ -1,6 +1,7 @@
 """The score test and `polish` over many data sets, against exact maximum likelihood.
 
     python benchmarks/score_test.py [--seeds 100] [--rows 1000] [--backend NAME] [NAME ...]
+    python benchmarks/score_test.py --cost [NAME ...]
 
 For every target and seed: data are drawn from the model itself, a backend (jarzynski,
 vera or monte-carlo) fits them, and these things are counted.
@@ -15,6 +16,10 @@ vera or monte-carlo) fits them, and these things are counted.
   under a fifth of the standard errors.
 - The 90% interval of `polish` covers the parameters that the data were drawn at (wanted:
   82 to 98 of 100).
+
+``--cost`` instead: the time of `score_test` over that of `log_normalizer` with as many
+walkers and temperatures, medians of alternated calls after a first one of each (wanted:
+1.1 at most, that is a tenth for all that is not annealing).
 """
 
 import argparse
@@ -124,15 +129,48 @@ def report(name, num_seeds, num_rows, backend_name):
     )
 
 
+def cost(name, num_pairs=7):
+    """Alternated calls, on the same data."""
+    target = drawn(TARGETS[name](), 0, 1000)
+    best, _ = maximum_of(target)
+    options = {"num_walkers": 256, "progress_bar": False}
+    calls = {
+        "log_normalizer": lambda key: ebm.log_normalizer(
+            key, target.model, best, target.x, **options
+        ),
+        "score_test": lambda key: ebm.score_test(
+            key, best, target.model, target.x, **options
+        ),
+    }
+    spent = {which: [] for which in calls}
+    for index in range(num_pairs + 1):
+        for which, call in calls.items():
+            began = time.perf_counter()
+            call(random.key(index))
+            spent[which].append(time.perf_counter() - began)
+
+    plain, test = (np.array(spent[which][1:]) for which in calls)
+    print(
+        f"{name:16} log_normalizer {np.median(plain):.2f} s, score_test "
+        f"{np.median(test):.2f} s, ratio {np.median(test / plain):.3f} "
+        f"({np.min(test / plain):.3f} to {np.max(test / plain):.3f})",
+        flush=True,
+    )
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--rows", type=int, default=1000)
     parser.add_argument("--backend", default="jarzynski")
+    parser.add_argument("--cost", action="store_true")
     asked = parser.parse_args()
     for name in asked.names or NAMES:
-        report(name, asked.seeds, asked.rows, asked.backend)
+        if asked.cost:
+            cost(name)
+        else:
+            report(name, asked.seeds, asked.rows, asked.backend)
         # Every target has programs of its own, and each maps memory.
         jax.clear_caches()
 
