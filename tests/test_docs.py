@@ -67,6 +67,7 @@ def using_is_right(scope):
     assert scope["second"].mean() == pytest.approx(0.1, abs=0.15)
     assert np.array_equal(scope["same"], scope["scores"])
     assert len(scope["more"].history["loss"]) == 10
+    assert len(scope["first"].history["loss"]) == 200
 
     # log Z of the chain is −½ log det(I + λ L), L its Laplacian.
     laplacian = np.diff(np.eye(4), axis=0).T @ np.diff(np.eye(4), axis=0)
