@@ -18,6 +18,7 @@ from ebm_ppl.export.groups import Naming, Variable, storable
 from ebm_ppl.export.names import Dimensions, distinct, labels
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.data import Observation, observations
+from ebm_ppl.model.every_row import with_every_row
 from ebm_ppl.model.program import Model, require_same_parameters
 from ebm_ppl.normalizer.belongs import require_site
 from ebm_ppl.programs.arguments import Arguments
@@ -63,6 +64,8 @@ def contents_of(
     key_model, key_resample = random.split(rng_key)
     data = observations(key_model, model, one, arguments)
     bound = BoundModel(model, {}, key_model, arguments)
+    energies = bound.energies(one)
+    bound = with_every_row(bound, one, energies)
     energies = bound.energies(one)
     for name, energy in energies.items():
         require_pointwise(name, energy)

@@ -56,6 +56,7 @@ def save(
             its flags go with it.
 
     Raises:
+        FileNotFoundError: There is no such folder, or the path is one.
         TypeError: ``fit`` is none.
         ValueError: ``log_normalizer`` belongs to other parameters.
     """
@@ -63,6 +64,13 @@ def save(
         raise TypeError(
             f"fit is a {type(fit).__name__}; expected a Fit: ebm_ppl.save(path, fit)."
         )
+    path = pathlib.Path(path)
+    if path.is_dir() or not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"'{path}' is no place for a file: it is a folder, or there is no folder "
+            f"'{path.parent}'."
+        )
+
     writer = Writer()
     trees = {"params": fit.params, "state": fit.state}
     described: dict[str, Any] = {
@@ -76,7 +84,7 @@ def save(
     if log_normalizer is not None:
         require_of_fit(log_normalizer, fit.params, allow_uncertified=True)
         described["log_normalizer"] = _described(writer, log_normalizer)
-    writer.write(pathlib.Path(path), described)
+    writer.write(path, described)
 
 
 def load(
@@ -104,6 +112,11 @@ def load(
         ValueError: It is damaged or no saved fit; or the parameters or the state of
             ``source`` are others than those in the file, and the message names the first.
     """
+    if not (isinstance(source, Backend) or callable(source)):
+        raise TypeError(
+            f"source is a {type(source).__name__}; expected the backend that made the "
+            "fit, or its model: ebm_ppl.load(path, model, *args)."
+        )
     reader = Reader(pathlib.Path(path), FORMAT, VERSION)
     if isinstance(source, Backend):
         template = source.template(random.key(0), *args, **kwargs)

@@ -12,6 +12,7 @@ from numpyro import handlers
 
 from ebm_ppl.energy.distribution import unwrap
 from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.parameters import run_once
 from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.programs.arguments import Arguments
@@ -54,12 +55,18 @@ def trace_at(
     arguments: Arguments,
     *,
     full_plates: bool = True,
+    moved: str | None = None,
 ) -> dict[str, dict]:
-    """The sites of one run at constrained parameters."""
+    """The sites of one run at constrained parameters.
+
+    ``moved`` names an energy site whose value is replaced by random points.
+    """
     with FullPlates() if full_plates else nullcontext():
-        recorder = EnergySites(handlers.seed(model, rng_key))
-        return handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
-            *arguments.args, **arguments.kwargs
+        recorder = EnergySites(handlers.seed(model, rng_key), moved, rng_key)
+        return run_once(
+            handlers.substitute(recorder, data=params),
+            arguments.args,
+            arguments.kwargs,
         )
 
 
@@ -71,7 +78,7 @@ def observed_in(trace: Mapping[str, dict]) -> dict[str, Observation]:
         if auxiliary or not site["is_observed"] or isinstance(site["fn"], dist.Unit):
             continue
         plates = {frame.dim: frame.name for frame in site["cond_indep_stack"]}
-        value = _in_full(site["value"], site["fn"])
+        value = _in_full(name, site["value"], site["fn"])
         num_batch_dims = jnp.ndim(value) - len(site["fn"].event_shape)
         energy = unwrap(site["fn"])
 
@@ -90,7 +97,18 @@ def observed_in(trace: Mapping[str, dict]) -> dict[str, Observation]:
     return found
 
 
-def _in_full(value: Any, distribution: dist.Distribution) -> Any:
-    """The value of every row, where one stands for several of a plate."""
-    shape = jnp.broadcast_shapes(jnp.shape(value), distribution.shape())
+def _in_full(name: str, value: Any, distribution: dist.Distribution) -> Any:
+    """The value of every row, where one stands for several of a plate.
+
+    Raises:
+        ValueError: The value and the plates have different numbers of rows.
+    """
+    try:
+        shape = jnp.broadcast_shapes(jnp.shape(value), distribution.shape())
+    except ValueError:
+        raise ValueError(
+            f"Data at site '{name}' has shape {jnp.shape(value)}; its plates and its "
+            f"distribution have shape {distribution.shape()}. Give as many rows as the "
+            "plates have, or take their size from the data: numpyro.plate(..., len(x))."
+        ) from None
     return value if jnp.shape(value) == shape else jnp.broadcast_to(value, shape)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,11 @@ from ebm_ppl.model.program import Estimate, Model, Params, params_of
 from ebm_ppl.normalizer.belongs import require_of_fit, require_site
 from ebm_ppl.programs.arguments import Arguments
 
+# What an array of NumPy raises that is used with a traced value.
+TRACED = (
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
 # Values of which energies are computed at once.
 BATCH_SIZE = 8192
 
@@ -66,34 +71,86 @@ def log_density(
             missing or unknown; nothing is observed; or rows depend on a site that has no
             value.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size}; expected at least 1.")
+    _check_call(model, args, batch_size)
     params = jax.tree.map(jnp.asarray, params_of(fit))
-    arguments = jax.tree.map(jnp.asarray, Arguments(args, kwargs))
     if log_normalizer is not None:
         require_of_fit(log_normalizer, params, allow_uncertified=allow_uncertified)
 
-    found, undetermined = _score(
-        random.key(0), model, params, arguments, log_normalizer, batch_size
-    )
-    if undetermined:
-        again, _ = _score(
-            random.key(1), model, params, arguments, log_normalizer, batch_size
-        )
-        _require_equal(found, again, undetermined)
+    # NumPy arrays tell an index beyond their rows, which JAX takes for the last row.
+    arguments = jax.tree.map(_on_host, Arguments(args, kwargs))
+    score = partial(_score, model, params, log_normalizer, batch_size)
+    key = random.key(0)
+    try:
+        found, others = score(key, arguments)
+    except TRACED:  # an array that is indexed by a tracer
+        arguments = jax.tree.map(jnp.asarray, arguments)
+        found, others = score(key, arguments)
+    except IndexError as error:
+        raise ValueError(
+            f"The model indexes rows that it was not given ({error}): a plate has another "
+            "size than the data. Take it from them: numpyro.plate(..., len(x))."
+        ) from error
+
+    # Sites without a value, drawn again or moved
+    if others.drawn:
+        again, _ = score(random.key(1), arguments)
+        _require_equal(found, again, others.drawn)
+    for name in others.without_value:
+        try:
+            again, _ = score(key, arguments, name)
+        except ValueError:  # the energy of another site is another one
+            again = {}
+        _require_equal(found, again, [name])
     return found
 
 
+def _check_call(model: Any, args: tuple, batch_size: int) -> None:
+    """Refuse arguments in the wrong places."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}; expected at least 1.")
+    if not callable(model):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected the NumPyro model, after the "
+            "fit: ebm_ppl.log_density(fit, model, *args, log_normalizer=log_z)."
+        )
+    if any(isinstance(arg, LogNormalizer) for arg in args):
+        raise TypeError(
+            "A LogNormalizer is among the model's arguments; give it by name: "
+            "log_normalizer=log_z."
+        )
+
+
+def _on_host(leaf: Any) -> Any:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf if is_key else np.asarray(leaf)
+
+
+class Others(NamedTuple):
+    """Sites that are neither data nor parameters.
+
+    Attributes:
+        drawn: Those whose values come from the random key.
+        without_value: Energy sites.
+    """
+
+    drawn: list[str]
+    without_value: list[str]
+
+
 def _score(
-    rng_key: Array,
     model: Model,
     params: Params,
-    arguments: Arguments,
     log_normalizer: LogNormalizer | None,
     batch_size: int,
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Densities by site, and the sites that were drawn at random on the way."""
-    trace = trace_at(rng_key, model, params, arguments)
+    rng_key: Array,
+    arguments: Arguments,
+    moved: str | None = None,
+) -> tuple[dict[str, np.ndarray], Others]:
+    """Densities by site, and the sites that they may depend on besides.
+
+    ``moved`` names an energy site whose value is replaced by random points.
+    """
+    trace = trace_at(rng_key, model, params, arguments, moved=moved)
     energies = {
         name
         for name, site in trace.items()
@@ -107,11 +164,19 @@ def _score(
             "The model has no data in this call: no site is observed. Give the rows to "
             "score as the model's arguments."
         )
-    found = {
-        name: _densities(name, rows, log_normalizer, batch_size)
-        for name, rows in data.items()
-    }
-    return found, _drawn(trace, {*params, *energies})
+    found = {}
+    for name, rows in data.items():
+        given = jnp.shape(trace[name]["value"])
+        if given != jnp.shape(rows.value):
+            raise ValueError(
+                f"Data at site '{name}' has shape {given}; expected "
+                f"{jnp.shape(rows.value)}, a value for every row of its plates. A plate "
+                "has another size than the data: numpyro.plate(..., len(x))."
+            )
+        found[name] = _densities(name, rows, log_normalizer, batch_size)
+
+    without = [name for name in energies if not trace[name]["is_observed"]]
+    return found, Others(_drawn(trace, {*params, *energies}), without)
 
 
 def _drawn(trace: Mapping[str, dict], known: set[str]) -> list[str]:
@@ -132,7 +197,8 @@ def _densities(
     energy = unwrap(wrapped)
     if energy is not None and energy.log_normalizer is None:
         estimate = _known(name, energy, log_normalizer)
-        elements = _elements(energy, rows.value, batch_size) - np.asarray(estimate)
+        value = jnp.asarray(rows.value)
+        elements = _elements(energy, value, batch_size) - np.asarray(estimate)
         wrapped = rewrap(wrapped, _Given(energy, elements))
 
     found, counts = np.array(wrapped.log_prob(rows.value)), unmasked_rows(wrapped)
@@ -157,6 +223,13 @@ def _known(
             "ebm_ppl.log_density(fit, model, ..., log_normalizer=log_z)."
         )
     require_site(log_normalizer, name)
+    shape = log_normalizer.estimate[name].shape
+    if shape != energy.batch_shape:
+        raise ValueError(
+            f"log_normalizer has log Z of shape {shape} at energy site '{name}', whose "
+            f"batch shape is {energy.batch_shape}: it belongs to another energy, or to "
+            "other rows. Estimate it for the same arguments."
+        )
 
     if name in log_normalizer.fingerprints:
         require_same_energy(name, energy, log_normalizer.fingerprints[name])
@@ -168,7 +241,9 @@ def _known(
 def _elements(energy: EnergyDistribution, value: Array, batch_size: int) -> np.ndarray:
     """−U of every value, ``(..., *batch_shape)``, computed in batches of one size."""
     shape = energy.batch_shape + energy.event_shape
-    leading = value.shape[: value.ndim - len(shape)]
+    leading = value.shape[: max(value.ndim - len(shape), 0)]
+    if value.shape != leading + shape:
+        energy.unchecked_potential(value)  # which refuses it by name
     flat = value.reshape(-1, *shape)
     # One size for all batches; few rows are not worth a compilation.
     size = min(batch_size, max(1, len(flat)))
@@ -215,13 +290,15 @@ class _Given(dist.Distribution):
 def _require_equal(
     found: Mapping[str, np.ndarray],
     again: Mapping[str, np.ndarray],
-    drawn: list[str],
+    others: list[str],
 ) -> None:
     """Refuse densities that depend on sites which have neither a value nor data."""
     for name, values in found.items():
-        if not np.array_equal(values, again[name], equal_nan=True):
+        there = again.get(name)
+        if there is None or not np.array_equal(values, there, equal_nan=True):
             raise ValueError(
-                f"The log density at site '{name}' depends on what is drawn at random at "
-                f"{sorted(drawn)}: there is no value there, neither a parameter of the "
-                "fit nor data. Give data, or parameters of a fit of this very model."
+                f"The log density at site '{name}' depends on the values of "
+                f"{sorted(others)}, which have none here: neither parameters of the fit "
+                "nor data. Give data there, or parameters of a fit of this very model; "
+                "what is unknown would have to be integrated out."
             )

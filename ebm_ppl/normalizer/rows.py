@@ -65,8 +65,8 @@ def observed_rows(
     arguments = (bound.rng_key, bound.model, params, bound.arguments)
     if not full_plates:
         return observations(*arguments, full_plates=False)
-    full = observations(*arguments)
     try:
+        full = observations(*arguments)
         for found in full.values():
             np.broadcast_shapes(jnp.shape(found.value), found.distribution.shape())
     except ValueError:

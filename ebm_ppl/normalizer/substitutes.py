@@ -182,7 +182,8 @@ class FixedNormalizers(KnownNormalizers):
             raise ValueError(
                 f"log_normalizer has log Z of shape {estimate.shape} at energy site "
                 f"'{name}', whose batch shape is now {distribution.batch_shape}; "
-                "estimate it for the same arguments."
+                "estimate it for the same arguments, and leave subsample_size out, which "
+                "picks some of the rows."
             )
 
         doubts = list(self.doubts)

@@ -203,9 +203,9 @@ class Backend(ABC):
                 tells all of it.
             batches: An iterable with the data of every update, such as a generator or a
                 data loader: tuples of positional arguments (before ``args``), single
-                arrays, or dicts of keyword arguments.  They are read ahead, so that
-                memory holds few of them, and the run ends with them if they are fewer
-                than ``num_steps``.  Declare plates at their full size,
+                arrays, or dicts of keyword arguments.  A few dozen are read ahead, no
+                more than ``num_steps`` in all, and the run ends with them if they are
+                fewer.  Declare plates at their full size,
                 ``plate("rows", num_rows, subsample_size=len(batch))``, so that a batch
                 stands for all rows.  The maximum is not judged at the end, for which
                 all rows would be needed.
@@ -217,7 +217,7 @@ class Backend(ABC):
         """
         data: Data = SameData(Arguments(args, kwargs))
         if batches is not None:
-            data = Batches(batches, Arguments(args, kwargs))
+            data = Batches(batches, Arguments(args, kwargs), num_steps)
         if init_state is None:
             init_state = self.init(
                 rng_key,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.programs.arguments import Arguments, as_numbers
 from ebm_ppl.programs.snapshot import Snapshot
 from ebm_ppl.training.chunk import (
     MAX_CHUNK,
@@ -50,11 +50,17 @@ class Data(Protocol):
         """Read ahead."""
         ...
 
+    @property
+    def failure(self) -> Exception | None:
+        """What reading raised, after which there are no more data."""
+        ...
+
 
 class SameData:
     """The same arguments in every update."""
 
     num_ready = MAX_CHUNK
+    failure = None
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -83,6 +89,7 @@ class Batches:
         batches: Tuples of positional arguments, single arrays, or dicts of keyword
             arguments.
         shared: Arguments that all batches have: after the batch's positional ones.
+        num_steps: Batches that are read at most.
 
     Raises:
         TypeError: It is an array, or not iterable, or a batch holds what is no array of
@@ -90,23 +97,29 @@ class Batches:
         ValueError: There is no batch.
     """
 
-    def __init__(self, batches: Iterable, shared: Arguments) -> None:
-        if hasattr(batches, "__array__") or not isinstance(batches, Iterable):
+    def __init__(self, batches: Iterable, shared: Arguments, num_steps: int) -> None:
+        is_one = hasattr(batches, "__array__") or isinstance(batches, Mapping)
+        if is_one or not isinstance(batches, Iterable):
             raise TypeError(
                 f"batches is a {type(batches).__name__}; expected an iterable of batches, "
-                "such as a generator or a data loader. All rows at once are the model's "
-                "arguments."
+                "such as a generator, a data loader, or a list of them. All rows at once "
+                "are the model's arguments."
             )
         self.source, self.shared = iter(batches), shared
-        self.num_read = 0
+        self.num_read, self.num_steps = 0, num_steps
+        self.failure: Exception | None = None
         self.waiting: list[Arguments] = []
-        if not self._is_waiting():
-            raise ValueError("batches holds none: the iterable ended at once.")
-
+        self._require_any()
         self.latest = self.waiting[0]
         self.stack, self.num_ready = self._next_stack()
         self.first = 0
         self.ahead: tuple[Any, int] | None = None
+
+    def _require_any(self) -> None:
+        if not self._is_waiting():
+            raise self.failure or ValueError(
+                "batches holds none: the iterable ended at once."
+            )
 
     @property
     def arguments(self) -> Arguments:
@@ -159,12 +172,15 @@ class Batches:
         return stack, len(found)
 
     def _is_waiting(self) -> bool:
-        """Whether there is another batch, which is then read."""
-        if not self.waiting:
-            for batch in self.source:
-                self.waiting.append(self._arguments(batch))
-                self.num_read += 1
-                break
+        """Whether there is another batch for this run, which is then read."""
+        if not self.waiting and not self.failure and self.num_read < self.num_steps:
+            try:
+                for batch in self.source:
+                    self.waiting.append(self._arguments(batch))
+                    self.num_read += 1
+                    break
+            except Exception as error:  # told when the batches before are used up
+                self.failure = error
         return bool(self.waiting)
 
     def _arguments(self, batch: Any) -> Arguments:
@@ -175,7 +191,8 @@ class Batches:
 
     def _numbers(self, leaf: Any) -> np.ndarray:
         """An array of numbers, from any library's."""
-        array = np.asarray(leaf)
+        # A copy: loaders fill the same memory again.
+        array = np.array(as_numbers(f"batch {self.num_read} of batches", leaf))
         if array.dtype.kind not in "biufV":
             raise TypeError(
                 f"Batch {self.num_read} of batches holds a {type(leaf).__name__} of type "

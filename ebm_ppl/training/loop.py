@@ -71,7 +71,7 @@ def run(
             )
             began = time.perf_counter()
             state, history, num, finite = data.run(backend, state, length, programs)
-            failure = _prepare(data)  # while the device works
+            data.prepare()  # while the device works
             ran = int(num)  # the chunk's one sync
             elapsed = time.perf_counter() - began
 
@@ -89,10 +89,6 @@ def run(
                 fit = _fit(backend, state, pieces, data.arguments)
                 message = non_finite_message(finite, done, backend.parts)
                 raise NonFiniteError(message, done, fit)
-            if failure is not None:
-                _keep(failure, _fit(backend, state, pieces, data.arguments))
-                raise failure
-
             # Look
             if watch is not None and (done % every == 0 or done == num_steps):
                 seen = watch.look(backend.get_params(state))
@@ -109,24 +105,20 @@ def run(
             length = max(1, min(target, MAX_CHUNK))
 
     kept = state if best.state is None else best.state
-    return _fit(backend, kept, pieces, data.arguments)
+    fit = _fit(backend, kept, pieces, data.arguments)
+    if data.failure is not None and not data.num_ready and done < num_steps:
+        raise _with_fit(data.failure, fit)
+    return fit
 
 
-def _prepare(data: Data) -> Exception | None:
-    """Read ahead; what that raised."""
-    try:
-        data.prepare()
-    except Exception as error:
-        return error
-    return None
-
-
-def _keep(error: Any, fit: Fit) -> None:
+def _with_fit(error: Any, fit: Fit) -> Exception:
+    """What reading the data raised, with what was reached before."""
     error.fit = fit
     error.add_note(
         "Raised while batches were read. The fit up to there is this error's .fit; go on "
         "with init_state=error.fit.state."
     )
+    return error
 
 
 def _fit(

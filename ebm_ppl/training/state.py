@@ -2,8 +2,10 @@
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
@@ -62,6 +64,9 @@ class State:
         return ()
 
 
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["rng_key"], meta_fields=["name"]
+)
 @dataclass(frozen=True)
 class OnlyParameters(State):
     """Stands for the state of a fit that was read for its parameters alone.

@@ -228,6 +228,9 @@ def test_conditional_energies_in_batches_of_rows():
     expected = norm.logpdf(x, w * c / 4, 0.5)
     np.testing.assert_allclose(scores, expected, atol=1e-3)
 
+    idata = ebm.to_arviz(fit, in_batches, x, c, log_normalizer=log_z)
+    assert idata.attrs["mean_log_density"] == pytest.approx(expected.mean(), abs=1e-3)
+
 
 def test_priors_and_two_sites():
     """k of N(0, 1/k) and N(0, 1/(2k)) under Gamma(3, 2): (n/2 + 2) / (S/2 + 2)."""

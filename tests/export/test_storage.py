@@ -100,6 +100,25 @@ def test_what_was_read_without_a_state_does_not_go_on(path):
     assert abs(float(on.params["rate"] - again.params["rate"])) < 0.2
 
 
+def test_a_fit_without_its_state_is_saved_again(log_z, path, tmp_path):
+    """With a certificate that it did not have before, say."""
+    again = ebm.load(path, model, X).fit
+    ebm.save(tmp_path / "again.npz", again, log_z)
+    found = ebm.load(tmp_path / "again.npz", model, X)
+    assert_equal(found.fit.params, again.params)
+    assert float(found.log_normalizer) == float(log_z)
+    with pytest.raises(ValueError, match="another state"):
+        ebm.load(tmp_path / "again.npz", backend(), X)
+
+
+def test_no_place_for_a_file(fit, tmp_path):
+    for path in (tmp_path, tmp_path / "absent" / "fit.npz"):
+        with pytest.raises(FileNotFoundError, match="is no place for a file"):
+            ebm.save(path, fit)
+    with pytest.raises(TypeError, match="source is a str; expected the backend"):
+        ebm.load(tmp_path, "model")
+
+
 def test_log_z_comes_back_whole(log_z, path):
     again = ebm.load(path, model, X).log_normalizer
     assert again.method == log_z.method

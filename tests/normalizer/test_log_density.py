@@ -398,3 +398,109 @@ def test_a_fitted_energy_refuses_another_log_z():
         ebm.fitted(PARAMS, model, X, log_normalizer=flagged)
     with pytest.raises(ValueError, match="no energy site"):
         ebm.fitted({}, lambda: numpyro.sample("a", NORMAL))
+
+
+# What a second pair of eyes found
+
+
+def hidden(x, y):
+    """y is x and noise: with x unknown its density is an integral."""
+    rate = numpyro.param("rate", 1.0)
+    energy = ebm.EnergyDistribution(lambda v: 0.5 * (rate - 1.0) * v**2, NORMAL)
+    with numpyro.plate("rows", len(y)):
+        v = numpyro.sample("x", energy, obs=x)
+        numpyro.sample("y", dist.Normal(v, 1.0), obs=y)
+
+
+def test_densities_that_depend_on_an_energy_without_a_value():
+    """0 was put in its place, and nothing said."""
+    log_z = ebm.log_normalizer(None, hidden, PARAMS, NEW, NEW, method="quadrature")
+    found = ebm.log_density(PARAMS, hidden, NEW, NEW + 1, log_normalizer=log_z)
+    close(found["y"], stats.norm.logpdf(NEW + 1, NEW))
+    with pytest.raises(ValueError, match=r"site 'y' depends on the values of \['x'\]"):
+        ebm.log_density(PARAMS, hidden, None, NEW, log_normalizer=log_z)
+
+
+def test_an_energy_given_another_that_has_no_value():
+    def given(a, b):
+        rate = numpyro.param("rate", 1.0)
+        first = ebm.EnergyDistribution(lambda v: 0.5 * (rate - 1.0) * v**2, NORMAL)
+        v = numpyro.sample("a", first, obs=a)
+        second = ebm.EnergyDistribution(lambda w: -v * w, NORMAL)
+        numpyro.sample("b", second, obs=b)
+
+    log_z = ebm.log_normalizer(None, given, PARAMS, 0.0, 1.0, method="quadrature")
+    with pytest.raises(ValueError, match=r"site 'b' depends on the values of \['a'\]"):
+        ebm.log_density(PARAMS, given, None, 1.0, log_normalizer=log_z)
+
+
+def indexed(x):
+    rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+    energy = ebm.EnergyDistribution(lambda v: 0.5 * (rate - 1.0) * v**2, NORMAL)
+    with numpyro.plate("rows", 47) as rows:
+        numpyro.sample("x", energy, obs=x[rows])
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_rows_that_a_plate_indexes_beyond_their_end(convert):
+    """JAX takes the last row for every one beyond it."""
+    log_z = at(model=indexed, rows=NEW)
+    found = ebm.log_density(PARAMS, indexed, convert(NEW), log_normalizer=log_z)
+    close(found["x"], exact(NEW))
+    with pytest.raises(ValueError, match=r"rows that it was not given.*len\(x\)"):
+        ebm.log_density(PARAMS, indexed, convert(NEW[:20]), log_normalizer=log_z)
+
+
+def test_arguments_that_a_loop_indexes():
+    """A traced index is nothing for NumPy."""
+
+    def summed(x):
+        total = jax.lax.fori_loop(0, 3, lambda i, t: t + x[i], 0.0)
+        numpyro.deterministic("total", total)
+        model(x)
+
+    found = ebm.log_density(PARAMS, summed, NEW, log_normalizer=at())
+    close(found["x"], exact(NEW))
+
+
+@pytest.mark.parametrize("rows", [NEW[:1], NEW[:7]])
+def test_fewer_rows_than_a_plate_has(rows):
+    with pytest.raises(ValueError, match=r"site 'x' has shape .*len\(x\)"):
+        ebm.log_density(PARAMS, model, rows, 10, log_normalizer=at())
+
+
+def test_no_rows():
+    with pytest.raises(ValueError, match="Plate 'rows' has size 0"):
+        ebm.log_density(PARAMS, model, NEW[:0], log_normalizer=at())
+
+
+@pytest.mark.parametrize("estimate", [np.zeros(4), np.zeros(47)])
+def test_a_log_z_of_another_shape(estimate):
+    log_z = ebm.LogNormalizer.exact({"x": estimate}, PARAMS)
+    with pytest.raises(
+        ValueError, match=r"log Z of shape .*site 'x', whose batch shape"
+    ):
+        ebm.log_density(PARAMS, model, NEW, log_normalizer=log_z)
+
+
+def test_a_batch_axis_of_one():
+    def one(x):
+        rate = numpyro.param("rate", 1.0)
+        energy = ebm.EnergyDistribution(
+            lambda v: 0.5 * (rate - 1.0) * v**2, NORMAL.expand([1])
+        )
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    log_z = ebm.LogNormalizer.exact({"x": np.zeros(1)}, PARAMS)
+    with pytest.raises(ValueError, match=r"has shape \(47,\); expected \(\.\.\., 1\)"):
+        ebm.log_density(PARAMS, one, NEW, log_normalizer=log_z)
+
+
+def test_arguments_in_the_wrong_places():
+    with pytest.raises(
+        TypeError, match="model is a ndarray; expected the NumPyro model"
+    ):
+        ebm.log_density(PARAMS, NEW, log_normalizer=at())
+    with pytest.raises(TypeError, match="give it by name: log_normalizer=log_z"):
+        ebm.log_density(PARAMS, model, NEW, at())
