@@ -71,10 +71,18 @@ class Writer:
         try:
             with os.fdopen(handle, "wb") as file:
                 np.savez(file, **self.arrays | {DESCRIPTION: np.array(text)})
+            os.chmod(partial, 0o666 & ~_umask())
             os.replace(partial, path)
         except BaseException:
             pathlib.Path(partial).unlink(missing_ok=True)
             raise
+
+
+def _umask() -> int:
+    """What new files of this process may not be; temporary ones are its own alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class Reader:

@@ -13,6 +13,7 @@ from numpyro.distributions.transforms import Transform
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.data import trace_at
 from ebm_ppl.model.parameters import transform_of
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Estimate, Model, Params, params_of
 from ebm_ppl.normalizer.chebyshev import smooth
 from ebm_ppl.normalizer.coverage import flags_of_coverage
@@ -118,7 +119,7 @@ def tabulate_log_normalizer(
 
     # Where the parameters may be, by the data if there are any
     first = jax.tree.map(lambda leaf: leaf[0], draws)
-    bound = BoundModel(model, {}, random.key(0), arguments)
+    bound = BoundModel(with_full_plates(model), {}, random.key(0), arguments)
     counts = counts_of(bound, first, {n: e[0] for n, e in log_z.estimate.items()})
     uncovered: tuple[str, ...] = ()
     log_joint = np.zeros(len(points))

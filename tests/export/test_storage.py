@@ -239,6 +239,11 @@ def test_the_old_file_stays_where_writing_fails(fit, path, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_is_as_readable_as_others(path, tmp_path):
+    (tmp_path / "other").write_text("")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_only_fits_are_saved(fit, tmp_path):
     with pytest.raises(TypeError, match=r"fit is a dict; expected a Fit"):
         ebm.save(tmp_path / "fit.npz", fit.params)
