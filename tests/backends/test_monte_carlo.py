@@ -200,9 +200,9 @@ def test_conditional_energies_have_a_log_z_each():
 
 
 def in_batches(x, c):
-    """The same with forty rows at a time."""
+    """The same with twenty rows at a time."""
     w = numpyro.param("w", 0.0)
-    with numpyro.plate("rows", len(x), subsample_size=40):
+    with numpyro.plate("rows", len(x), subsample_size=20):
         rows = numpyro.subsample(x, event_dim=0)
         given = numpyro.subsample(c, event_dim=0)
         base = dist.Normal(jnp.zeros(len(given)), 1.0)
@@ -212,12 +212,12 @@ def in_batches(x, c):
 
 def test_conditional_energies_in_batches_of_rows():
     """And log Z, afterwards, of every row: E[exp(w c v)] under N(0, 1/4), over 2."""
-    c = RNG.normal(size=400).astype(np.float32) / 2
-    x = (0.8 * c + 0.5 * RNG.normal(size=400)).astype(np.float32)
+    c = RNG.normal(size=120).astype(np.float32) / 2
+    x = (0.8 * c + 0.5 * RNG.normal(size=120)).astype(np.float32)
 
     fit = fit_of(in_batches, x, c)
     right, error = 4 * np.sum(c * x) / np.sum(c**2), 2 / np.sqrt(np.sum(c**2))
-    # Batches of a tenth of the rows leave noise at the end of the rate's fall.
+    # Batches of a sixth of the rows leave noise at the end of the rate's fall.
     assert abs(fit.params["w"] - right) < 0.5 * error
 
     log_z = ebm.log_normalizer(None, in_batches, fit, x, c, method="quadrature")
