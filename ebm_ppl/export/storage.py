@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import random
 
 from ebm_ppl.energy.fingerprint import Fingerprint
@@ -127,10 +128,27 @@ def load(
         params = initial_params(random.key(0), source, Arguments(args, kwargs))
 
     params = reader.tree("params", params)
+    if isinstance(source, Backend):
+        _require_same_constraints(source.get_params(state), params)
     fit = Fit(params, state, reader.nested(reader.described["history"]))
     described = reader.described.get("log_normalizer")
     log_z = None if described is None else _log_normalizer(reader, described, params)
     return Saved(fit, log_z)
+
+
+def _require_same_constraints(by_state: Params, params: Params) -> None:
+    """Refuse a state whose numbers mean other parameters under the model's constraints."""
+    for name, value in params.items():
+        leaves = zip(
+            jax.tree.leaves(by_state[name]), jax.tree.leaves(value), strict=True
+        )
+        if not all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in leaves):
+            raise ValueError(
+                f"Parameter '{name}' has another constraint than when the fit was made: "
+                f"the file's state would stand for {by_state[name]}, and the fit has "
+                f"{value}. Give the model as it was fitted, or begin at its parameters: "
+                "ebm_ppl.load(path, model, *args) and init_params=fit."
+            )
 
 
 def _described(writer: Writer, log_normalizer: LogNormalizer) -> dict[str, Any]:

@@ -42,8 +42,9 @@ def flags_of_coverage(
             length = min(abs(end - values[place]), 1 / slope if slope > 0 else np.inf)
             beyond = here * length / (inside + here * length) if here > 0 else 0.0
             if not beyond <= MAX_BEYOND:
+                share = 100 * beyond if np.isfinite(beyond) else 100
                 flags.append(
-                    f"about {100 * beyond:.0f}% of the posterior of '{name}' lie beyond "
+                    f"about {share:.0f}% of the posterior of '{name}' lie beyond "
                     f"{values[place]:.4g}, where the grid ends: go further."
                 )
     return tuple(flags)

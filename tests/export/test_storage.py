@@ -230,6 +230,20 @@ def test_a_fit_of_something_else(path, source, match):
         ebm.load(path, source, X)
 
 
+def test_another_constraint_is_another_state(path):
+    """The state's numbers are unconstrained: log 2 would be taken for a rate."""
+
+    def unconstrained(x):
+        rate = numpyro.param("rate", 2.0)
+        energy = ebm.EnergyDistribution(lambda v: 0.5 * (rate - 1.0) * v**2, NORMAL)
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    other = ebm.MonteCarloMLE(unconstrained, optax.adam(0.05), num_draws=64)
+    with pytest.raises(ValueError, match="'rate' has another constraint"):
+        ebm.load(path, other, X)
+
+
 def test_the_old_file_stays_where_writing_fails(fit, path, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(np, "savez", lambda *args, **kwargs: 1 / 0)
