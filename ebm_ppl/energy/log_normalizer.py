@@ -200,13 +200,9 @@ class LogNormalizer:
             UncertifiedNormalizerError: The message holds every flag.
         """
         if not self.is_certified:
-            reasons = "; ".join(
-                f"site '{name}': {flag}"
-                for name, flags in self.flags.items()
-                for flag in flags
-            )
             raise UncertifiedNormalizerError(
-                f"log Z by method '{self.method}' is not certified: {reasons} To use "
+                f"log Z by method '{self.method}' is not certified: "
+                f"{reasons_of(self.flags)} To use "
                 "it all the same, give the number itself "
                 "(log_normalizer=log_z.estimate[site]) or allow_uncertified=True "
                 "where that is offered."
@@ -252,6 +248,13 @@ class LogNormalizer:
         khat = float(np.max(self.khat[name]))
         tail = "" if np.isnan(khat) else f", k̂ {khat:.2f}"
         return f"{head}, ESS {float(np.min(self.ess[name])):.2f}{tail}"
+
+
+def reasons_of(flags: Mapping[str, tuple[str, ...]]) -> str:
+    """Every flag with its site, in one sentence."""
+    return "; ".join(
+        f"site '{name}': {flag}" for name, found in flags.items() for flag in found
+    )
 
 
 def rounded(value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.energy.log_normalizer import LogNormalizer, reasons_of
 from ebm_ppl.errors import level_of_caller
 
 # Prefixes of a site's own attributes and variables; its history has further ones.
@@ -41,15 +41,11 @@ SHARED = (
 
 def warn_of_flags(log_normalizer: LogNormalizer, missing: str) -> None:
     """Warn that log Z is not certified, and name what is left out as a result."""
-    reasons = "; ".join(
-        f"site '{name}': {flag}"
-        for name, flags in log_normalizer.flags.items()
-        for flag in flags
-    )
     warnings.warn(
         f"{missing} is left out, because log Z ({log_normalizer.method}) is not "
-        f"certified: {reasons} Pass log_normalizer=ebm_ppl.log_normalizer(...) at "
-        "these parameters, or allow_uncertified=True.",
+        f"certified: {reasons_of(log_normalizer.flags)} Pass "
+        "log_normalizer=ebm_ppl.log_normalizer(...) at these parameters, or "
+        "allow_uncertified=True.",
         stacklevel=level_of_caller(),
     )
 

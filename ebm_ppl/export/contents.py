@@ -64,9 +64,7 @@ def contents_of(
     key_model, key_resample = random.split(rng_key)
     data = observations(key_model, model, one, arguments)
     bound = BoundModel(model, {}, key_model, arguments)
-    energies = bound.energies(one)
-    bound = with_every_row(bound, one, energies)
-    energies = bound.energies(one)
+    _, energies = with_every_row(bound, one, bound.energies(one))
     for name, energy in energies.items():
         require_pointwise(name, energy)
     if log_normalizer is not None:

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import random
 
 from ebm_ppl.energy.fingerprint import Fingerprint
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.export.archive import Reader, Writer
 from ebm_ppl.model.inspection import initial_params
-from ebm_ppl.model.program import Model, Params
+from ebm_ppl.model.program import Model, Params, first_difference
 from ebm_ppl.normalizer.belongs import require_of_fit
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend
@@ -138,17 +137,14 @@ def load(
 
 def _require_same_constraints(by_state: Params, params: Params) -> None:
     """Refuse a state whose numbers mean other parameters under the model's constraints."""
-    for name, value in params.items():
-        leaves = zip(
-            jax.tree.leaves(by_state[name]), jax.tree.leaves(value), strict=True
+    name = first_difference(by_state, params)
+    if name is not None:
+        raise ValueError(
+            f"Parameter '{name}' has another constraint than when the fit was made: the "
+            f"file's state would stand for {by_state[name]}, and the fit has "
+            f"{params[name]}. Give the model as it was fitted, or begin at its "
+            "parameters: ebm_ppl.load(path, model, *args) and init_params=fit."
         )
-        if not all(np.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in leaves):
-            raise ValueError(
-                f"Parameter '{name}' has another constraint than when the fit was made: "
-                f"the file's state would stand for {by_state[name]}, and the fit has "
-                f"{value}. Give the model as it was fitted, or begin at its parameters: "
-                "ebm_ppl.load(path, model, *args) and init_params=fit."
-            )
 
 
 def _described(writer: Writer, log_normalizer: LogNormalizer) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def check_params(
         require_no_rows(name, distribution)
 
     require_all(params, trace, recorder.found)
-    full = with_every_row(bound, params, recorder.found)
+    full, _ = with_every_row(bound, params, recorder.found)
     if full is not bound:
         return check_params(full, params)
     check_repeatable(bound.rng_key, bound, params, recorder.found)

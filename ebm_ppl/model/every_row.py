@@ -1,6 +1,5 @@
 """Energies with one log Z per row, of every row."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ebm_ppl.energy.distribution import EnergyDistribution
@@ -10,12 +9,12 @@ from ebm_ppl.model.program import Params
 
 
 def with_every_row(
-    bound: BoundModel, params: Params, energies: Mapping[str, EnergyDistribution]
-) -> BoundModel:
-    """The model without subsampling, where that leaves rows and their log Z's out.
+    bound: BoundModel, params: Params, energies: dict[str, EnergyDistribution]
+) -> tuple[BoundModel, dict[str, EnergyDistribution]]:
+    """The model without subsampling, where that leaves log Z's out, and its energies.
 
-    Elsewhere a subsampled plate changes no energy, and the model comes back as it is; so
-    it does where the rows that it was given are a batch themselves.
+    Elsewhere a subsampled plate changes no energy, and both come back as they are; so
+    they do where the rows that the model was given are a batch themselves.
 
     Args:
         bound: A model.
@@ -23,13 +22,13 @@ def with_every_row(
         energies: Its energies there.
     """
     if not any(energy.batch_shape for energy in energies.values()):
-        return bound
+        return bound, energies
 
     full = replace(bound, model=with_full_plates(bound.model))
     try:
         rows = full.energies(params)
     except (TypeError, ValueError):  # the rows that were given are a batch
-        return bound
+        return bound, energies
     if all(rows[n].batch_shape == e.batch_shape for n, e in energies.items()):
-        return bound
-    return full
+        return bound, energies
+    return full, rows

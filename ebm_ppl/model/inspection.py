@@ -88,12 +88,11 @@ def inspect_model(
         transform_fn(transforms, values, invert=True),
     )
     bound = BoundModel(model, transforms, rng_key, arguments)
-    checked = bound
+    checked, energies = bound, recorder.found
     if not needs_walkers:
-        checked = with_every_row(bound, params, recorder.found)
-    found = recorder.found if checked is bound else checked.energies(params)
-    check_repeatable(rng_key, checked, params, found)
-    check_no_moving_jump(rng_key, checked, params, found)
+        checked, energies = with_every_row(bound, params, recorder.found)
+    check_repeatable(rng_key, checked, params, energies)
+    check_no_moving_jump(rng_key, checked, params, energies)
     return Inspection(params, transforms, recorder.found)
 
 

@@ -44,6 +44,19 @@ def params_of(source: Estimate | Params | None) -> Params:
     )
 
 
+def first_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first parameter, by name, whose values differ by more than rounding."""
+    for name in sorted(set(one) | set(other)):
+        ours, theirs = (jax.tree.leaves(where.get(name)) for where in (one, other))
+        same = len(ours) == len(theirs) and all(
+            np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-8)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+        if not same:
+            return name
+    return None
+
+
 def require_same_parameters(
     option: str, given: Mapping[str, Any], params: Mapping[str, Any], remedy: str
 ) -> None:
@@ -52,14 +65,8 @@ def require_same_parameters(
     Raises:
         ValueError: The message names the parameter.
     """
-    for name in set(given) | set(params):
-        ours, theirs = (jax.tree.leaves(where.get(name)) for where in (params, given))
-        same = len(ours) == len(theirs) and all(
-            np.shape(a) == np.shape(b) and np.allclose(a, b, rtol=1e-5, atol=1e-8)
-            for a, b in zip(ours, theirs, strict=True)
+    name = first_difference(params, given)
+    if name is not None:
+        raise ValueError(
+            f"{option} belongs to other parameters: '{name}' differs. {remedy}"
         )
-
-        if not same:
-            raise ValueError(
-                f"{option} belongs to other parameters: '{name}' differs. {remedy}"
-            )

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from numpy.polynomial.chebyshev import chebvander
 
 # Of fits by least squares on evenly spaced points, higher ones wave between them.
 MAX_DEGREE = 16
@@ -41,8 +42,9 @@ class Polynomial(NamedTuple):
 
 def terms_of(points: np.ndarray, degrees: np.ndarray) -> np.ndarray:
     """Every term at every point, ``(num_points, num_terms)``."""
-    cosines = np.arccos(np.clip(points, -1.0, 1.0))
-    return np.prod(np.cos(cosines[:, None, :] * degrees[None]), axis=-1)
+    table = chebvander(points, int(degrees.max()))
+    variables = np.arange(degrees.shape[1])
+    return np.prod(table[:, variables, degrees], axis=-1)
 
 
 def degrees_up_to(degree: int, num_variables: int) -> np.ndarray:
@@ -104,14 +106,14 @@ def smooth(
     others = points[1], points[0][is_inside]
     there = values[1], values[0][is_inside]
 
-    off = {}
+    off, fits = {}, {}
     for degree in range(1, MAX_DEGREE + 1):
         if len(degrees_up_to(degree, points[0].shape[1])) > min(map(len, points)):
             break
-        halves = [fit(p, v, degree) for p, v in zip(points, values, strict=True)]
+        fits[degree] = [fit(p, v, degree) for p, v in zip(points, values, strict=True)]
         off[degree] = max(
             np.sqrt(np.mean((values_of(half, p) - v) ** 2))
-            for half, p, v in zip(halves, others, there, strict=True)
+            for half, p, v in zip(fits[degree], others, there, strict=True)
         )
     # The lowest that is as good as noise lets any be seen to be.
     enough = max(1.25 * min(off.values()), np.sqrt(np.mean(noise[1] ** 2)))
@@ -119,8 +121,8 @@ def smooth(
 
     # Two halves apart
     matters = np.concatenate([counts[1], counts[0][is_inside]])
-    halves = [fit(p, v, degree) for p, v in zip(points, values, strict=True)]
-    first, second = (values_of(half, np.concatenate(others)) for half in halves)
+    where = np.concatenate(others)
+    first, second = (values_of(half, where) for half in fits[degree])
     apart = (first - second)[matters if matters.any() else slice(None)]
     error = np.max(np.abs(apart - apart.mean(0)))
 

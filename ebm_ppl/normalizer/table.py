@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from numpyro.distributions.transforms import Transform
 
-from ebm_ppl.energy.log_normalizer import LogNormalizer, rounded
+from ebm_ppl.energy.log_normalizer import LogNormalizer, reasons_of, rounded
 from ebm_ppl.errors import UncertifiedNormalizerError
 from ebm_ppl.normalizer.chebyshev import Polynomial
 
@@ -48,8 +48,7 @@ class TabulatedNormalizer:
         positions, inside = [], jnp.array(True)
         for name, values in self.grid.items():
             value = jnp.asarray(params[name], float)
-            ends = [self.transforms[name].inv(jnp.asarray(v)) for v in values[[0, -1]]]
-            low, high = ends
+            low, high = self.transforms[name].inv(jnp.asarray(values[[0, -1]], float))
             # A point of the edge itself is inside.
             slack = 1e-6 * (high - low)
             position = self.transforms[name].inv(value)
@@ -71,14 +70,9 @@ class TabulatedNormalizer:
             UncertifiedNormalizerError: The message holds every flag.
         """
         if not self.is_certified:
-            reasons = "; ".join(
-                f"site '{name}': {flag}"
-                for name, flags in self.flags.items()
-                for flag in flags
-            )
             raise UncertifiedNormalizerError(
-                f"The table of log Z is not certified: {reasons} To use it all the same, "
-                "give allow_uncertified=True."
+                f"The table of log Z is not certified: {reasons_of(self.flags)} To use it "
+                "all the same, give allow_uncertified=True."
             )
 
     def __str__(self) -> str:

@@ -120,10 +120,11 @@ def tabulate_log_normalizer(
     # Where the parameters may be, by the data if there are any
     first = jax.tree.map(lambda leaf: leaf[0], draws)
     bound = BoundModel(with_full_plates(model), {}, random.key(0), arguments)
-    counts = counts_of(bound, first, {n: e[0] for n, e in log_z.estimate.items()})
+    counts = dict.fromkeys(log_z.estimate, 1.0)
     uncovered: tuple[str, ...] = ()
     log_joint = np.zeros(len(points))
     if set(log_z.estimate) <= set(observed_rows(bound, first)):
+        counts = counts_of(bound, first, {n: e[0] for n, e in log_z.estimate.items()})
         log_joint = _log_joint(bound, draws, log_z.estimate)
         shape = tuple(len(v) for v in values.values())
         on_grid = log_joint[: len(nodes)].reshape(shape)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import random
 
 from ebm_ppl.energy.bounded import bound_of
-from ebm_ppl.energy.log_normalizer import LogNormalizer
+from ebm_ppl.energy.log_normalizer import LogNormalizer, reasons_of
 from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.plates import with_full_plates
@@ -157,14 +157,9 @@ class ModelValidation:
         """Warn where no look had a certified log Z, so that the last state was kept."""
         values = history.get(WATCHED, ())
         if len(values) and not np.any(np.isfinite(values)):
-            reasons = "; ".join(
-                f"site '{name}': {flag}"
-                for name, flags in self.flags.items()
-                for flag in flags
-            )
             warnings.warn(
                 "No validation density was certified, so the last parameters were kept: "
-                f"{reasons} Give Validation(..., options=dict(...)) what "
+                f"{reasons_of(self.flags)} Give Validation(..., options=dict(...)) what "
                 "ebm_ppl.log_normalizer needs here.",
                 stacklevel=level_of_caller(),
             )

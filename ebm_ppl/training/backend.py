@@ -121,12 +121,13 @@ class Backend(ABC):
         """Options that are callable, such as the model."""
         return {name: value for name, value in vars(self).items() if callable(value)}
 
-    def _check_fit(self, fit: Fit, init_state: Any, arguments: Arguments) -> None:
-        """Warn of what a finished run shows."""
-        return
+    def _check_fit(
+        self, fit: Fit, init_state: Any, arguments: Arguments, has_every_row: bool
+    ) -> None:
+        """Warn of what a finished run shows.
 
-    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
-        """Warn where it ended far from a maximum; of data that are all at hand."""
+        Whether it ended at a maximum can be asked where all rows are at hand.
+        """
         return
 
     def init(
@@ -247,9 +248,7 @@ class Backend(ABC):
 
         # Judge
         try:
-            self._check_fit(fit, init_state, data.arguments)
-            if batches is None:
-                self._check_maximum(fit, data.arguments)
+            self._check_fit(fit, init_state, data.arguments, batches is None)
         except Warning:
             raise
         except Exception as error:  # a check that fails must not cost the run

@@ -46,6 +46,11 @@ def slices(size, rows=X):
         yield rows[begin : begin + size]
 
 
+def failing_after(rows):
+    yield from slices(10, rows)
+    raise OSError("the disk is gone")
+
+
 def by_hand(backend, batches):
     state, update, losses = None, jax.jit(backend.update), []
     for batch in batches:
@@ -159,12 +164,8 @@ def test_a_mask_of_numpy_is_refused():
 
 
 def test_what_the_first_stack_raises_comes_after_its_batches():
-    def failing():
-        yield from slices(10, X[:50])
-        raise OSError("the disk is gone")
-
     with pytest.raises(OSError, match="the disk is gone") as caught:
-        run(monte_carlo(), failing())
+        run(monte_carlo(), failing_after(X[:50]))
     assert len(caught.value.fit.history["loss"]) == 5
 
 
@@ -186,12 +187,8 @@ def test_the_second_stack_compiles_nothing():
 
 
 def test_what_the_batches_raise_keeps_the_fit():
-    def failing():
-        yield from slices(10, X[:700])
-        raise OSError("the disk is gone")
-
     with pytest.raises(OSError, match="the disk is gone") as caught:
-        run(monte_carlo(), failing())
+        run(monte_carlo(), failing_after(X[:700]))
     fit = caught.value.fit
     assert len(fit.history["loss"]) == 70
     assert "error.fit.state" in caught.value.__notes__[0]

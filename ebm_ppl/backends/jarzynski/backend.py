@@ -285,12 +285,14 @@ class Jarzynski(Backend):
         return led_to(self, state, params, arguments)
 
     def _check_fit(
-        self, fit: Fit, init_state: JarzynskiState, arguments: Arguments
+        self,
+        fit: Fit,
+        init_state: JarzynskiState,
+        arguments: Arguments,
+        has_every_row: bool,
     ) -> None:
         warn_where_training_left_held_out(fit, self.renew_every is not None)
-
-    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
-        if is_checked(fit):
+        if has_every_row and is_checked(fit):
             held = held_out_draws(fit.state.walkers)
             warn_unless_at_maximum(fit, self.model, arguments, held, "")
 

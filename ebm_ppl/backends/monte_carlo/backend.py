@@ -154,25 +154,21 @@ class MonteCarloMLE(Backend):
         return new, info
 
     def _check_fit(
-        self, fit: Fit, init_state: MonteCarloMLEState, arguments: Arguments
+        self,
+        fit: Fit,
+        init_state: MonteCarloMLEState,
+        arguments: Arguments,
+        has_every_row: bool,
     ) -> None:
         if not fit.history or len(fit.history["loss"]) < MIN_UPDATES:
             return
         warn_of_few_draws(fit, self.num_draws)
-        bound, held = self._own_draws(fit.state, arguments)
-        warn_of_draws(bound, fit.state.params, held)
-
-    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
-        if is_checked(fit):
-            _, held = self._own_draws(fit.state, arguments)
-            warn_unless_at_maximum(fit, self.model, arguments, held, "")
-
-    def _own_draws(
-        self, state: MonteCarloMLEState, arguments: Arguments
-    ) -> tuple[BoundModel, dict[str, OwnDraws]]:
+        state = fit.state
         bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
-        key = random.fold_in(state.rng_key, 2)
-        return bound, _own_draws(bound, state.params, key)
+        held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
+        warn_of_draws(bound, state.params, held)
+        if has_every_row and is_checked(fit):
+            warn_unless_at_maximum(fit, self.model, arguments, held, "")
 
 
 def _negative_log_joint(

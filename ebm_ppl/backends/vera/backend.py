@@ -280,14 +280,18 @@ class VERA(Backend):
             gradient_penalty=self.gradient_penalty,
         )
 
-    def _check_fit(self, fit: Fit, init_state: VERAState, arguments: Arguments) -> None:
+    def _check_fit(
+        self,
+        fit: Fit,
+        init_state: VERAState,
+        arguments: Arguments,
+        has_every_row: bool,
+    ) -> None:
         warn_of_bounds(fit)
         warn_of_collapse(fit, init_state)
         is_weighed = self.importance_weights or self.defensive
         warn_of_tempering(self.entropy_weight, is_weighed)
-
-    def _check_maximum(self, fit: Fit, arguments: Arguments) -> None:
-        if is_checked(fit):
+        if has_every_row and is_checked(fit):
             score = self.score_of(fit.state.generator)
             warn_of_draws(fit, self.model, arguments, score)
 
