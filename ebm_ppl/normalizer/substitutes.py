@@ -5,13 +5,11 @@ from functools import partial, wraps
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import numpyro
 from jax import Array, random
 from numpyro import handlers
 from numpyro.infer import log_likelihood
-from numpyro.primitives import _PYRO_STACK
 
 from ebm_ppl.energy.distribution import EnergyDistribution, unwrap
 from ebm_ppl.energy.fingerprint import require_same_energy
@@ -26,6 +24,7 @@ from ebm_ppl.model.handlers import KnownNormalizers
 from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.belongs import require_site
+from ebm_ppl.normalizer.fixed_parameters import FixedParameters
 from ebm_ppl.programs.arguments import Arguments
 
 
@@ -76,102 +75,12 @@ class ExactNormalizers(KnownNormalizers):
         return distribution.with_log_normalizer(found.estimate)
 
 
-class FixedNormalizers(KnownNormalizers):
-    """Fix parameters at the values that log Z belongs to.
-
-    Sample sites become deterministic, without a prior.
-    """
+class FixedNormalizers(FixedParameters):
+    """log Z as given, and parameters fixed where it belongs to."""
 
     def __init__(self, fn: Model, log_normalizer: LogNormalizer) -> None:
-        super().__init__(fn, self._constant)
+        super().__init__(fn, self._constant, log_normalizer.params)
         self.certificate = log_normalizer
-        self.params = log_normalizer.params
-        self.doubts: list[Array] = []
-
-    def __enter__(self) -> "FixedNormalizers":
-        self.doubts = []
-        return super().__enter__()
-
-    def process_message(self, msg: dict) -> None:
-        """Called by NumPyro at every site."""
-        if msg["type"] == "control_flow":
-            # Sites in the body of a loop or a branch see only the handlers in this
-            # stack.
-            msg["kwargs"]["substitute_stack"].append(
-                ("substitute", jax.tree.map(jnp.asarray, self.params))
-            )
-        if msg["type"] in ("param", "sample") and msg["name"] in self.params:
-            if msg["type"] == "sample":
-                self._require_own_value(msg)
-            msg["value"] = self.params[msg["name"]]
-            if msg["type"] == "sample":
-                msg["type"] = "deterministic"
-        super().process_message(msg)
-
-    def postprocess_message(self, msg: dict) -> None:
-        """Called by NumPyro after every site."""
-        fixed = self.params.get(
-            msg.get("name", "")
-        )  # subsamples, keys and control flow have no name
-        if fixed is not None and msg["value"] is not fixed:
-            # An outer handler set the value; it must equal the one that log Z belongs
-            # to.
-            msg["value"] = self._own_value(msg, fixed)
-
-    def _require_own_value(self, msg: dict) -> None:
-        """Refuse ``do`` and ``condition`` around this handler with another value.
-
-        They act on sample sites alone, and would find a deterministic one.
-        """
-        for handler in _PYRO_STACK:
-            if handler is self:
-                return
-            value = None
-            if isinstance(handler, handlers.do | handlers.condition):
-                value = (handler.data or {}).get(msg["name"])
-            if isinstance(handler, handlers.condition) and handler.condition_fn:
-                value = handler.condition_fn(msg)
-            if value is not None:
-                self._own_value(msg | {"value": value}, self.params[msg["name"]])
-
-    def _own_value(self, msg: dict, fixed: Any) -> Any:
-        """The value that log Z belongs to.
-
-        Another value is an error; where it is traced, the result is NaN.
-        """
-        given = msg["value"]
-        expected, found = (str(jax.tree.structure(tree)) for tree in (fixed, given))
-        if expected != found:
-            raise ValueError(
-                f"Site '{msg['name']}' was given a value of structure {found}; log Z "
-                f"belongs to one of structure {expected}. Estimate it at the value "
-                "that you give."
-            )
-
-        leaves = list(zip(jax.tree.leaves(fixed), jax.tree.leaves(given), strict=True))
-        if any(isinstance(leaf, jax.core.Tracer) for pair in leaves for leaf in pair):
-            if msg["type"] != "param":
-                return jax.tree.map(
-                    lambda own, other: jnp.where(own == other, own, jnp.nan),
-                    fixed,
-                    given,
-                )
-
-            # SVI traces every parameter: the energy keeps the fixed values, and log Z
-            # is NaN if the given ones differ.
-            self.doubts += [
-                jnp.where(jnp.all(own == other), 0.0, jnp.nan) for own, other in leaves
-            ]
-            return fixed
-
-        if not all(np.array_equal(own, other) for own, other in leaves):
-            raise ValueError(
-                f"Site '{msg['name']}' was given another value than that which "
-                "log_normalizer belongs to. Estimate it there: "
-                "ebm_ppl.log_normalizer(rng_key, model, params, ...); for draws give "
-                "log_normalizer.samples, from batch_ndims=1 or 2."
-            )
-        return fixed
 
     def _constant(
         self, name: str, distribution: EnergyDistribution

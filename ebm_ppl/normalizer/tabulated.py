@@ -3,40 +3,33 @@
 from functools import wraps
 from typing import Any
 
-from numpyro import handlers
-
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.errors import UnknownNormalizerError
-from ebm_ppl.model.handlers import KnownNormalizers
 from ebm_ppl.model.program import Model
 from ebm_ppl.normalizer.belongs import require_site
+from ebm_ppl.normalizer.fixed_parameters import FixedParameters
 from ebm_ppl.normalizer.substitutes import require_same_at_first_draw
 from ebm_ppl.normalizer.table import TabulatedNormalizer
 from ebm_ppl.programs.arguments import Arguments
 
 
 def model_at_table(model: Model, table: TabulatedNormalizer) -> Model:
-    """The model with log Z at its parameters' present values.
-
-    Parameters that the table holds fixed are no sites of it.
-    """
-    fixed = handlers.substitute(model, data=table.params)
-    inner = handlers.block(fixed, hide=list(table.params)) if table.params else model
+    """The model with log Z at its parameters' present values, the others fixed."""
 
     @wraps(model)
     def known(*args: Any, **kwargs: Any) -> Any:
         certificate = table.log_normalizer
         require_same_at_first_draw(model, certificate, Arguments(args, kwargs))
-        return TabulatedNormalizers(inner, table)(*args, **kwargs)
+        return TabulatedNormalizers(model, table)(*args, **kwargs)
 
     return known
 
 
-class TabulatedNormalizers(KnownNormalizers):
+class TabulatedNormalizers(FixedParameters):
     """log Z at every energy site, by the values of the parameters that came before."""
 
     def __init__(self, fn: Model, table: TabulatedNormalizer) -> None:
-        super().__init__(fn, self._at_present)
+        super().__init__(fn, self._at_present, table.params)
         self.table = table
         self.values: dict[str, Any] = {}
 
@@ -46,6 +39,7 @@ class TabulatedNormalizers(KnownNormalizers):
 
     def postprocess_message(self, msg: dict) -> None:
         """Called by NumPyro after every site."""
+        super().postprocess_message(msg)
         if msg["type"] in ("param", "sample") and msg["name"] in self.table.grid:
             self.values[msg["name"]] = msg["value"]
 
@@ -68,4 +62,4 @@ class TabulatedNormalizers(KnownNormalizers):
                 f"whose batch shape is now {distribution.batch_shape}; tabulate it for the "
                 "same arguments."
             )
-        return distribution.with_log_normalizer(estimate)
+        return distribution.with_log_normalizer(sum(self.doubts, estimate))

@@ -13,10 +13,11 @@ from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.infer import MCMC, NUTS
 from numpyro.infer.util import log_density
-from scipy.stats import gamma
+from scipy.stats import gamma, norm
 
 import ebm_ppl as ebm
 from ebm_ppl.normalizer.chebyshev import smooth
+from ebm_ppl.normalizer.posterior_points import points_by_mass
 
 pytestmark = pytest.mark.xdist_group("tabulate")
 
@@ -65,8 +66,9 @@ def moments(normalized, x, rates):
 
 @pytest.fixture(scope="module")
 def table():
+    """One of those that so few walkers certify: about half."""
     return ebm.tabulate_log_normalizer(
-        random.key(0), model, RANGE, X, num_walkers=256, progress_bar=False
+        random.key(1), model, RANGE, X, num_walkers=256, progress_bar=False
     )
 
 
@@ -214,6 +216,50 @@ def test_a_coarse_table_is_told():
     assert "over the tolerance of 0.1" in strict.flags["x"][0]
 
 
+@pytest.mark.parametrize("width", [0.02, 0.01])
+def test_a_bump_between_all_points_is_told(width):
+    """A well far from the data, deep for a narrow range of rates within the posterior."""
+
+    def with_bump(x):
+        rate = numpyro.sample("rate", dist.Gamma(2.0, 2.0))
+
+        def energy(v):
+            depth = 14.0 * jnp.exp(-0.5 * ((rate - 0.97) / width) ** 2)
+            return 0.5 * rate * v**2 - depth * jnp.exp(-0.5 * ((v - 4.2) / 0.3) ** 2)
+
+        with numpyro.plate("rows", len(x)):
+            site = ebm.EnergyDistribution(energy, dist.Normal(0.0, 3.0))
+            numpyro.sample("x", site, obs=x)
+
+    x = np.random.default_rng(3).normal(size=200).astype(np.float32)
+    table = ebm.tabulate_log_normalizer(
+        None, with_bump, {"rate": np.geomspace(0.3, 3.0, 13)}, x, method="quadrature"
+    )
+    assert "over the tolerance of 0.1" in table.flags["x"][0]
+
+
+def test_points_by_mass_are_quantiles():
+    """Of a correlated Gaussian that fills a thousandth of the box."""
+    low, high = np.array([-20.0, -30.0]), np.array([20.0, 30.0])
+    cov = np.array([[0.04, 0.03], [0.03, 0.09]])
+    precision = np.linalg.inv(cov)
+
+    def log_density(points):
+        away = points - np.array([3.0, -7.0])
+        return -0.5 * np.einsum("ni,ij,nj->n", away, precision, away)
+
+    points = points_by_mass(log_density, low, high, 400)
+    np.testing.assert_allclose(points.mean(0), [3.0, -7.0], atol=0.03)
+    np.testing.assert_allclose(np.cov(points.T), cov, rtol=0.15)
+    one = points_by_mass(
+        lambda p: -0.5 * (p[:, 0] / 0.1) ** 2, np.array([-9.0]), np.array([9.0]), 9
+    )
+    np.testing.assert_allclose(
+        one[:, 0], norm.ppf((np.arange(9) + 0.5) / 9, scale=0.1), atol=2e-3
+    )
+    assert (low == [-20.0, -30.0]).all()
+
+
 def test_errors_count_where_the_posterior_is():
     """With three hundred times the rows the same noise counts more, and sooner."""
     few, many = (
@@ -231,21 +277,46 @@ def test_errors_count_where_the_posterior_is():
     assert any("over the tolerance" in flag for flag in many.flags["x"])
 
 
-def test_other_parameters_stay_fixed():
-    def with_scale(x):
+def with_scale(x, as_latent=False):
+    """A model with a parameter that a table holds fixed."""
+    if as_latent:
+        scale = numpyro.sample("scale", dist.HalfNormal(3.0))
+    else:
         scale = numpyro.param("scale", 1.0, constraint=constraints.positive)
-        line(x * scale, dist.Normal(0.0, 3.0 * scale))
+    line(x * scale, dist.Normal(0.0, 3.0 * scale))
 
-    grid = {"rate": np.geomspace(0.2, 40, 9)}
-    params = {"scale": jnp.asarray(2.0)}
+
+@pytest.mark.parametrize("as_latent", [False, True])
+def test_other_parameters_stay_fixed(as_latent):
+    """At the values that log Z belongs to: others from outside are refused."""
+    x = X[:, 0]
     table = ebm.tabulate_log_normalizer(
-        None, with_scale, grid, X[:, 0], params=params, method="quadrature"
+        None,
+        with_scale,
+        {"rate": np.geomspace(0.2, 40, 9)},
+        x,
+        params={"scale": jnp.asarray(2.0)},
+        method="quadrature",
+        as_latent=as_latent,
     )
     assert table({"rate": 1.0})["x"] == pytest.approx(-0.5 * np.log(37), abs=1e-3)
+
     known = handlers.seed(ebm.normalized(with_scale, table, allow_uncertified=True), 0)
-    trace = handlers.trace(handlers.substitute(known, {"rate": 1.0})).get_trace(X[:, 0])
-    assert "scale" not in trace
+    trace = handlers.trace(handlers.substitute(known, {"rate": 1.0})).get_trace(
+        x, as_latent
+    )
+    assert trace["scale"]["value"] == 2.0
     assert np.isfinite(trace["x"]["fn"].log_prob(trace["x"]["value"])).all()
+
+    with pytest.raises(ValueError, match="'scale' was given another value"):
+        log_density(known, (x, as_latent), {}, {"rate": 1.0, "scale": 1.0})
+    traced = jax.jit(
+        lambda scale: log_density(
+            known, (x, as_latent), {}, {"rate": 1.0, "scale": scale}
+        )[0]
+    )
+    assert np.isfinite(traced(2.0))
+    assert np.isnan(traced(1.0))
 
 
 # Refusals
