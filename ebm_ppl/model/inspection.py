@@ -29,6 +29,7 @@ from ebm_ppl.model.parameters import (
 from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import check_repeatable
+from ebm_ppl.model.rows_follow import check_same_rows
 from ebm_ppl.programs.arguments import Arguments
 
 
@@ -90,6 +91,13 @@ def inspect_model(
     bound = BoundModel(model, transforms, rng_key, arguments)
     checked, energies = bound, recorder.found
     if not needs_walkers:
+        subsampled = [
+            name
+            for name, energy in recorder.found.items()
+            if _subsampled_rows(trace, name, energy)
+        ]
+        if subsampled:
+            check_same_rows(rng_key, bound, params, subsampled)
         checked, energies = with_every_row(bound, params, recorder.found)
     check_repeatable(rng_key, checked, params, energies)
     check_no_moving_jump(rng_key, checked, params, energies)
@@ -156,17 +164,14 @@ def _check_energy_site(
 
     check_start_covers(distribution, name)
     require_no_rows(name, distribution)
-    own_dims = len(distribution.batch_shape)
-    for frame in site["cond_indep_stack"]:
-        size = trace[frame.name]["args"][0]
-        if needs_walkers and -frame.dim <= own_dims and frame.size != size:
-            raise ValueError(
-                f"Energy site '{name}' has one normaliser per row of plate "
-                f"'{frame.name}', which is subsampled: walkers of absent rows could "
-                "not follow. Drop subsample_size, give the base no batch shape (one "
-                "shared Z), or fit with ebm_ppl.MonteCarloMLE(model, ...), whose draws "
-                "are fresh in every update."
-            )
+    plate = _subsampled_rows(trace, name, distribution)
+    if needs_walkers and plate:
+        raise ValueError(
+            f"Energy site '{name}' has one normaliser per row of plate '{plate}', which "
+            "is subsampled: walkers of absent rows could not follow. Drop "
+            "subsample_size, give the base no batch shape (one shared Z), or fit with "
+            "ebm_ppl.MonteCarloMLE(model, ...), whose draws are fresh in every update."
+        )
 
     if isinstance(value, jax.core.Tracer):
         return
@@ -186,6 +191,18 @@ def _check_energy_site(
         f"lies outside the base's support ({distribution.support})",
         "Choose a base whose support holds the data, or transform the data into it.",
     )
+
+
+def _subsampled_rows(
+    trace: dict[str, dict], name: str, distribution: EnergyDistribution
+) -> str | None:
+    """The subsampled plate of whose rows an energy has one log Z each, if any."""
+    own_dims = len(distribution.batch_shape)
+    for frame in trace[name]["cond_indep_stack"]:
+        size = trace[frame.name]["args"][0]
+        if -frame.dim <= own_dims and frame.size != size:
+            return frame.name
+    return None
 
 
 def _refuse_rows(

@@ -39,7 +39,7 @@ def moved_along(params: Params, direction: Params, length: ArrayLike) -> Params:
 
 
 @jax.jit
-def _moved(rng_key: Array, params: Params) -> Params:
+def moved_a_little(rng_key: Array, params: Params) -> Params:
     """Parameters scaled by up to 1.1, which keeps signs; zeros become at most 0.1."""
     return moved_along(params, random_direction(rng_key, params), 0.1)
 
@@ -57,7 +57,7 @@ def check_repeatable(
     """
     key_params, key_start, key_other = random.split(rng_key, 3)
     # A last layer of zeros would hide the effect of the layers before it.
-    original, params = params, _moved(key_params, params)
+    original, params = params, moved_a_little(key_params, params)
     first, companies = energies_at_points(bound, params, key_start)
     second, _ = energies_at_points(replace(bound, rng_key=key_other), params, key_start)
     may_move = any(_has_parameters(energy.support) for energy in found.values())
