@@ -15,8 +15,9 @@ from ebm_ppl.energy.fingerprint import Fingerprint
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.export.archive import Reader, Writer
 from ebm_ppl.model.inspection import initial_params
+from ebm_ppl.model.parameters import unconstrained
 from ebm_ppl.model.program import Model, Params, first_difference
-from ebm_ppl.normalizer.belongs import require_of_fit
+from ebm_ppl.normalizer.belongs import require_of_fit, require_site
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend
 from ebm_ppl.training.fit import Fit
@@ -78,6 +79,7 @@ def save(
         "version": VERSION,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "backend": fit.state.backend,
+        "layout": fit.state.layout(),
         "trees": {prefix: writer.tree(prefix, tree) for prefix, tree in trees.items()},
         "history": writer.nested("history", fit.history),
     }
@@ -118,21 +120,56 @@ def load(
             "fit, or its model: ebm_ppl.load(path, model, *args)."
         )
     reader = Reader(pathlib.Path(path), FORMAT, VERSION)
+    arguments = Arguments(args, kwargs)
     if isinstance(source, Backend):
-        template = source.template(random.key(0), *args, **kwargs)
-        state = reader.tree("state", template)
-        params = jax.eval_shape(source.get_params, template)
+        fit, sites = _for_backend(reader, source, arguments), list[str]()
     else:
-        state = OnlyParameters(random.key(0), reader.described["backend"])
-        params = initial_params(random.key(0), source, Arguments(args, kwargs))
+        fit, sites = _for_model(reader, source, arguments)
 
-    params = reader.tree("params", params)
-    if isinstance(source, Backend):
-        _require_same_constraints(source.get_params(state), params)
-    fit = Fit(params, state, reader.nested(reader.described["history"]))
     described = reader.described.get("log_normalizer")
-    log_z = None if described is None else _log_normalizer(reader, described, params)
+    if described is None:
+        return Saved(fit, None)
+    log_z = _log_normalizer(reader, described, fit.params)
+    for name in sites:
+        require_site(log_z, name)
     return Saved(fit, log_z)
+
+
+def _for_backend(reader: Reader, backend: Backend, arguments: Arguments) -> Fit:
+    """The fit with its state."""
+    template = backend.template(random.key(0), *arguments.args, **arguments.kwargs)
+    state = reader.tree("state", template)
+    _require_same_layout(template.layout(), reader.described["layout"])
+
+    params = reader.tree("params", jax.eval_shape(backend.get_params, template))
+    _require_same_constraints(backend.get_params(state), params)
+    return Fit(params, state, reader.nested(reader.described["history"]))
+
+
+def _for_model(
+    reader: Reader, model: Model, arguments: Arguments
+) -> tuple[Fit, list[str]]:
+    """The fit without its state, and the sites that want a log Z."""
+    like, transforms, sites = initial_params(random.key(0), model, arguments)
+    params = reader.tree("params", like)
+    unconstrained(transforms, params)
+
+    state = OnlyParameters(random.key(0), reader.described["backend"])
+    return Fit(params, state, reader.nested(reader.described["history"])), sites
+
+
+def _require_same_layout(
+    of_source: Mapping[str, int], of_file: Mapping[str, int]
+) -> None:
+    """Refuse a state whose arrays mean something else for the backend."""
+    for name, value in of_source.items():
+        if value != of_file.get(name):
+            raise ValueError(
+                f"The file's state has {name} = {of_file.get(name)}, and the backend has "
+                f"{value}: walkers that were trained would be taken for held-out ones, or "
+                "the reverse. Make the backend as for the run, or begin at its "
+                "parameters: ebm_ppl.load(path, model, *args) and init_params=fit."
+            )
 
 
 def _require_same_constraints(by_state: Params, params: Params) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions.transforms import Transform
-from numpyro.infer.util import transform_fn
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.pointwise import require_no_rows
@@ -25,6 +24,7 @@ from ebm_ppl.model.parameters import (
     initial_value,
     parameters_of,
     run_once,
+    unconstrained,
 )
 from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
@@ -84,10 +84,7 @@ def inspect_model(
     values, transforms = parameters_of(trace)
     for name, distribution in recorder.found.items():
         _check_energy_site(name, distribution, trace, needs_walkers)
-    params = jax.tree.map(
-        lambda value: jnp.asarray(value, jnp.result_type(value)),
-        transform_fn(transforms, values, invert=True),
-    )
+    params = unconstrained(transforms, values)
     bound = BoundModel(model, transforms, rng_key, arguments)
     checked, energies = bound, recorder.found
     if not needs_walkers:
@@ -104,12 +101,19 @@ def inspect_model(
     return Inspection(params, transforms, recorder.found)
 
 
-def initial_params(rng_key: Array, model: Model, arguments: Arguments) -> Params:
-    """Constrained values at which the model's parameters start; no check of the data."""
+def initial_params(
+    rng_key: Array, model: Model, arguments: Arguments
+) -> tuple[Params, dict[str, Transform], list[str]]:
+    """A model without a check of its data.
+
+    Returns:
+        Constrained values at which its parameters start, the maps to their constraints,
+        and the names of the energy sites that have no known log Z.
+    """
     with FullPlates():  # of fewer rows than a batch, too
-        _, trace = _first_run(rng_key, model, arguments, {})
-    values, _ = parameters_of(trace)
-    return values
+        recorder, trace = _first_run(rng_key, model, arguments, {})
+    sites = [n for n, e in recorder.found.items() if e.log_normalizer is None]
+    return *parameters_of(trace), sites
 
 
 def _first_run(

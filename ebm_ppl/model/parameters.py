@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from numpyro import handlers
 from numpyro.distributions import constraints
 from numpyro.distributions.transforms import Transform, biject_to
 from numpyro.infer import init_to_median
+from numpyro.infer.util import transform_fn
 
 from ebm_ppl.energy.distribution import unwrap
 from ebm_ppl.model.program import Params
@@ -72,6 +74,41 @@ def parameters_of(trace: dict[str, dict]) -> tuple[Params, dict[str, Transform]]
             "unobserved sample site."
         )
     return values, transforms
+
+
+def unconstrained(transforms: dict[str, Transform], values: Params) -> Params:
+    """Unconstrained arrays for constrained values.
+
+    Raises:
+        ValueError: A value lies outside of its constraint, or is not finite.
+    """
+    found = jax.tree.map(
+        lambda value: jnp.asarray(value, jnp.result_type(value)),
+        transform_fn(transforms, values, invert=True),
+    )
+    for name, free in found.items():
+        leaves = jax.tree.leaves(free)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            continue
+        is_inside = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in leaves)
+        # Of a net, whose constraint holds for anything, the tree is no one array.
+        if name in transforms and isinstance(values[name], Array | np.ndarray | float):
+            is_inside &= bool(jnp.all(transforms[name].codomain(values[name])))
+        if not is_inside:
+            raise ValueError(
+                f"Parameter '{name}' has values that are not finite, on the border of its "
+                f"constraint, or outside of it ({transforms[name].codomain}): "
+                f"{_few(values[name])}. Begin inside."
+            )
+    return found
+
+
+def _few(value: Any) -> str:
+    """A value in words, its first elements where there are many."""
+    leaves = jax.tree.leaves(value)
+    first = np.ravel(np.asarray(leaves[0]))[:3]
+    shown = ", ".join(f"{float(element):.6g}" for element in first)
+    return shown if len(leaves) == 1 and np.size(leaves[0]) <= 3 else f"{shown}, ..."
 
 
 def value_and_transform(name: str, site: dict) -> tuple[Any, Transform]:

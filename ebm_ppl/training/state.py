@@ -36,6 +36,10 @@ class State:
         """Name of the backend that it is of."""
         return type(self).__name__.removesuffix("State")
 
+    def layout(self) -> dict[str, int]:
+        """What its arrays do not tell, and a file must, by name."""
+        return {}
+
     def populations(
         self,
         rng_key: Array,

@@ -256,6 +256,21 @@ def test_rows_of_other_covariates(which):
         fit_of(model, x, c)
 
 
+@pytest.mark.parametrize("value", [-1.0, 0.0, np.nan, np.inf])
+def test_initial_values_outside_of_their_constraint(value):
+    def positive(x):
+        rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+        numpyro.sample(
+            "x",
+            ebm.EnergyDistribution(lambda v: rate * v**2, dist.Normal(0.0, 1.0)),
+            obs=x,
+        )
+
+    backend = ebm.MonteCarloMLE(positive, optax.adam(0.1))
+    with pytest.raises(ValueError, match=r"'rate' has values .* outside of it"):
+        backend.run(random.key(0), 1, 0.5, init_params={"rate": value})
+
+
 def test_priors_and_two_sites():
     """k of N(0, 1/k) and N(0, 1/(2k)) under Gamma(3, 2): (n/2 + 2) / (S/2 + 2)."""
     x, y = (RNG.normal(size=n).astype(np.float32) for n in (100, 150))

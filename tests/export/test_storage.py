@@ -244,6 +244,40 @@ def test_another_constraint_is_another_state(path):
         ebm.load(path, other, X)
 
 
+def test_a_model_alone_of_a_narrower_constraint(path):
+    def narrower(x):
+        rate = numpyro.param("rate", 0.2, constraint=constraints.interval(0.1, 0.3))
+        numpyro.sample("x", ebm.EnergyDistribution(lambda v: rate * v**2, NORMAL))
+
+    with pytest.raises(ValueError, match=r"'rate' .* outside of it"):
+        ebm.load(path, narrower, X)
+
+
+def test_log_z_of_another_site(path):
+    def other(x):
+        rate = numpyro.param("rate", 2.0, constraint=constraints.positive)
+        numpyro.sample("y", ebm.EnergyDistribution(lambda v: rate * v**2, NORMAL))
+
+    with pytest.raises(ValueError, match=r"sites \['x'\], but the model .* site 'y'"):
+        ebm.load(path, other, X)
+
+
+def test_other_islands_held_out_are_another_state(tmp_path):
+    """Islands that drove the parameters would count as held out, and certify them."""
+    made = [
+        ebm.Jarzynski(
+            model, optax.adam(0.05), num_walkers=8, num_holdout_chains=num, num_chains=8
+        )
+        for num in (4, 5)
+    ]
+    state = made[0].init(random.key(0), X)
+    params = made[0].get_params(state)
+    ebm.save(tmp_path / "fit.npz", ebm.Fit(params, state, {}))
+    assert_equal(ebm.load(tmp_path / "fit.npz", made[0], X).fit.state, state)
+    with pytest.raises(ValueError, match=r"num_holdout_chains = 4.* has 5"):
+        ebm.load(tmp_path / "fit.npz", made[1], X)
+
+
 def test_the_old_file_stays_where_writing_fails(fit, path, monkeypatch):
     before = path.read_bytes()
     monkeypatch.setattr(np, "savez", lambda *args, **kwargs: 1 / 0)

@@ -60,6 +60,11 @@ class JarzynskiState(State):
         """Values at the model's ``param`` and unobserved sample sites."""
         return constrain(self.transforms, self.params)
 
+    def layout(self) -> dict[str, int]:
+        """How many islands are held out."""
+        held_out = {site.num_holdout_chains for site in self.walkers.values()}
+        return {"num_holdout_chains": held_out.pop()}
+
     def populations(
         self,
         rng_key: Array,
