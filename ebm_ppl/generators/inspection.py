@@ -45,7 +45,8 @@ def inspect_generator(
             "...)."
         )
 
-    trace = handlers.trace(handlers.seed(program, rng_key)).get_trace()
+    with handlers.block():
+        trace = handlers.trace(handlers.seed(program, rng_key)).get_trace()
     params, transforms, latents = {}, {}, {}
     seen: list[str] = []
     for found, site in trace.items():

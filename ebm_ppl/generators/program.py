@@ -103,7 +103,8 @@ class Generator:
 
     def draw(self, params: Params, rng_key: Array) -> tuple[Array, Array]:
         """One ``(z, x)``, both differentiable in φ."""
-        trace = handlers.trace(handlers.seed(self.at(params), rng_key)).get_trace()
+        with handlers.block():
+            trace = handlers.trace(handlers.seed(self.at(params), rng_key)).get_trace()
         latents = {name: trace[name]["value"] for name in self.latents}
         return ravel_pytree(latents)[0], trace[self.name]["value"]
 
@@ -165,7 +166,8 @@ class Generator:
         recorder = _Conditional(
             handlers.substitute(self.at(params), data=given), self.name
         )
-        trace = handlers.trace(recorder).get_trace()
+        with handlers.block():
+            trace = handlers.trace(recorder).get_trace()
         return [
             (trace[name]["fn"], trace[name]["value"]) for name in sorted(self.latents)
         ], recorder.found

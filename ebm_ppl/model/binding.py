@@ -18,6 +18,7 @@ from ebm_ppl.energy.start import check_start_covers
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.every_row import with_every_row
 from ebm_ppl.model.handlers import EnergySites
+from ebm_ppl.model.parameters import run_once
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import check_repeatable, energies_at_points
 from ebm_ppl.programs.arguments import Arguments
@@ -113,8 +114,10 @@ def check_params(
     # Loops index substituted values with tracers, which NumPy arrays do not support.
     params = jax.tree.map(jnp.asarray, params)
     recorder = EnergySites(handlers.seed(bound.model, bound.rng_key))
-    trace = handlers.trace(handlers.substitute(recorder, data=params)).get_trace(
-        *bound.arguments.args, **bound.arguments.kwargs
+    trace = run_once(
+        handlers.substitute(recorder, data=params),
+        bound.arguments.args,
+        bound.arguments.kwargs,
     )
     # An observed site is not a parameter: substituting it would replace the data.
     for name, distribution in recorder.found.items():

@@ -30,7 +30,7 @@ from ebm_ppl.programs.snapshot import snapshot
 class BoundModel:
     """A model, its data and a random key, as functions of unconstrained parameters.
 
-    The key serves subsampling.
+    The key serves subsampling.  Handlers that surround a call do not reach the model.
     """
 
     model: Model
@@ -56,9 +56,10 @@ class BoundModel:
         recorder = EnergySites(
             handlers.seed(self.model, self.rng_key), moved, self.rng_key
         )
-        handlers.substitute(recorder, data=self.constrain(params))(
-            *self.arguments.args, **self.arguments.kwargs
-        )
+        with handlers.block():
+            handlers.substitute(recorder, data=self.constrain(params))(
+                *self.arguments.args, **self.arguments.kwargs
+            )
         return recorder.found
 
     def negative_log_joint(self, params: Params, normalize: Normalize) -> Array:
@@ -68,7 +69,7 @@ class BoundModel:
         constrained value, without a Jacobian, as in ``AutoDelta``.
         """
         model = KnownNormalizers(handlers.seed(self.model, self.rng_key), normalize)
-        log_joint, _ = log_density(
-            model, self.arguments.args, self.arguments.kwargs, self.constrain(params)
-        )
+        args, kwargs = self.arguments.args, self.arguments.kwargs
+        with handlers.block():
+            log_joint, _ = log_density(model, args, kwargs, self.constrain(params))
         return -log_joint

@@ -1,7 +1,6 @@
 """Observed values of a model, with their plates and distributions."""
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from numpyro import handlers
 from ebm_ppl.energy.distribution import unwrap
 from ebm_ppl.model.handlers import EnergySites
 from ebm_ppl.model.parameters import run_once
-from ebm_ppl.model.plates import FullPlates
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.programs.arguments import Arguments
 
@@ -61,13 +60,11 @@ def trace_at(
 
     ``moved`` names an energy site whose value is replaced by random points.
     """
-    with FullPlates() if full_plates else nullcontext():
-        recorder = EnergySites(handlers.seed(model, rng_key), moved, rng_key)
-        return run_once(
-            handlers.substitute(recorder, data=params),
-            arguments.args,
-            arguments.kwargs,
-        )
+    model = with_full_plates(model) if full_plates else model
+    recorder = EnergySites(handlers.seed(model, rng_key), moved, rng_key)
+    return run_once(
+        handlers.substitute(recorder, data=params), arguments.args, arguments.kwargs
+    )
 
 
 def observed_in(trace: Mapping[str, dict]) -> dict[str, Observation]:

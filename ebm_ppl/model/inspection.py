@@ -26,7 +26,7 @@ from ebm_ppl.model.parameters import (
     run_once,
     unconstrained,
 )
-from ebm_ppl.model.plates import FullPlates
+from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.model.repeatable import check_repeatable
 from ebm_ppl.model.rows_follow import check_same_rows
@@ -110,8 +110,8 @@ def initial_params(
         Constrained values at which its parameters start, the maps to their constraints,
         and the names of the energy sites that have no known log Z.
     """
-    with FullPlates():  # of fewer rows than a batch, too
-        recorder, trace = _first_run(rng_key, model, arguments, {})
+    full = with_full_plates(model)  # the rows may be fewer than a batch
+    recorder, trace = _first_run(rng_key, full, arguments, {})
     sites = [n for n, e in recorder.found.items() if e.log_normalizer is None]
     return *parameters_of(trace), sites
 

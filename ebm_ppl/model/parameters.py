@@ -25,9 +25,10 @@ def initial_value(site: dict) -> Array | None:
 
 
 def run_once(model: Callable, args: tuple, kwargs: dict) -> dict[str, dict]:
-    """Trace one run of the model; refuse a plate of size 0 by name."""
+    """Trace one run of the model, whatever surrounds it; refuse a plate of size 0."""
     try:
-        return handlers.trace(model).get_trace(*args, **kwargs)
+        with handlers.block():
+            return handlers.trace(model).get_trace(*args, **kwargs)
     except AssertionError as error:
         if "size of plate should be positive" not in str(error):
             raise

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import numpyro
 from jax import Array, random
-from numpyro import handlers
 from numpyro.infer import log_likelihood
 
 from ebm_ppl.energy.distribution import EnergyDistribution, unwrap
@@ -135,7 +134,7 @@ def require_same_at_first_draw(
     """
     if not log_normalizer.fingerprints:
         return
-    with handlers.block(), jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval():
         lead = (0,) * log_normalizer.batch_ndims
         first = jax.tree.map(lambda leaf: leaf[lead], log_normalizer.params)
         energies = BoundModel(model, {}, random.key(0), arguments).energies(first)

@@ -185,6 +185,12 @@ class Batches:
 
     def _arguments(self, batch: Any) -> Arguments:
         if isinstance(batch, Mapping):
+            twice = sorted(set(batch) & set(self.shared.kwargs))
+            if twice:
+                raise TypeError(
+                    f"Batch {self.num_read} of batches holds {twice}, which run was given "
+                    "too; expected every argument once."
+                )
             return Arguments((), jax.tree.map(self._numbers, dict(batch)))
         args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
         return Arguments(jax.tree.map(self._numbers, args))

@@ -40,13 +40,15 @@ def run(
     Raises:
         NonFiniteError: A step was not finite.  Its ``fit`` holds the state before that
             step.
-        Exception: What reading the data raised; its ``fit`` holds what was reached.
+        Exception: What reading the data, or a batch that the model refuses, raised; its
+            ``fit`` holds what was reached.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}; expected at least 1.")
 
     state, programs = jax.tree.map(jnp.array, init_state), programs_of(backend)
-    done, length, pieces = 0, 1, []
+    done, length = 0, 1
+    pieces: list[dict[str, Any]] = []
     best = Best()
     every = num_steps if watch is None else watch.every
 
@@ -70,7 +72,15 @@ def run(
                 data.num_ready,
             )
             began = time.perf_counter()
-            state, history, num, finite = data.run(backend, state, length, programs)
+            try:
+                chunk = data.run(backend, state, length, programs)
+            except Exception as error:  # a batch that the model refuses
+                if done and not _is_lost(state):
+                    fit = _fit(backend, state, pieces, data.arguments)
+                    _add_fit(error, fit, f"in update {done} by its batch")
+                raise
+
+            state, history, num, finite = chunk
             data.prepare()  # while the device works
             ran = int(num)  # the chunk's one sync
             elapsed = time.perf_counter() - began
@@ -89,6 +99,7 @@ def run(
                 fit = _fit(backend, state, pieces, data.arguments)
                 message = non_finite_message(finite, done, backend.parts)
                 raise NonFiniteError(message, done, fit)
+
             # Look
             if watch is not None and (done % every == 0 or done == num_steps):
                 seen = watch.look(backend.get_params(state))
@@ -107,18 +118,24 @@ def run(
     kept = state if best.state is None else best.state
     fit = _fit(backend, kept, pieces, data.arguments)
     if data.failure is not None and not data.num_ready and done < num_steps:
-        raise _with_fit(data.failure, fit)
+        _add_fit(data.failure, fit, "while batches were read")
+        raise data.failure
     return fit
 
 
-def _with_fit(error: Any, fit: Fit) -> Exception:
-    """What reading the data raised, with what was reached before."""
+def _is_lost(state: Any) -> bool:
+    """Whether a program that failed has taken the state's memory."""
+    leaves = (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+    return any(leaf.is_deleted() for leaf in leaves)
+
+
+def _add_fit(error: Any, fit: Fit, where: str) -> None:
+    """Add to what the data raised what was reached before."""
     error.fit = fit
     error.add_note(
-        "Raised while batches were read. The fit up to there is this error's .fit; go on "
-        "with init_state=error.fit.state."
+        f"Raised {where}. The fit up to there is this error's .fit; go on with "
+        "init_state=error.fit.state."
     )
-    return error
 
 
 def _fit(

@@ -196,6 +196,23 @@ def test_what_the_batches_raise_keeps_the_fit():
     assert np.isfinite(again.params["rate"])
 
 
+def test_what_the_model_refuses_keeps_the_fit():
+    """A batch of another number of columns, after 70 good ones."""
+    batches = [*slices(10, X[:700]), np.ones((10, 3), np.float32)]
+    with pytest.raises((TypeError, ValueError)) as caught:
+        run(monte_carlo(), batches)
+    assert len(caught.value.fit.history["loss"]) == 70
+    notes = "".join(caught.value.__notes__)
+    assert "Raised in update 70 by its batch" in notes
+    again = run(monte_carlo(), batches[:3], init_state=caught.value.fit.state)
+    assert np.isfinite(again.params["rate"])
+
+
+def test_an_argument_in_the_batch_and_beside_it():
+    with pytest.raises(TypeError, match=r"Batch 0 of batches holds \['x'\], which run"):
+        run(monte_carlo(), [{"x": X[:10]}], x=X[:10])
+
+
 @pytest.mark.parametrize(
     ("batches", "error", "match"),
     [

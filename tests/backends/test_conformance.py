@@ -210,6 +210,22 @@ def assert_close(one, other, rtol=1e-4, atol=1e-5):
     )
 
 
+def test_handlers_around_a_run_do_not_reach_the_model(distinct):
+    """They belong on the model, as in ``handlers.scale(model, 3.0)``."""
+    backend = distinct.make(model, optax.sgd(0.01))
+    alone = backend.run(random.key(0), 2, X, progress_bar=False)
+    jax.clear_caches()
+    with (
+        handlers.substitute(data={"rate": 7.0, "weight": jnp.zeros((2, 2))}),
+        handlers.scale(scale=3.0),
+        handlers.mask(mask=False),
+    ):
+        backend = distinct.make(model, optax.sgd(0.01))
+        within = backend.run(random.key(0), 2, X, progress_bar=False)
+    assert_equal(within.params, alone.params)
+    assert_equal(within.history, alone.history)
+
+
 # State
 
 

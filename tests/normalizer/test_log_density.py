@@ -61,6 +61,14 @@ def test_other_rows_than_those_that_log_z_saw():
     close(found["x"], exact(NEW))
 
 
+def test_handlers_around_a_call_do_not_reach_the_model():
+    """A rate of 7 would be scored, and certified, under the label of 2.5."""
+    around = handlers.substitute(data={"rate": 7.0}), handlers.mask(mask=False)
+    with around[0], around[1], handlers.scale(scale=3.0):
+        found = ebm.log_density(PARAMS, model, NEW, log_normalizer=at())
+    close(found["x"], exact(NEW))
+
+
 def test_every_plate_has_its_full_size():
     found = ebm.log_density(PARAMS, model, NEW, subsample_size=5, log_normalizer=at())
     close(found["x"], exact(NEW))
