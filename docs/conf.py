@@ -1,6 +1,10 @@
 """Sphinx configuration. Builds without a network."""
 
 import importlib.metadata
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # mathml.py
 
 project = "ebm_ppl"
 author = "The ebm_ppl developers"
@@ -10,11 +14,14 @@ release = importlib.metadata.version("ebm-ppl")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
+    "mathml",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build"]
 html_theme = "furo"
+html_math_renderer = "mathml"
+html_static_path = ["static"]
+html_css_files = ["pages.css"]
 html_title = f"{project} {release}"
 
 myst_enable_extensions = ["amsmath", "deflist", "dollarmath"]

@@ -85,6 +85,19 @@ def using_is_right(scope):
     assert abs(drawn.mean() - mean) < (0.1 + 4 / np.sqrt(333)) * deviation
 
 
+def regression_is_right(scope):
+    scores, truth = scope["scores"], scope["truth"]
+    assert scope["log_z"].is_certified
+    assert scores.shape == (500,)
+    assert -0.1 < scores.mean() - truth.mean() < 0.02
+    assert scores.mean() > scope["gaussian"].mean() + 0.3
+    mass = np.trapezoid(scope["heights"], scope["values"], axis=0)
+    np.testing.assert_allclose(mass, 1, atol=0.03)
+    share = np.asarray(scope["draws"] > 0).mean((0, 1))
+    # Standard errors of 1,000 draws, and what the fit is off by
+    np.testing.assert_allclose(share[1:], 0.3, atol=0.045 + 0.05)
+
+
 def extending_is_right(scope):
     right = 1 / float(np.mean(scope["x"] ** 2))
     assert float(scope["fit"].params["lam"]) == pytest.approx(right, rel=0.1)
@@ -216,6 +229,7 @@ def plane_is_right(scope):
         ("docs/checking.md", checking_is_right),
         ("docs/comparing.md", comparing_is_right),
         ("docs/tilting.md", tilting_is_right),
+        ("docs/regression.md", regression_is_right),
         ("docs/semi_supervised.md", semi_supervised_is_right),
         ("docs/plane.md", plane_is_right),
         ("docs/extending.md", extending_is_right),

@@ -4,6 +4,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from numpyro.primitives import Messenger
 
@@ -33,7 +34,7 @@ class FullPlates(Messenger):
             and msg["is_observed"]
             and isinstance(msg["fn"], dist.ExpandedDistribution)
         ):
-            fn, shape = msg["fn"], jnp.shape(msg["value"])
+            fn, shape = msg["fn"], np.shape(msg["value"])
             rows = shape[: len(shape) - fn.event_dim]
             is_switched = any(
                 frame.name in self.switched for frame in msg["cond_indep_stack"]
