@@ -108,6 +108,7 @@ def require_same_energy(
     return np.zeros(())
 
 
+@jax.jit
 def _compare(found: Fingerprint, expected: Fingerprint) -> tuple[Array, Array]:
     """The largest excess over the tolerance, and the largest difference.
 

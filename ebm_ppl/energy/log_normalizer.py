@@ -296,7 +296,7 @@ def flags_of_exact(estimate: Array) -> tuple[str, ...]:
     )
 
 
-def flag_where(found: Array, message: str) -> tuple[str, ...]:
+def flag_where(found: Array | np.ndarray, message: str) -> tuple[str, ...]:
     """The message, with how many elements it holds for; nothing where it holds for none."""
     count, size = int(np.sum(np.asarray(found))), int(np.prod(found.shape))
     if not count:

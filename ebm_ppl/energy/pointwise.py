@@ -6,6 +6,7 @@ data rows come in batches of other sizes and orders.
 """
 
 import re
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -145,6 +146,7 @@ def require_equal(name: str, distribution: Any, company: Company) -> None:
         )
 
 
+@partial(jax.jit, static_argnames="precision")
 def _differ(company: Company, found: Any, precision: float) -> Array:
     there, size = company.together[: len(found)], company.size[: len(found)]
     spread = jnp.abs(company.together - jnp.median(company.together, axis=0))

@@ -104,7 +104,7 @@ def _add_weighted(
 
     if name not in held.draws:
         predictive = groups["posterior_predictive"]
-        ancestors = _ancestors(rng_key, log_weight)
+        ancestors = np.array(_ancestors(rng_key, log_weight))
         indices = ancestors.reshape(
             ancestors.shape + (1,) * (values.ndim - ancestors.ndim)
         )
@@ -167,12 +167,13 @@ def _add_draws(
     predictive.attrs |= attrs
 
 
-def _ancestors(rng_key: jax.Array, log_weight: jax.Array) -> np.ndarray:
+@jax.jit
+def _ancestors(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
     """Ancestor indices per island and batch element, of the log weights' shape."""
     rows = jnp.moveaxis(log_weight, 1, -1)
     flat = rows.reshape(-1, rows.shape[-1])
     picked = jax.vmap(systematic)(random.split(rng_key, flat.shape[0]), flat)
-    return np.moveaxis(np.array(picked).reshape(rows.shape), -1, 1)
+    return jnp.moveaxis(picked.reshape(rows.shape), -1, 1)
 
 
 def _training(history: dict[str, Any], naming: Naming) -> dict[str, Variable]:
@@ -199,9 +200,13 @@ def _mean_log_densities(
         if name not in data:
             continue
         wrapped = data[name].distribution
-        log_density = rewrap(
+        known = rewrap(
             wrapped, energy.with_log_normalizer(log_normalizer.estimate[name])
-        ).log_prob(data[name].value)
+        )
+        # Of many rows one program is compiled sooner than every operation.
+        log_density = jax.jit(lambda value, known=known: known.log_prob(value))(
+            data[name].value
+        )
         num_rows = np.sum(unmasked_rows(wrapped))
         if num_rows:
             means[f"mean_log_density{ends[name]}"] = float(

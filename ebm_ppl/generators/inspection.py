@@ -166,7 +166,7 @@ def _check_conditional(
         )
 
     try:
-        found.log_prob(value)
+        jax.eval_shape(found.log_prob, value)
     except NotImplementedError as error:
         raise ValueError(
             f"The generator's x given z at site '{name}' is a {type(found).__name__} "
@@ -175,7 +175,8 @@ def _check_conditional(
             "for example."
         ) from error
 
-    outside = ~distribution.support(found.sample(rng_key, (64,)))
+    draws = jax.jit(lambda key: found.sample(key, (64,)))(rng_key)
+    outside = ~distribution.support(draws)
     if bool(jnp.any(outside)):
         raise ValueError(
             f"The generator's x given z at site '{name}' leaves the base's support "

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
@@ -93,4 +94,10 @@ def certify_by_annealing(
 def few(points: Array) -> Array:
     """Evenly spaced points, as many as a fingerprint keeps of one kind."""
     num = min(len(points), points_kept(points.shape[1:]))
-    return points[np.linspace(0, len(points) - 1, num).astype(int)]
+    return rows_of(points, np.linspace(0, len(points) - 1, num).astype(int))
+
+
+@jax.jit
+def rows_of(points: Array, indices: Array) -> Array:
+    """Some of the points."""
+    return jnp.take(points, indices, axis=0)

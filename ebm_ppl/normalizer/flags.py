@@ -65,7 +65,7 @@ def flags_of_walkers(findings: Findings) -> tuple[str, ...]:
             findings.drift, MAX_DRIFT_PROBABILITY, MAX_SHIFT_PROBABILITY
         )
         flags += flag_where(
-            jnp.any(~(drifts <= limits), axis=0),
+            np.any(~(drifts <= limits), axis=0),
             f"walkers still drift at the energy itself (t = {worst_of(drifts):.1f} over "
             "islands){where}, so they had not reached equilibrium: take more "
             "temperatures, a base nearer to the "
@@ -110,7 +110,7 @@ def flags_of_walkers(findings: Findings) -> tuple[str, ...]:
     return flags
 
 
-def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
+def _drifts(drift: Array, means: float, shares: float) -> tuple[np.ndarray, np.ndarray]:
     """Absolute t statistics over islands, and their limits.
 
     The statistics are ``(num_statistics, *batch)``.  The limits are
@@ -123,10 +123,8 @@ def _drifts(drift: Array, means: float, shares: float) -> tuple[Array, Array]:
     limits = student_t.ppf(
         1.0 - 0.5 * probability / max(drift[0, 0].size, 1), drift.shape[0] - 1
     )
-    drifts = jnp.abs(_t_statistic(drift))
-    return drifts, jnp.asarray(limits, drifts.dtype).reshape(
-        -1, *(1,) * (drifts.ndim - 1)
-    )
+    drifts = np.abs(np.asarray(_t_statistic(drift)))
+    return drifts, limits.reshape(-1, *(1,) * (drifts.ndim - 1))
 
 
 def is_drift_suspicious(drift: Array, probability: float) -> bool:
@@ -138,7 +136,7 @@ def is_drift_suspicious(drift: Array, probability: float) -> bool:
             ``|u|²``, of mean ``|u|``, and of all tail shares together.
     """
     drifts, limits = _drifts(drift, probability, probability)
-    return bool(jnp.any(~(drifts <= limits)))
+    return bool(np.any(~(drifts <= limits)))
 
 
 def flags_of_weights(
@@ -191,6 +189,6 @@ def largest_of(values: Array) -> float:
     return float(flat[np.argmax(np.abs(flat))])
 
 
-def worst_of(values: Array) -> float:
+def worst_of(values: Array | np.ndarray) -> float:
     """The largest number."""
     return float(np.max(np.asarray(values)))

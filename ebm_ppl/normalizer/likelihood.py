@@ -107,6 +107,12 @@ class LikelihoodSurface:
         return {n: jnp.zeros(d.potential.shape[2:]) for n, d in self.draws.items()}
 
 
+@partial(jax.jit, static_argnames="name")
+def potential_at(bound: BoundModel, params: Params, name: str, values: Array) -> Array:
+    """U of one site at its draws."""
+    return bound.energies(params)[name].unchecked_potential(values)
+
+
 @jax.jit
 def value_and_counts(
     surface: LikelihoodSurface, step: Array

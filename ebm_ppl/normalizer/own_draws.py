@@ -14,7 +14,12 @@ from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model
-from ebm_ppl.normalizer.likelihood import Draws, LikelihoodSurface, num_params
+from ebm_ppl.normalizer.likelihood import (
+    Draws,
+    LikelihoodSurface,
+    num_params,
+    potential_at,
+)
 from ebm_ppl.normalizer.newton import climb_to_maximum
 from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
@@ -76,8 +81,8 @@ def warn_unless_at_maximum(
     if any(e.batch_shape != held[n].log_weight.shape[2:] for n, e in energies.items()):
         return
     draws = {
-        name: Draws(values, log_weight, energies[name].unchecked_potential(values))
-        for name, (values, log_weight) in held.items()
+        name: Draws(values, weight, potential_at(bound, state.params, name, values))
+        for name, (values, weight) in held.items()
     }
 
     # A score test

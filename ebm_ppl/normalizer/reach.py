@@ -96,6 +96,7 @@ def share_unreached(
     return _confirmed(ratios[:num_looked_at], repeats, usual), spent + 2 * per_pass
 
 
+@jax.jit
 def choose_rows(site: SiteAtParams, positions: Array, walkers: Array) -> Array:
     """Choose :data:`NUM_ROWS` of the rows, ``(NUM_ROWS, *batch, *event)``.
 

@@ -24,6 +24,7 @@ from ebm_ppl.normalizer.likelihood import (
     MAX_PARAMETERS,
     Draws,
     LikelihoodSurface,
+    potential_at,
     value_and_counts,
 )
 from ebm_ppl.normalizer.newton import Maximum, directions_of, groups_of
@@ -103,7 +104,7 @@ def _draws_of(
         spent += passes.num_evaluations
 
         values = transform(passes.position)
-        potential = distribution.unchecked_potential(values)
+        potential = potential_at(bound, params, name, values)
         islands = passes.forward.relative.log_normalizers[:, None]
         draws[name] = Draws(values, islands + jnp.zeros_like(potential), potential)
 
@@ -123,13 +124,20 @@ def _surface(
     if flat.size <= MAX_PARAMETERS:
         return LikelihoodSurface(bound, params, jnp.eye(flat.size), draws)
 
+    directions = directions_of(_gradient(bound, params, draws), groups_of(params))
+    return LikelihoodSurface(bound, params, directions, draws)
+
+
+@jax.jit
+def _gradient(bound: BoundModel, params: Params, draws: dict[str, Draws]) -> Array:
+    """Gradient of the negative log joint in all parameters, flat."""
+
     def loss(params: Params) -> Array:
-        surface = LikelihoodSurface(bound, params, jnp.zeros((flat.size, 1)), draws)
+        size = ravel_pytree(params)[0].size
+        surface = LikelihoodSurface(bound, params, jnp.zeros((size, 1)), draws)
         return surface.negative_log_joint(jnp.zeros(1), surface.offsets())
 
-    gradient, _ = ravel_pytree(jax.grad(loss)(params))
-    directions = directions_of(gradient, groups_of(params))
-    return LikelihoodSurface(bound, params, directions, draws)
+    return ravel_pytree(jax.grad(loss)(params))[0]
 
 
 def gain_on(

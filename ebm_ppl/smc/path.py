@@ -35,6 +35,7 @@ class Ladder(NamedTuple):
     betas: Array
     tunings: Tuning
 
+    @jax.jit
     def reverse(self) -> "Ladder":
         """The same temperatures in reverse order, ending at this ladder's start."""
         below = jnp.concatenate([self.start[None], self.betas[:-1]])

@@ -84,19 +84,20 @@ def updates_of(
 
 def carries_on(optim: optax.GradientTransformation, params: Params) -> bool:
     """Whether updates go on in a direction in which the gradient has ended: momentum."""
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    ones = jax.tree.map(jnp.ones_like, params)
 
     @jax.jit
-    def last_update() -> Params:
+    def falls_on(params: Params) -> Array:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        ones = jax.tree.map(jnp.ones_like, params)
         optim_state = optim.init(zeros)
         for grads in (ones, ones, zeros):
             updates, optim_state = updates_of(
                 optim, grads, optim_state, zeros, jnp.ones(())
             )
-        return updates
+        falls = [jnp.any(leaf < 0) for leaf in jax.tree.leaves(updates)]
+        return jnp.any(jnp.stack(falls))
 
-    return any(bool(jnp.any(leaf < 0)) for leaf in jax.tree.leaves(last_update()))
+    return bool(falls_on(params))
 
 
 class _WantsMoreError(TypeError):

@@ -18,6 +18,7 @@ from ebm_ppl.walkers.site import SiteAtParams
 SETTLING_SCALES = (1.0, 1 / 4, 1.0, 1 / 16, 1.0, 1 / 64)
 
 
+@jax.jit
 def resampled(rng_key: Array, annealed: Annealed) -> Array:
     """Equally weighted positions: every island resampled, with copies adjacent."""
     ensemble = annealed.relative
