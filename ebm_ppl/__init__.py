@@ -37,6 +37,7 @@ from ebm_ppl.normalizer.tabulate import tabulate_log_normalizer
 from ebm_ppl.normalizer.validation import Validation
 from ebm_ppl.smc.resampling import multinomial, systematic
 from ebm_ppl.training.fit import Fit
+from ebm_ppl.training.monitor import Monitor
 from ebm_ppl.walkers.draws import sample
 from ebm_ppl.walkers.state import Walkers
 
@@ -53,6 +54,7 @@ __all__ = [
     "Jarzynski",
     "JarzynskiState",
     "LogNormalizer",
+    "Monitor",
     "MonteCarloMLE",
     "MonteCarloMLEState",
     "NonFiniteError",

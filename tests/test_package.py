@@ -106,6 +106,7 @@ def test_public_names_are_pinned():
         "Jarzynski",
         "JarzynskiState",
         "LogNormalizer",
+        "Monitor",
         "MonteCarloMLE",
         "MonteCarloMLEState",
         "NonFiniteError",

@@ -139,7 +139,7 @@ def _energies(
     energy: EnergyDistribution, values: Any, dims: tuple[str, ...], end: str
 ) -> dict[str, Variable]:
     """The energy of draws, and its factors where they are named."""
-    factors = energy.factor_energies(values)
+    factors = jax.jit(lambda values: energy.factor_energies(values))(values)
     found: dict[str, Variable] = {
         f"energy{end}": (dims, np.array(sum(factors.values())))
     }

@@ -139,6 +139,12 @@ def _draw_density(ax: Axes, series: Series) -> None:
     ax.legend()
 
 
+def _draw_monitor(ax: Axes, series: Series) -> None:
+    (seen,) = np.nonzero(np.isfinite(series["monitor"]))
+    ax.plot(seen, series["monitor"][seen], marker=".")
+    ax.set_ylabel("monitor")
+
+
 def _draw_ess(ax: Axes, series: Series) -> None:
     for key, label, color in (
         ("ess", "training islands", "C0"),
@@ -198,6 +204,7 @@ _OVER_ELEMENTS: dict[str, Callable[..., np.ndarray]] = {
     "loss": np.mean,
     "density_training": np.mean,
     "density_validation": np.mean,
+    "monitor": np.mean,
     "ess": np.min,
     "ess_holdout": np.min,
     "log_normalizer": np.mean,
@@ -209,6 +216,7 @@ _OVER_ELEMENTS: dict[str, Callable[..., np.ndarray]] = {
 _PANELS: list[tuple[tuple[str, ...], Callable[[Axes, Series], None]]] = [
     (("loss",), _draw_loss),
     (("density_validation",), _draw_density),
+    (("monitor",), _draw_monitor),
     (("ess", "ess_holdout"), _draw_ess),
     (("log_normalizer", "log_normalizer_training"), _draw_log_normalizer),
     (("update_scale",), _draw_update_scale),

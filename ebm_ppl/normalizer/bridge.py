@@ -21,7 +21,7 @@ from ebm_ppl.normalizer.certify import certify, disagreement
 from ebm_ppl.normalizer.certify_draws import certify_bridges
 from ebm_ppl.normalizer.findings import Bridge
 from ebm_ppl.normalizer.passes import Plan, run_passes
-from ebm_ppl.smc.annealing import AnnealingOptions, anneal
+from ebm_ppl.smc.annealing import AnnealingOptions, begin_annealing, follow_rungs
 from ebm_ppl.smc.passes import pass_of
 from ebm_ppl.smc.path import Ladder, Path
 from ebm_ppl.walkers.site import SiteAtParams
@@ -249,7 +249,7 @@ def _level_and_variance(
     return lax.map(at, draws)
 
 
-@partial(jax.jit, static_argnames=("kernel", "options", "num_temperatures"))
+@partial(jax.jit, static_argnames=("kernel", "options"))
 def _bridges(
     site: SiteAtParams,
     position: Array,
@@ -262,12 +262,13 @@ def _bridges(
     options: AnnealingOptions,
     num_temperatures: int,
 ) -> Bridge:
-    betas = jnp.arange(1, num_temperatures + 1) / num_temperatures
+    # One program for any number of temperatures
+    betas = jnp.minimum(jnp.arange(1, MAX_TEMPERATURES + 1) / num_temperatures, 1.0)
     ladder = Ladder(
         jnp.zeros(()),
         betas,
         jax.tree.map(
-            lambda leaf: jnp.broadcast_to(leaf, (num_temperatures, *leaf.shape)), tuning
+            lambda leaf: jnp.broadcast_to(leaf, (MAX_TEMPERATURES, *leaf.shape)), tuning
         ),
     )
 
@@ -277,7 +278,12 @@ def _bridges(
             lambda u: potential_at(site.distribution, site.transform, u),
             lambda u: _difference(site, params, u) - level,
         )
-        ends = anneal(kernel, key, path, position, ladder, options)
+        begun = begin_annealing(kernel, path, position, ladder.start)
+        end = follow_rungs(
+            kernel, key, path, begun, ladder, options, 0, num_temperatures
+        )
+        moves = end.moves._replace(acceptance=end.moves.acceptance / num_temperatures)
+        ends = end.ensemble, moves
         found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
 
         # k̂ is taken without the island weights, which are equal within an island and

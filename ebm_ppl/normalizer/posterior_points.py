@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-# Of each parameter; the posterior is looked for on ever smaller boxes.
-NUM_VALUES = {1: 257, 2: 41}
-NUM_BOXES = 3
+# Of each variable, by their number; the mass is looked for in ever smaller boxes.
+NUM_VALUES = {1: 65, 2: 21}
+NUM_BOXES = 4
 # Nats under the highest density that a box still holds.
 MAX_UNLIKELY = 12.0
 

@@ -22,8 +22,9 @@ from ebm_ppl.normalizer.rows import observed_rows
 from ebm_ppl.normalizer.table import TabulatedNormalizer
 from ebm_ppl.programs.arguments import Arguments
 
-# Points of the table's own posterior, by the number of parameters.
-NUM_OWN_POINTS = {1: 9, 2: 16}
+# Points of the table's own posterior where there are two parameters.  Of one there are as
+# many as in the table itself, for which programs are compiled.
+NUM_OWN_POINTS = 16
 # Nats under the highest joint density where an error changes no posterior.
 MAX_UNLIKELY = 8.0
 
@@ -54,8 +55,8 @@ def tabulate_log_normalizer(
     that does well at the points between, which it has not seen.  The table's error is how
     the difference of two such functions varies, of either half of the points, and how far
     log Z stands off them by more than its noise: with data, where their joint density
-    with the parameters is within 8 nats of its highest, and at 9 quantiles (16 points of
-    two parameters) of the posterior that the table gives.  What is narrower than the
+    with the parameters is within 8 nats of its highest, and at as many quantiles (16
+    points of two parameters) of the posterior that the table gives.  What is narrower than the
     distances of those points is not seen.  (A constant changes no posterior; that of
     log Z itself is told by its standard errors.)
 
@@ -145,7 +146,7 @@ def tabulate_log_normalizer(
     doubts = {name: log_z.flags[name] for name in found}
 
     # log Z where the posterior is, by this very table
-    if has_data:
+    if has_data and np.isfinite(np.max(log_joint)):
         own = _own_points(bound, points, polynomials)
         there = log_z_at(key_own, points.draws_at(own))
         for name, polynomial in polynomials.items():
@@ -198,7 +199,10 @@ def _own_points(
         return np.asarray(joint + grid.log_slopes(points), float)
 
     ends = grid.nodes.min(0), grid.nodes.max(0)
-    return points_by_mass(log_posterior, *ends, NUM_OWN_POINTS[len(grid.values)])
+    num = NUM_OWN_POINTS
+    if len(grid.values) == 1:
+        num = len(grid.nodes) + len(grid.between)
+    return points_by_mass(log_posterior, *ends, num)
 
 
 def _flags_of_error(off: float, tolerance: float, method: str) -> tuple[str, ...]:

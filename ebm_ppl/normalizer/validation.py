@@ -21,8 +21,9 @@ from ebm_ppl.normalizer.look_by_base import Base
 from ebm_ppl.normalizer.same_energies import have_same_energies
 from ebm_ppl.normalizer.surface import without_priors
 from ebm_ppl.programs.arguments import Arguments
-from ebm_ppl.training.watch import WATCHED
+from ebm_ppl.training.monitor import require_counts
 
+WATCHED = "density_validation"
 KEYS = (WATCHED, f"{WATCHED}_stderr", "density_training")
 RESERVED = set(inspect.signature(log_normalizer).parameters) - {"args", "kwargs"}
 OPTIONS = RESERVED - {"rng_key", "model", "params", "batch_ndims"}
@@ -67,9 +68,7 @@ class Validation:
         options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name, value in (("every", every), ("patience", patience)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}; expected at least 1.")
+        require_counts(every, patience)
         self.arguments = Arguments(args, kwargs)
         self.every = every
         self.patience = patience
@@ -126,6 +125,7 @@ class ModelValidation:
     are_shared: bool
     flags: dict[str, Any] = field(default_factory=dict)
     keys: tuple[str, ...] = KEYS
+    watched: str = WATCHED
 
     @property
     def every(self) -> int:

@@ -201,7 +201,7 @@ class Backend(ABC):
                 averages, and a run that goes on begins from them.
             validation: A :class:`Validation` with rows that are not trained on: the fit
                 is the one that had the highest certified density there, and the history
-                tells all of it.
+                tells all of it.  Or a :class:`Monitor`, of a number of one's own.
             batches: An iterable with the data of every update, such as a generator or a
                 data loader: tuples of positional arguments (before ``args``), single
                 arrays, or dicts of keyword arguments.  A few dozen are read ahead, no

@@ -15,7 +15,7 @@ from ebm_ppl.training.data import Data
 from ebm_ppl.training.diagnostics import progress_text
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.messages import deferred_interrupt, non_finite_message
-from ebm_ppl.training.watch import WATCHED, Best, Watch, columns
+from ebm_ppl.training.watch import Best, Watch, columns
 
 SECONDS_PER_CHUNK = 0.5
 
@@ -105,7 +105,7 @@ def run(
                 seen = watch.look(backend.get_params(state))
                 for key, value in seen.items():
                     pieces[-1][key][-1] = value
-                best.see(seen.get(WATCHED, np.nan), state)
+                best.see(seen.get(watch.watched, np.nan), state)
                 if best.is_past(watch):
                     break
 

@@ -10,9 +10,6 @@ import numpy as np
 from ebm_ppl.model.program import Params
 from ebm_ppl.programs.arguments import Arguments
 
-# The history's key by which states are compared.
-WATCHED = "density_validation"
-
 
 class Watch(Protocol):
     """The interface that the loop needs from what is watched."""
@@ -29,7 +26,12 @@ class Watch(Protocol):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of the history's entries, :data:`WATCHED` among them."""
+        """Of the history's entries."""
+        ...
+
+    @property
+    def watched(self) -> str:
+        """The one of them by which states are compared."""
         ...
 
     def look(self, params: Params) -> dict[str, float]:
@@ -54,7 +56,7 @@ class Best:
     """The best state that was seen so far.
 
     Attributes:
-        value: Its entry :data:`WATCHED`; −inf before there is one.
+        value: Its entry by which states are compared; −inf before there is one.
         state: A copy of it.
         looks: Looks since then.
     """

@@ -20,6 +20,8 @@ from ebm_ppl.smc.path import Ladder
 from ebm_ppl.walkers.site import Progress, SiteAtParams
 
 SECONDS_PER_PIECE = 0.5
+# Ladders are lengthened to a multiple of this, so that one program follows them all.
+LADDER_LENGTH = 1024
 
 
 class Annealed(NamedTuple):
@@ -70,14 +72,21 @@ def follow(
     donated.
     """
     annealing = _begin(site, kernel, position, ladder.start)
-    total = ladder.betas.shape[0]
+    total, long_enough = ladder.betas.shape[0], _lengthened(ladder)
     done, length = 0, total if progress is None else 1
 
     while done < total:
         length = min(length, total - done)
         began = time.perf_counter()
         annealing = advance_piece(
-            site, kernel, options, rng_key, annealing, ladder, done, done + length
+            site,
+            kernel,
+            options,
+            rng_key,
+            annealing,
+            long_enough,
+            done,
+            done + length,
         )
         done += length
 
@@ -98,6 +107,18 @@ def follow(
         jnp.zeros_like(moves.acceptance) if site.reference is None else site.reference
     )
     return Annealed(annealing.ensemble, ladder, moves, reference)
+
+
+@jax.jit
+def _lengthened(ladder: Ladder) -> Ladder:
+    """A ladder with its last rung repeated, which nobody follows to the end."""
+    missing = -ladder.betas.shape[0] % LADDER_LENGTH
+
+    def lengthen(leaf: Array) -> Array:
+        return jnp.pad(leaf, ((0, missing), *((0, 0),) * (leaf.ndim - 1)), mode="edge")
+
+    betas, tunings = jax.tree.map(lengthen, (ladder.betas, ladder.tunings))
+    return ladder._replace(betas=betas, tunings=tunings)
 
 
 @partial(jax.jit, static_argnames=("shape",))

@@ -232,7 +232,8 @@ def test_a_history_without_anything_to_draw():
     for nothing in ({}, {"loss": np.zeros(0)}, {"ess": {}}, {"grad_norm": np.ones(3)}):
         with pytest.raises(
             ValueError,
-            match=r"nothing to draw: expected .* any of \['loss', 'density_validation', 'ess'",
+            match=r"nothing to draw: expected .* any of \['loss', 'density_validation', "
+            r"'monitor', 'ess'",
         ):
             plot_training(nothing)
     assert not plt.get_fignums()
