@@ -21,6 +21,7 @@ from ebm_ppl.model.data import Observation, observations
 from ebm_ppl.model.every_row import with_every_row
 from ebm_ppl.model.program import Model, require_same_parameters
 from ebm_ppl.normalizer.belongs import require_site
+from ebm_ppl.normalizer.parameter_draws import marked_draw
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.fit import Fit
 
@@ -69,8 +70,12 @@ def contents_of(
         require_pointwise(name, energy)
     if log_normalizer is not None:
         _check_belongs(log_normalizer, energies, params)
+        marked = energies
+        if log_normalizer.batch_ndims:
+            draw = marked_draw(params, log_normalizer.batch_ndims)
+            _, marked = with_every_row(bound, draw, bound.energies(draw))
         for name, expected in log_normalizer.fingerprints.items():
-            require_same_energy(name, energies[name], expected)
+            require_same_energy(name, marked[name], expected)
 
     leaves = _leaves(params)
     naming = _naming(energies, data, leaves, history, dims)

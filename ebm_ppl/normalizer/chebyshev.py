@@ -80,10 +80,31 @@ class Smooth(NamedTuple):
         polynomial: Fitted to all points.
         error: How the difference varies of two polynomials that are fitted to one half
             of the points each, and how far values stand off by more than their noise.
+        halves: Those two.
+        points: To which all were fitted, ``(num_points, num_variables)``.
+        noise: Standard errors of the values there.
     """
 
     polynomial: Polynomial
     error: float
+    halves: tuple[Polynomial, Polynomial]
+    points: np.ndarray
+    noise: np.ndarray
+
+    def error_among(self, points: np.ndarray) -> float:
+        """How far the shape may be off among other points: by the halves, and by noise.
+
+        The halves may agree by chance; the values' noise, carried through the least
+        squares, does not.
+        """
+        first, second = (values_of(half, points) for half in self.halves)
+        apart = first - second
+        weights = terms_of(points, self.polynomial.degrees) @ np.linalg.pinv(
+            terms_of(self.points, self.polynomial.degrees)
+        )
+        weights = weights - weights.mean(0)
+        noise = np.sqrt(np.tensordot(weights**2, self.noise**2, 1))
+        return float(max(np.max(np.abs(apart - apart.mean(0))), np.max(noise)))
 
 
 def smooth(
@@ -131,4 +152,10 @@ def smooth(
     for p, v, e, does in zip(points, values, noise, counts, strict=True):
         beyond = np.abs(values_of(whole, p) - v) - MAX_NOISE * e
         error += max(0.0, np.max(beyond[does], initial=0.0))
-    return Smooth(whole, float(error))
+    return Smooth(
+        whole,
+        float(error),
+        (fits[degree][0], fits[degree][1]),
+        np.concatenate(points),
+        np.concatenate(noise),
+    )

@@ -25,7 +25,8 @@ def flags_of_coverage(
         log_joint: Log joint density of the data and the parameters, up to a constant,
             with one axis for every parameter.
     """
-    density = np.exp(log_joint - np.max(log_joint))
+    with np.errstate(invalid="ignore"):  # data that are impossible everywhere
+        density = np.exp(log_joint - np.max(log_joint))
     flags = []
     for axis, (name, values) in enumerate(grid.items()):
         marginal = density
@@ -38,7 +39,10 @@ def flags_of_coverage(
         for end, place, step in ((ends[0], 0, 1), (ends[1], -1, -1)):
             here, next_ = marginal[place], marginal[place + step]
             spacing = abs(values[place + step] - values[place])
-            slope = np.log(next_ / here) / spacing if here > 0 else np.inf
+            slope = np.inf
+            if here > 0:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    slope = np.log(next_ / here) / spacing
             length = min(abs(end - values[place]), 1 / slope if slope > 0 else np.inf)
             beyond = here * length / (inside + here * length) if here > 0 else 0.0
             if not beyond <= MAX_BEYOND:

@@ -23,6 +23,7 @@ from ebm_ppl.normalizer.parameter_draws import (
     collect,
     draw_in_the_middle,
     flatten_draws,
+    marked_draw,
 )
 from ebm_ppl.normalizer.rows import data_rows
 from ebm_ppl.programs.keys import require_key
@@ -136,7 +137,7 @@ def log_normalizer(
 
     # Model
     bound, found = bind_model(key_bind, model, one, args, kwargs, compiled=not is_exact)
-    first = one if draws is None else jax.tree.map(lambda leaf: leaf[0], draws)
+    marked = marked_draw(given, batch_ndims)
     belongs_to: dict[str, Any] = {
         "params": given,
         "conditions": conditions(bound, one, found),
@@ -152,7 +153,7 @@ def log_normalizer(
         marks = (
             {"x": fingerprint(model)}
             if isinstance(model, EnergyDistribution)
-            else fingerprints(bound, first, {n: few(x) for n, x in rows.items()})
+            else fingerprints(bound, marked, {n: few(x) for n, x in rows.items()})
         )
         return collect(exact, lead, method, fingerprints=marks, **belongs_to)
 
@@ -174,7 +175,7 @@ def log_normalizer(
             method,
             num_evaluations=by_base.num_evaluations,
             fingerprints=fingerprints(
-                bound, first, {n: few(x) for n, x in rows.items()}
+                bound, marked, {n: few(x) for n, x in rows.items()}
             ),
             **belongs_to,
         )
@@ -218,6 +219,6 @@ def log_normalizer(
         lead,
         method,
         num_evaluations=num_evaluations,
-        fingerprints=fingerprints(bound, first, visited),
+        fingerprints=fingerprints(bound, marked, visited),
         **belongs_to,
     )

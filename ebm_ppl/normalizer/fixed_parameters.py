@@ -99,7 +99,11 @@ class FixedParameters(KnownNormalizers):
             ]
             return fixed
 
-        if not all(np.array_equal(own, other) for own, other in leaves):
+        # In the precision of the parameter
+        if not all(
+            np.array_equal(own, np.asarray(other).astype(np.asarray(own).dtype))
+            for own, other in leaves
+        ):
             raise ValueError(
                 f"Site '{msg['name']}' was given another value than that which "
                 "log_normalizer belongs to. Estimate it there: "

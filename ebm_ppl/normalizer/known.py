@@ -55,7 +55,7 @@ def normalized(
     if not allow_uncertified:
         log_normalizer.require_certified()
     if isinstance(log_normalizer, TabulatedNormalizer):
-        return model_at_table(model, log_normalizer)
+        return model_at_table(model, log_normalizer, is_uncertified=allow_uncertified)
     if log_normalizer.batch_ndims:
         return model_at_draws(model, log_normalizer)
     return FixedNormalizers(model, log_normalizer)

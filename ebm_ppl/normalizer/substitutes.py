@@ -24,6 +24,7 @@ from ebm_ppl.model.plates import FullPlates
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.belongs import require_site
 from ebm_ppl.normalizer.fixed_parameters import FixedParameters
+from ebm_ppl.normalizer.parameter_draws import marked_draw
 from ebm_ppl.programs.arguments import Arguments
 
 
@@ -114,7 +115,7 @@ def model_at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
 
     @wraps(model)
     def known(*args: Any, **kwargs: Any) -> Any:
-        require_same_at_first_draw(model, log_normalizer, Arguments(args, kwargs))
+        require_same_at_marked_draw(model, log_normalizer, Arguments(args, kwargs))
         # Read outside the model, whose scopes would change the names.
         given = {
             name: numpyro.param(log_normalizer_site(name), None)
@@ -125,19 +126,18 @@ def model_at_draws(model: Model, log_normalizer: LogNormalizer) -> Model:
     return known
 
 
-def require_same_at_first_draw(
+def require_same_at_marked_draw(
     model: Model, log_normalizer: LogNormalizer, arguments: Arguments
 ) -> None:
-    """Check the energies at the first draw against the fingerprints.
+    """Check the energies at the marked draw against the fingerprints.
 
     The draws may be traced, but these energies are concrete.
     """
     if not log_normalizer.fingerprints:
         return
     with jax.ensure_compile_time_eval():
-        lead = (0,) * log_normalizer.batch_ndims
-        first = jax.tree.map(lambda leaf: leaf[lead], log_normalizer.params)
-        energies = BoundModel(model, {}, random.key(0), arguments).energies(first)
+        marked = marked_draw(log_normalizer.params, log_normalizer.batch_ndims)
+        energies = BoundModel(model, {}, random.key(0), arguments).energies(marked)
 
     for name, expected in log_normalizer.fingerprints.items():
         if name in energies:

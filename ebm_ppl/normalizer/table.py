@@ -29,6 +29,7 @@ class TabulatedNormalizer:
             given; 1 without data.
         flags: By site, why the values may be wrong.
         params: The model's other parameters, which are fixed.
+        tolerance: Largest error of the likelihood, in nats, that is certified.
     """
 
     grid: dict[str, np.ndarray]
@@ -39,6 +40,7 @@ class TabulatedNormalizer:
     params: dict[str, Any] = field(repr=False)
     transforms: dict[str, Transform] = field(repr=False)
     polynomials: dict[str, Polynomial] = field(repr=False)
+    tolerance: float = 0.1
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, Array]:
         """Log Z by site at constrained values; NaN outside of the grid.

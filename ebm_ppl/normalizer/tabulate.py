@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from ebm_ppl.energy.log_normalizer import LogNormalizer
 from ebm_ppl.model.bound import BoundModel
+from ebm_ppl.model.data import trace_at
 from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Estimate, Model, Params, params_of
 from ebm_ppl.normalizer.chebyshev import MAX_NOISE, Polynomial, smooth, values_of
@@ -113,6 +114,7 @@ def tabulate_log_normalizer(
     everywhere = np.concatenate([points.nodes, points.between])
     draws = points.draws_at(everywhere)
     log_z = log_z_at(key_grid, draws)
+    _require_finite(log_z, draws, points)
 
     # Where the parameters may be, by the data if there are any
     first = jax.tree.map(lambda leaf: leaf[0], draws)
@@ -120,8 +122,17 @@ def tabulate_log_normalizer(
     counts = dict.fromkeys(log_z.estimate, 1.0)
     uncovered: tuple[str, ...] = ()
     log_joint = np.zeros(len(everywhere))
-    has_data = set(log_z.estimate) <= set(observed_rows(bound, first))
-    if has_data:
+    observed = set(log_z.estimate) & set(observed_rows(bound, first))
+    unknown = _without_values(bound, first) if observed else []
+    is_judged = observed == set(log_z.estimate) and not unknown
+    if unknown:
+        uncovered = (
+            f"sites {unknown} have neither data nor values here, so that it could not be "
+            "told where the posterior lies, and whether inside of the grid: see that its "
+            "draws keep away from the grid's ends, and give allow_uncertified=True.",
+        )
+
+    if is_judged:
         counts = counts_of(bound, first, {n: e[0] for n, e in log_z.estimate.items()})
         log_joint = np.asarray(_log_joint(bound, draws, log_z.estimate), float)
         on_grid = log_joint[:num_nodes].reshape(points.shape)
@@ -146,13 +157,14 @@ def tabulate_log_normalizer(
     doubts = {name: log_z.flags[name] for name in found}
 
     # log Z where the posterior is, by this very table
-    if has_data and np.isfinite(np.max(log_joint)):
+    if is_judged and np.isfinite(np.max(log_joint)):
         own = _own_points(bound, points, polynomials)
         there = log_z_at(key_own, points.draws_at(own))
         for name, polynomial in polynomials.items():
             off = there.estimate[name] - values_of(polynomial, points.to_unit(own))
             beyond = np.abs(off - np.mean(off, 0)) - MAX_NOISE * there.stderr[name]
-            errors[name] = float(np.maximum(errors[name], np.max(beyond)))
+            among = found[name].error_among(points.to_unit(own))
+            errors[name] = float(np.max([errors[name], np.max(beyond), among]))
             doubts[name] += there.flags[name]
 
     flags = {
@@ -171,6 +183,39 @@ def tabulate_log_normalizer(
         params=points.fixed,
         transforms=points.transforms,
         polynomials=polynomials,
+        tolerance=tolerance,
+    )
+
+
+def _require_finite(log_z: LogNormalizer, draws: Params, grid: Grid) -> None:
+    """Refuse points at which there is no log Z.
+
+    Raises:
+        ValueError: The message names the first.
+    """
+    for name, estimate in log_z.estimate.items():
+        is_finite = np.isfinite(np.asarray(estimate)).reshape(len(estimate), -1).all(1)
+        if not is_finite.all():
+            first = int(np.argmin(is_finite))
+            place = {n: f"{float(draws[n][first]):.4g}" for n in grid.values}
+            raise ValueError(
+                f"log Z of energy site '{name}' is not finite at "
+                f"{int((~is_finite).sum())} of {len(is_finite)} points, the first of them "
+                f"{place}: the energy is infinite or NaN there. Leave such values out of "
+                "the grid."
+            )
+
+
+def _without_values(bound: BoundModel, params: Params) -> list[str]:
+    """Latents and energy sites that are neither observed nor among the parameters."""
+    args = bound.arguments
+    trace = trace_at(bound.rng_key, bound.model, params, args, full_plates=False)
+    return sorted(
+        name
+        for name, site in trace.items()
+        if site["type"] == "sample"
+        and not (site["is_observed"] or name in params)
+        and not site["infer"].get("is_auxiliary", False)
     )
 
 

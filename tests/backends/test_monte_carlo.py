@@ -256,6 +256,14 @@ def test_rows_of_other_covariates(which):
         fit_of(model, x, c)
 
 
+def test_rows_that_are_all_alike_are_no_other_rows():
+    """Data of one value cannot be seen to follow a plate, and need not."""
+    c = RNG.normal(size=120).astype(np.float32)
+    backend = ebm.MonteCarloMLE(in_batches, optax.sgd(1e-4), num_draws=64)
+    fit = backend.run(random.key(0), 2, np.zeros(120), c, progress_bar=False)
+    assert np.isfinite(fit.params["w"])
+
+
 @pytest.mark.parametrize("value", [-1.0, 0.0, np.nan, np.inf])
 def test_initial_values_outside_of_their_constraint(value):
     def positive(x):

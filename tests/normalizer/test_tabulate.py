@@ -28,6 +28,7 @@ POSTERIOR = gamma(
 )
 FLAT = dist.ImproperUniform(constraints.real_vector, (), (SIZE,))
 START = dist.Normal(0, 1).expand([SIZE]).to_event(1)
+NORMAL = dist.Normal(0.0, 1.0)
 RANGE = {"rate": np.geomspace(0.6, 6.0, 9)}
 
 
@@ -319,7 +320,96 @@ def test_other_parameters_stay_fixed(as_latent):
     assert np.isnan(traced(1.0))
 
 
+def test_noise_counts_where_the_halves_agree_by_chance():
+    """Values with noise whose halves are one line: the line's own error remains."""
+    nodes = np.linspace(-1, 1, 9)[:, None]
+    halves = nodes, (nodes[1:] + nodes[:-1]) / 2
+    noise = np.full(9, 0.01), np.full(8, 0.01)
+    everywhere = np.ones(9, bool), np.ones(8, bool)
+    found = smooth(halves, tuple(2 * p[:, 0] for p in halves), noise, everywhere)
+    assert found.error < 1e-12
+    # Least squares of a line: the slope's standard error, times the distance
+    among = np.array([[-0.3], [0.3]])
+    points = np.concatenate(halves)
+    slope = 0.01 / np.sqrt(np.sum((points - points.mean()) ** 2))
+    assert found.error_among(among) == pytest.approx(0.3 * slope)
+
+
+def test_do_gives_the_energy_and_log_z_the_same_value(exact_table):
+    x = X[:, 0]
+    at = handlers.do(ebm.normalized(line, exact_table), data={"rate": jnp.asarray(1.3)})
+    exact = norm(0, (1.3 + 1 / 9) ** -0.5).logpdf(x)
+    for seed in (0, 1):
+        site = handlers.trace(handlers.seed(at, seed)).get_trace(x)["x"]
+        np.testing.assert_allclose(site["fn"].log_prob(x), exact, atol=1e-3)
+
+
+def test_a_grid_that_begins_at_an_energy_of_zero(exact_table):
+    """The energy of its first value tells nothing of the others."""
+
+    def scaled(x):
+        rate = numpyro.param("rate", 1.0)
+        size = jnp.abs(x).max()
+        with numpyro.plate("rows", len(x)):
+            energy = ebm.EnergyDistribution(lambda v: rate * (v / size) ** 2, NORMAL)
+            numpyro.sample("x", energy, obs=x)
+
+    x = X[:, 0]
+    grid = {"rate": np.linspace(0.0, 3.0, 13)}
+    table = ebm.tabulate_log_normalizer(None, scaled, grid, x, method="quadrature")
+    known = ebm.normalized(scaled, table, allow_uncertified=True)
+    assert np.isfinite(log_density(known, (x,), {}, {"rate": 1.0})[0])
+    with pytest.raises(ValueError, match="belongs to another energy"):
+        log_density(known, (2 * x,), {}, {"rate": 1.0})
+
+
+@pytest.mark.parametrize("what", ["latent", "energy"])
+def test_where_the_posterior_lies_cannot_be_told(what):
+    """It depends on a site that has neither data nor a value."""
+
+    def with_another(x):
+        if what == "latent":
+            numpyro.sample("other", dist.Normal(0.0, 1.0))
+        else:
+            numpyro.sample("other", ebm.EnergyDistribution(lambda v: v**2, NORMAL))
+        line(x)
+
+    grid = {"rate": np.geomspace(0.2, 40, 9)}
+    table = ebm.tabulate_log_normalizer(
+        None, with_another, grid, X[:, 0], method="quadrature"
+    )
+    assert r"sites ['other'] have neither data nor values" in table.flags["x"][0]
+
+
+def test_more_rows_than_the_table_was_judged_for():
+    few = X[:, 0]
+    many = np.tile(few, 300)
+    table = ebm.tabulate_log_normalizer(
+        None, line, {"rate": np.geomspace(0.2, 40, 8)}, few, method="quadrature"
+    )
+    assert table.is_certified
+    assert 300 * NUM_ROWS * table.error["x"] > 0.1
+    known = ebm.normalized(line, table)
+    assert np.isfinite(log_density(known, (few,), {}, {"rate": 1.0})[0])
+    with pytest.raises(ebm.UncertifiedNormalizerError, match=r"for 8 rows.*are 2400"):
+        log_density(known, (many,), {}, {"rate": 1.0})
+    allowed = ebm.normalized(line, table, allow_uncertified=True)
+    assert np.isfinite(log_density(allowed, (many,), {}, {"rate": 1.0})[0])
+
+
 # Refusals
+
+
+def test_a_wall_in_the_grid():
+    def walled(x):
+        rate = numpyro.param("rate", 1.0)
+        energy = lambda v: jnp.where(rate < 2, rate * v**2, jnp.inf)  # noqa: E731
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", ebm.EnergyDistribution(energy, NORMAL), obs=x)
+
+    grid = {"rate": np.linspace(1.0, 3.0, 5)}
+    with pytest.raises(ValueError, match=r"not finite at . of 9 points"):
+        ebm.tabulate_log_normalizer(None, walled, grid, X[:, 0], method="quadrature")
 
 
 @pytest.mark.parametrize(
