@@ -18,6 +18,7 @@ from ebm_ppl.export.groups import Group, Naming, Variable
 from ebm_ppl.model.data import Observation
 from ebm_ppl.model.masks import unmasked_rows
 from ebm_ppl.normalizer.likelihood import MAX_PARAMETERS, num_params
+from ebm_ppl.smc.ensemble import ancestors_where
 from ebm_ppl.smc.resampling import systematic
 from ebm_ppl.smc.weights import ess_fraction, pareto_khat
 from ebm_ppl.training.fit import Fit
@@ -170,10 +171,8 @@ def _add_draws(
 @jax.jit
 def _ancestors(rng_key: jax.Array, log_weight: jax.Array) -> jax.Array:
     """Ancestor indices per island and batch element, of the log weights' shape."""
-    rows = jnp.moveaxis(log_weight, 1, -1)
-    flat = rows.reshape(-1, rows.shape[-1])
-    picked = jax.vmap(systematic)(random.split(rng_key, flat.shape[0]), flat)
-    return jnp.moveaxis(picked.reshape(rows.shape), -1, 1)
+    everywhere = jnp.ones_like(log_weight[:, 0], bool)
+    return ancestors_where(rng_key, log_weight, everywhere, systematic)
 
 
 def _training(history: dict[str, Any], naming: Naming) -> dict[str, Variable]:

@@ -139,7 +139,7 @@ def _for_backend(reader: Reader, backend: Backend, arguments: Arguments) -> Fit:
     """The fit with its state."""
     template = backend.template(random.key(0), *arguments.args, **arguments.kwargs)
     state = reader.tree("state", template)
-    _require_same_layout(template.layout(), reader.described["layout"])
+    _require_same_layout(template.layout(), reader.described.get("layout", {}))
 
     params = reader.tree("params", jax.eval_shape(backend.get_params, template))
     _require_same_constraints(backend.get_params(state), params)

@@ -21,7 +21,7 @@ from ebm_ppl.normalizer.certify import certify, disagreement
 from ebm_ppl.normalizer.certify_draws import certify_bridges
 from ebm_ppl.normalizer.findings import Bridge
 from ebm_ppl.normalizer.passes import Plan, run_passes
-from ebm_ppl.smc.annealing import AnnealingOptions, begin_annealing, follow_rungs
+from ebm_ppl.smc.annealing import AnnealingOptions, anneal
 from ebm_ppl.smc.passes import pass_of
 from ebm_ppl.smc.path import Ladder, Path
 from ebm_ppl.walkers.site import SiteAtParams
@@ -278,12 +278,7 @@ def _bridges(
             lambda u: potential_at(site.distribution, site.transform, u),
             lambda u: _difference(site, params, u) - level,
         )
-        begun = begin_annealing(kernel, path, position, ladder.start)
-        end = follow_rungs(
-            kernel, key, path, begun, ladder, options, 0, num_temperatures
-        )
-        moves = end.moves._replace(acceptance=end.moves.acceptance / num_temperatures)
-        ends = end.ensemble, moves
+        ends = anneal(kernel, key, path, position, ladder, options, num_temperatures)
         found, weighted = pass_of(*ends), pass_of(*ends, log_island_weights)
 
         # k̂ is taken without the island weights, which are equal within an island and

@@ -99,11 +99,7 @@ class FixedParameters(KnownNormalizers):
             ]
             return fixed
 
-        # In the precision of the parameter
-        if not all(
-            np.array_equal(own, np.asarray(other).astype(np.asarray(own).dtype))
-            for own, other in leaves
-        ):
+        if not all(_are_equal(own, other) for own, other in leaves):
             raise ValueError(
                 f"Site '{msg['name']}' was given another value than that which "
                 "log_normalizer belongs to. Estimate it there: "
@@ -111,3 +107,11 @@ class FixedParameters(KnownNormalizers):
                 "log_normalizer.samples, from batch_ndims=1 or 2."
             )
         return fixed
+
+
+def _are_equal(own: Any, other: Any) -> bool:
+    """Whether values agree, floats in the precision of the parameter."""
+    own, other = np.asarray(own), np.asarray(other)
+    if np.issubdtype(own.dtype, np.floating):
+        other = other.astype(own.dtype)
+    return np.array_equal(own, other)

@@ -108,7 +108,9 @@ class LikelihoodSurface:
 
 
 @partial(jax.jit, static_argnames="name")
-def potential_at(bound: BoundModel, params: Params, name: str, values: Array) -> Array:
+def site_potential(
+    bound: BoundModel, params: Params, name: str, values: Array
+) -> Array:
     """U of one site at its draws."""
     return bound.energies(params)[name].unchecked_potential(values)
 

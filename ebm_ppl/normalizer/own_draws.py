@@ -18,7 +18,7 @@ from ebm_ppl.normalizer.likelihood import (
     Draws,
     LikelihoodSurface,
     num_params,
-    potential_at,
+    site_potential,
 )
 from ebm_ppl.normalizer.newton import climb_to_maximum
 from ebm_ppl.normalizer.verdict import distances_of, judgement
@@ -81,7 +81,7 @@ def warn_unless_at_maximum(
     if any(e.batch_shape != held[n].log_weight.shape[2:] for n, e in energies.items()):
         return
     draws = {
-        name: Draws(values, weight, potential_at(bound, state.params, name, values))
+        name: Draws(values, weight, site_potential(bound, state.params, name, values))
         for name, (values, weight) in held.items()
     }
 

@@ -24,7 +24,7 @@ from ebm_ppl.normalizer.likelihood import (
     MAX_PARAMETERS,
     Draws,
     LikelihoodSurface,
-    potential_at,
+    site_potential,
     value_and_counts,
 )
 from ebm_ppl.normalizer.newton import Maximum, directions_of, groups_of
@@ -104,7 +104,7 @@ def _draws_of(
         spent += passes.num_evaluations
 
         values = transform(passes.position)
-        potential = potential_at(bound, params, name, values)
+        potential = site_potential(bound, params, name, values)
         islands = passes.forward.relative.log_normalizers[:, None]
         draws[name] = Draws(values, islands + jnp.zeros_like(potential), potential)
 

@@ -40,7 +40,7 @@ class TabulatedNormalizer:
     params: dict[str, Any] = field(repr=False)
     transforms: dict[str, Transform] = field(repr=False)
     polynomials: dict[str, Polynomial] = field(repr=False)
-    tolerance: float = 0.1
+    tolerance: float
 
     def __call__(self, params: Mapping[str, Any]) -> dict[str, Array]:
         """Log Z by site at constrained values; NaN outside of the grid.

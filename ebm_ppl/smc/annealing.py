@@ -193,18 +193,19 @@ def anneal(
     position: Array,
     ladder: Ladder,
     options: AnnealingOptions,
+    num_temperatures: ArrayLike | None = None,
 ) -> tuple[Ensemble, Moves]:
     """Carry walkers along a whole ladder with :func:`follow_rungs`.
 
-    ``position`` holds exact draws at ``ladder.start``.
+    ``position`` holds exact draws at ``ladder.start``; of a ladder that is longer than
+    it needs to be, ``num_temperatures`` rungs are followed.
 
     Returns:
         The ensemble at the ladder's end and the statistics of the moves.
     """
-    start, num_temperatures = (
-        begin_annealing(kernel, path, position, ladder.start),
-        ladder.betas.shape[0],
-    )
+    if num_temperatures is None:
+        num_temperatures = ladder.betas.shape[0]
+    start = begin_annealing(kernel, path, position, ladder.start)
     end = follow_rungs(
         kernel, rng_key, path, start, ladder, options, 0, num_temperatures
     )

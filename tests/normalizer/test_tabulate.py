@@ -400,6 +400,24 @@ def test_more_rows_than_the_table_was_judged_for():
 # Refusals
 
 
+def test_a_whole_number_is_not_rounded_to():
+    """A parameter fixed at 2 is not 2.5; one at float32(0.1) is 0.1."""
+    table = ebm.tabulate_log_normalizer(
+        None,
+        with_scale,
+        {"rate": np.geomspace(0.2, 40, 9)},
+        X[:, 0],
+        params={"scale": 2},
+        method="quadrature",
+    )
+    known = ebm.normalized(with_scale, table, allow_uncertified=True)
+    assert np.isfinite(
+        log_density(known, (X[:, 0],), {}, {"rate": 1.0, "scale": 2.0})[0]
+    )
+    with pytest.raises(ValueError, match="'scale' was given another value"):
+        log_density(known, (X[:, 0],), {}, {"rate": 1.0, "scale": 2.5})
+
+
 def test_a_wall_in_the_grid():
     def walled(x):
         rate = numpyro.param("rate", 1.0)
