@@ -8,10 +8,10 @@ import warnings
 
 os.environ["MPLBACKEND"] = "Agg"
 # Models here are tiny and compiled once: without optimisation the suite takes a third
-# less time.
+# less time.  Tests that run for longer than they compile are marked `runs_long`.
+QUICKLY = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
 QUICK_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
 )
 # The older of two ways to compile fused loops takes half the time, as long as it lasts.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -34,6 +34,7 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 and hasattr(
     os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Each executable maps memory, of which Linux allows a process 65,530 pieces.
 MAX_MAPS = 25_000
@@ -50,6 +51,19 @@ def pytest_configure(config):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("arviz")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Optimise the programs of a test that runs long, its fixtures' too."""
+    if item.get_closest_marker("runs_long") is None:
+        return (yield)
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        return (yield)
+    finally:
+        jax.config.update("jax_disable_most_optimizations", QUICKLY)
 
 
 def pytest_runtest_teardown(item, nextitem):

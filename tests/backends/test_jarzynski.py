@@ -149,6 +149,7 @@ def test_gradient_and_log_z_of_a_skewed_energy_while_it_is_learned(kernel):
         assert abs(float(g) - truth) < 5.5 * error * np.sqrt(2)
 
 
+@pytest.mark.runs_long
 def test_precision_by_maximum_likelihood_and_by_map():
     """Design table: λ̂ = n / Σx² = 3.275 within 1%, MAP 2.590 within 1%, log Z(λ)
     within 0.01."""

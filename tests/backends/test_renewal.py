@@ -226,6 +226,7 @@ def test_a_mode_that_fresh_walkers_miss_is_kept():
     jax.tree.map(np.testing.assert_array_equal, state.walkers, after.walkers)
 
 
+@pytest.mark.runs_long
 def test_a_ladder_that_would_be_too_coarse():
     """Far out, a pilot needs more temperatures than a renewal has."""
     backend = small(means, optax.sgd(0.0))

@@ -335,6 +335,7 @@ def test_noisy_trajectories_are_no_missed_mode():
     assert not any("data rows" in flag for flag in log_z.flags["x"]), log_z
 
 
+@pytest.mark.runs_long
 def test_rows_at_the_mode_are_not_out_of_reach():
     """In 100 dimensions hardly any mass is at the mode itself: rows move to where it is
     before they are carried back."""
@@ -385,6 +386,7 @@ def funnel(num_dims, scale=1.0):
     return ebm.EnergyDistribution(energy, base)
 
 
+@pytest.mark.runs_long
 @pytest.mark.parametrize(("num_dims", "num_seeds", "most"), [(2, 16, 2), (5, 4, 0)])
 def test_a_funnel_is_bracketed_or_flagged(num_dims, num_seeds, most):
     """A bracket may miss as often as limits at 97.5% do; with |u| and one step size

@@ -190,6 +190,7 @@ def test_elements_have_their_own_log_z():
     assert test.standard_errors["s"] == pytest.approx(right * np.sqrt(2 / 300), rel=0.2)
 
 
+@pytest.mark.runs_long
 def test_alarms_by_chance_are_rare():
     """Of 40 tests at the maximum at most as many as a binomial of 2% gives at 10⁻³."""
     rows = ROWS[:100]
@@ -308,6 +309,7 @@ def test_polish_goes_to_the_maximum():
     assert "lam:" in str(found)
 
 
+@pytest.mark.runs_long
 def test_polish_of_a_skewed_energy(quartic_maximum):
     theta, _ = quartic_maximum
     found = ebm.polish(random.key(0), {"a": 0.8, "b": -0.5}, quartic, SKEWED)

@@ -171,6 +171,7 @@ def test_noise_is_smoothed_and_told():
 # Posteriors
 
 
+@pytest.mark.runs_long
 def test_the_posterior_of_a_precision_in_five_dimensions(table):
     """Mean and deviation within 2% of the conjugate ones."""
     assert table.error["x"] < 0.02
