@@ -11,6 +11,7 @@ from jax import Array
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
+from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.construction import (
     as_log_normalizer,
     check_base_and_start,
@@ -31,7 +32,6 @@ from ebm_ppl.energy.origin import Origin
 from ebm_ppl.energy.points import as_energy, as_points
 from ebm_ppl.energy.start import check_start_covers, starting_distribution
 from ebm_ppl.energy.states import needs_continuous
-from ebm_ppl.energy.supports import unchecked_log_prob
 from ebm_ppl.energy.ways_out import ways_out
 from ebm_ppl.energy.wrappers import innermost
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.marks import points_of
-from ebm_ppl.energy.supports import unchecked_log_prob
 from ebm_ppl.errors import at_site
 
 # Relative to the energy's distance from its median over the points, and in nats.

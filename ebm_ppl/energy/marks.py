@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
+from ebm_ppl.energy.base_programs import draws_of
 from ebm_ppl.energy.coordinates import standardizing_transform
 from ebm_ppl.energy.supports import bijector_of, is_improper
 from ebm_ppl.energy.wrappers import innermost
@@ -56,7 +57,7 @@ def points_of(distribution: Any) -> Array:
         positions.append(np.broadcast_to(grid, (len(grid), *shape)))
 
     points = [transform(jnp.asarray(np.concatenate(positions), jnp.result_type(float)))]
-    points += [proper.sample(random.key(0), (num,)) for proper in named]
+    points += [draws_of(proper, random.key(0), num) for proper in named]
     return jnp.concatenate(points)
 
 
@@ -77,7 +78,7 @@ def _discrete_points(base: Any, num: int) -> Array:
 
     A small support gives all its states, a larger one a uniform sample of them.
     """
-    points = [] if is_improper(base) else [base.sample(random.key(0), (num,))]
+    points = [] if is_improper(base) else [draws_of(base, random.key(0), num)]
 
     support = _states_of(innermost(base))
     if support is not None:
@@ -92,7 +93,7 @@ def _discrete_points(base: Any, num: int) -> Array:
         )
 
     # A masked base has no total mass, but draws.
-    return jnp.concatenate(points or [base.sample(random.key(0), (num,))])
+    return jnp.concatenate(points or [draws_of(base, random.key(0), num)])
 
 
 def _states_of(element: Any) -> Array | None:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from ebm_ppl.energy.supports import is_improper, points_in_support, unchecked_log_prob
+from ebm_ppl.energy.base_programs import draws_of, unchecked_log_prob
+from ebm_ppl.energy.supports import is_improper, points_in_support
 
 # Points at which energies are compared, and how many are evaluated in another batch.
 NUM_POINTS, NUM_OTHERS = 8, 5
@@ -185,5 +186,5 @@ def _typical_points(distribution: Any) -> Array:
     base, start, key = distribution.base, distribution.start, random.key(0)
     for proper in (base, start):
         if proper is not None and not is_improper(proper):
-            return proper.sample(key, (NUM_POINTS,))
+            return draws_of(proper, key, NUM_POINTS)
     return points_in_support(base, key, NUM_POINTS)

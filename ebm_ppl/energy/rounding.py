@@ -14,7 +14,8 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array, random
 
-from ebm_ppl.energy.supports import is_improper, unchecked_log_prob
+from ebm_ppl.energy.base_programs import unchecked_log_prob
+from ebm_ppl.energy.supports import is_improper
 from ebm_ppl.energy.wrappers import innermost
 
 NUM_DRAWS = 256

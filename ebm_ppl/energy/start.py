@@ -8,13 +8,9 @@ import numpyro.distributions as dist
 from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.energy.base_programs import draws_of, unchecked_log_prob
 from ebm_ppl.energy.coordinates import log_abs_det, standardizing_transform
-from ebm_ppl.energy.supports import (
-    is_improper,
-    points_in_support,
-    same_support,
-    unchecked_log_prob,
-)
+from ebm_ppl.energy.supports import is_improper, points_in_support, same_support
 from ebm_ppl.energy.unnormalized import Unnormalized
 from ebm_ppl.energy.wrappers import path_to
 from ebm_ppl.errors import UnknownNormalizerError, at_site
@@ -83,7 +79,7 @@ def check_start_covers(distribution: Unnormalized, name: str | None) -> None:
 
     if is_improper(start):
         return
-    outside = ~distribution.support(start.sample(random.key(1), (256,)))
+    outside = ~distribution.support(draws_of(start, random.key(1), 256))
     if not isinstance(outside, jax.core.Tracer) and bool(jnp.any(outside)):
         raise ValueError(
             f"The start of the energy{at_site(name)} has support {start.support}, "

@@ -5,6 +5,7 @@ has a mass function, without the Jacobian of ``TransformedDistribution``.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,9 +52,18 @@ def _states(
     if size**num_elements > MAX_STATES:
         raise ValueError(_too_many(f"{size}^{num_elements}", name))
 
+    return _combinations(jnp.asarray(atoms), num_elements, shape, batch_ndims)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _combinations(
+    atoms: Array, num_elements: int, shape: tuple[int, ...], batch_ndims: int
+) -> Array:
+    """All combinations of the atoms in ``num_elements`` places, ``(num, *shape)``."""
+    size = len(atoms)
     places = size ** np.arange(num_elements)
     digits = (jnp.arange(size**num_elements)[:, None] // places) % size
-    found = jnp.asarray(atoms)[digits].reshape(-1, *(1,) * batch_ndims, *event_shape)
+    found = atoms[digits].reshape(-1, *(1,) * batch_ndims, *shape[batch_ndims:])
     return jnp.broadcast_to(found, (len(found), *shape))
 
 

@@ -1,6 +1,8 @@
 """Properties of supports and base distributions that need no energy."""
 
-import numpyro
+from functools import partial
+
+import jax
 import numpyro.distributions as dist
 from jax import Array, random
 from numpyro.distributions import constraints
@@ -11,6 +13,7 @@ from numpyro.distributions.transforms import (
     biject_to,
 )
 
+from ebm_ppl.energy.base_programs import draws_of
 from ebm_ppl.energy.wrappers import elementwise, innermost
 
 
@@ -26,15 +29,6 @@ def is_improper(base: dist.Distribution) -> bool:
 def same_support(one: constraints.Constraint, other: constraints.Constraint) -> bool:
     """Whether two constraints are the same but for event dims; False if unknown."""
     return elementwise(one) is elementwise(other)
-
-
-def unchecked_log_prob(base: dist.Distribution, value: Array) -> Array:
-    """``base.log_prob`` without NumPyro's support checks.
-
-    Every level of a nested distribution would repeat them.
-    """
-    with numpyro.validation_enabled(False):
-        return base.log_prob(value)
 
 
 def bijector_of(base: dist.Distribution) -> Transform:
@@ -63,11 +57,10 @@ def points_in_support(
     A continuous base need not have a sampler.
     """
     if base.support.is_discrete:
-        return base.sample(rng_key, (num_points,))
+        return draws_of(base, rng_key, num_points)
 
     transform = bijector_of(base)
     shape = transform.inverse_shape(base.batch_shape + base.event_shape)
-    key_scale, key_points = random.split(rng_key)
 
     # Scales at which a bijector's values still differ from the support's ends, and far
     # larger ones where the support has no ends.
@@ -76,5 +69,12 @@ def points_in_support(
         inner = inner.base_transform
     reach = 1e4 if isinstance(inner, IdentityTransform) else 3.0
 
-    scales = reach ** random.uniform(key_scale, (num_points, *(1,) * len(shape)))
-    return transform(scales * random.normal(key_points, (num_points, *shape)))
+    return transform(_scattered(rng_key, (num_points, *shape), reach))
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _scattered(rng_key: Array, shape: tuple[int, ...], reach: float) -> Array:
+    """Normal points at scales from 1 to ``reach``, one scale for each."""
+    key_scale, key_points = random.split(rng_key)
+    scales = reach ** random.uniform(key_scale, (shape[0], *(1,) * (len(shape) - 1)))
+    return scales * random.normal(key_points, shape)

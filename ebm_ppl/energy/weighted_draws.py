@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.start import starting_distribution
-from ebm_ppl.energy.supports import unchecked_log_prob
 from ebm_ppl.energy.unnormalized import Unnormalized
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.nn import logsumexp
 
+from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.states import states
-from ebm_ppl.energy.supports import unchecked_log_prob
 from ebm_ppl.exact.verdict import MAX_ROUNDING, Exact, accuracy, rounding_flag
 
 
@@ -41,26 +41,11 @@ def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:
     inside = jnp.broadcast_to(
         distribution.support(every), every.shape[: every.ndim - len(event_dims)]
     )
-    first = jnp.argmax(inside, axis=0)
-    valid = jnp.take_along_axis(
-        every, first.reshape(1, *first.shape, *(1,) * len(event_dims)), axis=0
-    )
-    every = jnp.where(
-        inside.reshape(*inside.shape, *(1,) * len(event_dims)), every, valid
-    )
+    every = _inside_alone(every, inside)
 
-    energies = distribution.factor_energies(every).values()
+    energies = tuple(distribution.factor_energies(every).values())
     log_base = unchecked_log_prob(distribution.base, every)
-    log_value = jnp.where(inside, log_base - sum(energies), -jnp.inf)
-    log_z = _log_sum(log_value)
-
-    weight = jnp.exp(log_value - log_z)
-    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
-    eps = float(jnp.finfo(log_z.dtype).eps)
-    rounding = eps * (
-        jnp.sum(jnp.where(weight > 0, weight * magnitude, 0.0), axis=0) + jnp.abs(log_z)
-    )
-    rounding = lax.stop_gradient(rounding)
+    log_z, rounding = _sum_over(energies, log_base, inside)
     error = jnp.where(rounding > accuracy(), rounding, 0.0)
 
     if isinstance(log_z, jax.core.Tracer):
@@ -79,6 +64,30 @@ def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:
         error,
         () if worst <= MAX_ROUNDING else (rounding_flag(worst, log_z.dtype),),
     )
+
+
+@jax.jit
+def _inside_alone(every: Array, inside: Array) -> Array:
+    """The states, with one of the support in the place of those outside."""
+    ones = (1,) * (every.ndim - inside.ndim)
+    first = jnp.argmax(inside, axis=0)
+    valid = jnp.take_along_axis(every, first.reshape(1, *first.shape, *ones), axis=0)
+    return jnp.where(inside.reshape(*inside.shape, *ones), every, valid)
+
+
+@jax.jit
+def _sum_over(
+    energies: tuple[Array, ...], log_base: Array, inside: Array
+) -> tuple[Array, Array]:
+    """Log Z, and by how much rounding may have moved it."""
+    log_value = jnp.where(inside, log_base - sum(energies), -jnp.inf)
+    log_z = _log_sum(log_value)
+
+    weight = jnp.exp(log_value - log_z)
+    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
+    weighted = jnp.sum(jnp.where(weight > 0, weight * magnitude, 0.0), axis=0)
+    eps = float(jnp.finfo(log_z.dtype).eps)
+    return log_z, lax.stop_gradient(eps * (weighted + jnp.abs(log_z)))
 
 
 def _log_sum(log_value: Array) -> Array:

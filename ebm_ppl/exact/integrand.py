@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, random
+from numpyro.distributions import constraints
 from numpyro.distributions.transforms import (
     AffineTransform,
     IdentityTransform,
@@ -20,15 +21,17 @@ from numpyro.distributions.transforms import (
     Transform,
 )
 
+from ebm_ppl.energy.base_programs import draws_of, unchecked_log_prob
 from ebm_ppl.energy.coordinates import (
     CholeskyAffine,
     log_abs_det,
     standardizing_transform,
 )
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.supports import is_improper, same_support, unchecked_log_prob
+from ebm_ppl.energy.supports import is_improper, same_support
 from ebm_ppl.errors import at_site
 from ebm_ppl.exact.judge import Density, Rows
+from ebm_ppl.programs.one_program import one_program
 
 # The box's end in u: the integrand is unknown beyond it, so its mass there must be
 # negligible.
@@ -140,26 +143,17 @@ class Integrand:
         """x, the log density, and the magnitude of the terms that it is the sum of."""
         value, log_det, log_jacobian = self._values(position)
         potential, magnitude = self._potential(value)
-
-        log_density = log_jacobian + (log_det - potential).reshape(log_jacobian.shape)
-        return value, log_density, magnitude.reshape(log_jacobian.shape)
+        log_density, magnitude = _in_t(potential, magnitude, log_det, log_jacobian)
+        return value, log_density, magnitude
 
     def _values(self, position: Array) -> tuple[Array, Array, Array]:
         """X at t, ``log |det dx/du|`` of x's batch shape and ``log |du/dt|`` of t's."""
-        unconstrained = jnp.sinh(position).reshape(
-            -1, *self.batch_shape, *self.event_shape
-        )
-        value = self.transform(unconstrained)
-        log_det = log_abs_det(self.transform, unconstrained, value)
-        return value, log_det, jnp.log(jnp.cosh(position)).sum(-1)
+        return _values_at(self.transform, position, self.batch_shape + self.event_shape)
 
     def _potential(self, value: Array) -> tuple[Array, Array]:
         """U, and the magnitude of the terms that it is the sum of."""
-        energies = self.distribution.factor_energies(value).values()
-        log_base = unchecked_log_prob(self.distribution.base, value)
-        potential = sum(energies) - log_base
-        magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
-        return potential, jnp.broadcast_to(magnitude, potential.shape)
+        energies = tuple(self.distribution.factor_energies(value).values())
+        return _summed(energies, unchecked_log_prob(self.distribution.base, value))
 
     def rows(self, data: Array) -> Rows:
         """Data rows, ``(num_rows, *batch_shape, *event_shape)``, in coordinates t."""
@@ -179,7 +173,7 @@ class Integrand:
         when = jax.ensure_compile_time_eval() if is_known else nullcontext()
         try:
             with when:
-                drawn = self.start.sample(random.key(0), (num_guides + num_checks,))
+                drawn = draws_of(self.start, random.key(0), num_guides + num_checks)
         except NotImplementedError:
             return BaseDraws()
 
@@ -193,28 +187,68 @@ class Integrand:
     def _log_start(self, position: Array) -> Array:
         """Log density of the base (or ``start``) at t, ``(num_points, batch)``."""
         value, log_det, log_jacobian = self._values(position)
-        log_start = unchecked_log_prob(self.start, value) + log_det
-        return log_start.reshape(log_jacobian.shape) + log_jacobian
+        log_start = unchecked_log_prob(self.start, value)
+        return _in_t(-log_start, log_start, log_det, log_jacobian)[0]
 
     def _at_values(self, values: Array, slack: np.ndarray) -> Rows:
         """Points in coordinates t, with their densities."""
         event_dims = tuple(range(1 + len(self.batch_shape), values.ndim))
-        position = self.transform.inv(values).reshape(
-            len(values), self.batch, self.dims
+        position, is_valid = _positions_of(
+            self.transform,
+            self.distribution.support,
+            values,
+            event_dims,
+            (self.batch, self.dims),
         )
-        position = jnp.arcsinh(position)
-
-        is_valid = jnp.isfinite(values).all(event_dims) & self.distribution.support(
-            values
-        )
-        is_valid = is_valid.reshape(position.shape[:2]) & jnp.isfinite(position).all(-1)
-        position = jnp.where(is_valid[..., None], position, 0.0)
         return Rows(
             position,
             is_valid,
             self.density(position, False),
             jnp.asarray(slack, self.dtype),
         )
+
+
+@one_program(static_argnums=(2,))
+def _values_at(
+    transform: Transform, position: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
+    """:meth:`Integrand._values`, x before its transform having ``shape``."""
+    unconstrained = jnp.sinh(position).reshape(-1, *shape)
+    value = transform(unconstrained)
+    log_det = log_abs_det(transform, unconstrained, value)
+    return value, log_det, jnp.log(jnp.cosh(position)).sum(-1)
+
+
+@one_program(static_argnums=(3, 4))
+def _positions_of(
+    transform: Transform,
+    support: constraints.Constraint,
+    values: Array,
+    event_dims: tuple[int, ...],
+    shape: tuple[int, int],
+) -> tuple[Array, Array]:
+    """Coordinates t of x, ``(num, *shape)``, and whether x lies in the support."""
+    position = jnp.arcsinh(transform.inv(values).reshape(len(values), *shape))
+    is_valid = jnp.isfinite(values).all(event_dims) & support(values)
+    is_valid = is_valid.reshape(position.shape[:2]) & jnp.isfinite(position).all(-1)
+    return jnp.where(is_valid[..., None], position, 0.0), is_valid
+
+
+@jax.jit
+def _summed(energies: tuple[Array, ...], log_base: Array) -> tuple[Array, Array]:
+    """U, and the magnitude of the terms that it is the sum of."""
+    potential = sum(energies) - log_base
+    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
+    return potential, jnp.broadcast_to(magnitude, potential.shape)
+
+
+@jax.jit
+def _in_t(
+    potential: Array, magnitude: Array, log_det: Array, log_jacobian: Array
+) -> tuple[Array, Array]:
+    """The log density at t, and its magnitude, from those at x."""
+    log_density = log_jacobian + (log_det - potential).reshape(log_jacobian.shape)
+    return log_density, magnitude.reshape(log_jacobian.shape)
 
 
 def _start(distribution: EnergyDistribution) -> dist.Distribution:

@@ -1,8 +1,9 @@
 """Equal cells over a box, and the nodes of any cell."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -47,6 +48,7 @@ def lattice(
     )
 
 
+@jax.jit
 def nodes_of(corner: Array, width: Array) -> Array:
     """The nodes of cells, ``(num_cells · nodes, batch, dims)``."""
     offsets = jnp.asarray(OFFSETS[corner.shape[-1]], corner.dtype)
@@ -54,6 +56,7 @@ def nodes_of(corner: Array, width: Array) -> Array:
     return points.reshape(-1, *corner.shape[1:])
 
 
+@partial(jax.jit, static_argnums=1)
 def log_weights(width: Array, dims: int) -> Array:
     """Log of the nodes' weights, ``(num_cells · nodes, batch)``."""
     weights = WEIGHTS if dims == 1 else np.multiply.outer(WEIGHTS, WEIGHTS).reshape(-1)
