@@ -94,7 +94,8 @@ def inspect_model(
             if _subsampled_rows(trace, name, energy)
         ]
         if subsampled:
-            check_same_rows(rng_key, bound, params, subsampled)
+            plates = _subsampled_plates(trace)
+            check_same_rows(rng_key, bound, params, subsampled, plates)
         checked, energies = with_every_row(bound, params, recorder.found)
     check_repeatable(rng_key, checked, params, energies)
     check_no_moving_jump(rng_key, checked, params, energies)
@@ -195,6 +196,15 @@ def _check_energy_site(
         f"lies outside the base's support ({distribution.support})",
         "Choose a base whose support holds the data, or transform the data into it.",
     )
+
+
+def _subsampled_plates(trace: dict[str, dict]) -> dict[str, Array]:
+    """The rows that subsampled plates have chosen, by name."""
+    return {
+        name: site["value"]
+        for name, site in trace.items()
+        if site["type"] == "plate" and len(site["value"]) != site["args"][0]
+    }
 
 
 def _subsampled_rows(

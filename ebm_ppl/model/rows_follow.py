@@ -1,11 +1,12 @@
 """Whether data and energies of a subsampled plate are of the same rows."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import jax
 import numpy as np
 from jax import Array, random
+from numpyro import handlers
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.supports import points_in_support
@@ -23,6 +24,7 @@ def check_same_rows(
     bound: BoundModel,
     params: Params,
     names: Collection[str],
+    plates: Mapping[str, Array],
 ) -> None:
     """Refuse data that follow a plate's rows where the energies do not, and the reverse.
 
@@ -31,10 +33,25 @@ def check_same_rows(
         bound: The model, subsampled.
         params: Its unconstrained parameters.
         names: Sites that have one log Z per row of a subsampled plate.
+        plates: The rows that subsampled plates have chosen, by name.  Of several, each
+            moves while the others stay.
 
     Raises:
-        ValueError: The message names the site.
+        ValueError: The message names the site and the plate.
     """
+    for plate in plates:
+        others = {name: rows for name, rows in plates.items() if name != plate}
+        held = handlers.substitute(bound.model, data=others) if others else bound.model
+        _check_plate(rng_key, replace(bound, model=held), params, names, plate)
+
+
+def _check_plate(
+    rng_key: Array,
+    bound: BoundModel,
+    params: Params,
+    names: Collection[str],
+    plate: str,
+) -> None:
     key_params, key_points, *keys = random.split(rng_key, NUM_DRAWS + 2)
     # A weight of zero hides the rows that it multiplies.
     params = moved_a_little(key_params, params)
@@ -70,9 +87,9 @@ def check_same_rows(
             moving, staying = staying, moving
         raise ValueError(
             f"Energy site '{name}' has one energy per row of a subsampled plate, and its "
-            f"{moving} follow the plate's rows while its {staying} stay those of the same "
-            "rows: rows of the one meet other rows of the other. Take both by "
-            "numpyro.subsample(..., event_dim=...), or both by the plate's indices."
+            f"{moving} follow the rows of plate '{plate}' while its {staying} stay those "
+            "of the same rows: rows of the one meet other rows of the other. Take both by "
+            "numpyro.subsample(..., event_dim=...) in that plate, or both by its indices."
         )
 
 

@@ -251,9 +251,37 @@ def test_rows_of_other_covariates(which):
     x, c = (RNG.normal(size=120).astype(np.float32) for _ in range(2))
     other = {"energies": "data", "data": "energies"}[which]
     with pytest.raises(
-        ValueError, match=f"its {other} follow the plate's rows while its {which} stay"
+        ValueError,
+        match=f"its {other} follow the rows of plate 'rows' while its {which}",
     ):
         fit_of(model, x, c)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_rows_of_two_plates(together):
+    """Data follow one plate, covariates another of the same size."""
+
+    def model(x, c):
+        w = numpyro.param("w", 0.0)
+        plates = [numpyro.plate(name, len(x), subsample_size=20) for name in "ab"]
+        with plates[0 if together else 1]:
+            given = numpyro.subsample(c, event_dim=0)
+        with plates[1]:
+            numpyro.sample("y", dist.Normal(w), obs=numpyro.subsample(x, event_dim=0))
+        with plates[0]:
+            base = dist.Normal(jnp.zeros(len(given)), 1.0)
+            energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * given * v, base)
+            numpyro.sample("x", energy, obs=numpyro.subsample(x, event_dim=0))
+
+    x, c = (RNG.normal(size=120).astype(np.float32) for _ in range(2))
+    backend = ebm.MonteCarloMLE(model, optax.sgd(1e-4), num_draws=64)
+    if together:
+        backend.init(random.key(0), x, c)
+        return
+    with pytest.raises(
+        ValueError, match=r"plate 'a' while its energies|plate 'b' while"
+    ):
+        backend.init(random.key(0), x, c)
 
 
 def test_rows_that_are_all_alike_are_no_other_rows():
