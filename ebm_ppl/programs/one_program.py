@@ -6,6 +6,7 @@ program of its own, compiled anew for each shape.
 
 from collections.abc import Callable
 from functools import partial, wraps
+from types import FunctionType
 from typing import Any, TypeVar
 
 import jax
@@ -42,13 +43,7 @@ def one_program(static_argnums: tuple[int, ...] = ()) -> Callable[[Function], Fu
 def can_be_handed_over(args: Any) -> bool:
     """Whether arguments are values, and objects that consist of nothing else."""
     leaves, structure = jax.tree.flatten(args)
-    if not (all(map(_is_value, leaves)) and _is_known(structure)):
-        return False
-    try:
-        hash(structure)
-    except TypeError:
-        return False
-    return True
+    return all(map(_is_value, leaves)) and _is_known(structure)
 
 
 def _is_value(leaf: Any) -> bool:
@@ -62,7 +57,23 @@ def _is_known(structure: PyTreeDef) -> bool:
     node: Any = structure.node_data()
     if node is None:
         return True
-    is_plain = node[0] in (tuple, list, dict, type(None))
-    return (is_plain or node[0].__module__.startswith(KNOWN)) and all(
-        map(_is_known, structure.children())
+    kind, fixed = node
+    is_plain = kind in (tuple, list, dict, type(None))
+    return (
+        (is_plain or kind.__module__.startswith(KNOWN))
+        and _can_be_compared(fixed)
+        and all(map(_is_known, structure.children()))
     )
+
+
+def _can_be_compared(fixed: Any) -> bool:
+    """Whether what an object keeps outside of its leaves can tell two of them apart.
+
+    NumPyro keeps arrays there (the counts of a ``Multinomial``), and functions, which are
+    other ones whenever a model runs.
+    """
+    if isinstance(fixed, dict):
+        return all(map(_can_be_compared, fixed.values()))
+    if isinstance(fixed, tuple | list):
+        return all(map(_can_be_compared, fixed))
+    return not isinstance(fixed, Array | np.ndarray | FunctionType)

@@ -63,6 +63,17 @@ def test_a_base_that_jax_does_not_see_whole_runs_as_it_is():
     assert not can_be_handed_over(Shifted(1.0).expand([2]).to_event(1))
 
 
+@pytest.mark.parametrize("trials", [[3, 4], 3])
+def test_counts_that_jax_keeps_outside_of_its_leaves(trials):
+    """NumPyro compares them as it finds them: an array has no single truth."""
+    for _ in range(2):
+        base = dist.Multinomial(np.asarray(trials), jnp.array([0.2, 0.8]))
+        draws = draws_of(base, random.key(0), 4)
+        np.testing.assert_array_equal(draws, base.sample(random.key(0), (4,)))
+        found = unchecked_log_prob(base, draws)
+        np.testing.assert_allclose(found, base.log_prob(draws), rtol=1e-5)
+
+
 def test_equal_objects_share_a_program():
     runs = []
 
