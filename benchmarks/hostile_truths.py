@@ -14,7 +14,7 @@ from numpyro.distributions.transforms import (
     biject_to,
 )
 
-from ebm_ppl.energy.supports import unchecked_log_prob
+from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.programs.arguments import Arguments
 
