@@ -88,14 +88,14 @@ def inspect_model(
     bound = BoundModel(model, transforms, rng_key, arguments)
     checked, energies = bound, recorder.found
     if not needs_walkers:
-        subsampled = [
-            name
+        own_plates = {
+            name: plates
             for name, energy in recorder.found.items()
-            if _subsampled_rows(trace, name, energy)
-        ]
-        if subsampled:
-            plates = _subsampled_plates(trace)
-            check_same_rows(rng_key, bound, params, subsampled, plates)
+            if (plates := _own_plates(trace, name, energy))
+        }
+        if own_plates:
+            every_plate = _subsampled_plates(trace)
+            check_same_rows(rng_key, bound, params, own_plates, every_plate)
         checked, energies = with_every_row(bound, params, recorder.found)
     check_repeatable(rng_key, checked, params, energies)
     check_no_moving_jump(rng_key, checked, params, energies)
@@ -169,10 +169,10 @@ def _check_energy_site(
 
     check_start_covers(distribution, name)
     require_no_rows(name, distribution)
-    plate = _subsampled_rows(trace, name, distribution)
-    if needs_walkers and plate:
+    plates = _own_plates(trace, name, distribution)
+    if needs_walkers and plates:
         raise ValueError(
-            f"Energy site '{name}' has one normaliser per row of plate '{plate}', which "
+            f"Energy site '{name}' has one normaliser per row of plate '{plates[0]}', which "
             "is subsampled: walkers of absent rows could not follow. Drop "
             "subsample_size, give the base no batch shape (one shared Z), or fit with "
             "ebm_ppl.MonteCarloMLE(model, ...), whose draws are fresh in every update."
@@ -207,16 +207,16 @@ def _subsampled_plates(trace: dict[str, dict]) -> dict[str, Array]:
     }
 
 
-def _subsampled_rows(
+def _own_plates(
     trace: dict[str, dict], name: str, distribution: EnergyDistribution
-) -> str | None:
-    """The subsampled plate of whose rows an energy has one log Z each, if any."""
-    own_dims = len(distribution.batch_shape)
-    for frame in trace[name]["cond_indep_stack"]:
-        size = trace[frame.name]["args"][0]
-        if -frame.dim <= own_dims and frame.size != size:
-            return frame.name
-    return None
+) -> list[str]:
+    """The subsampled plates of whose rows an energy has one log Z each."""
+    subsampled, own_dims = _subsampled_plates(trace), len(distribution.batch_shape)
+    return [
+        frame.name
+        for frame in trace[name]["cond_indep_stack"]
+        if -frame.dim <= own_dims and frame.name in subsampled
+    ]
 
 
 def _refuse_rows(

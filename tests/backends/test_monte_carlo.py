@@ -284,6 +284,26 @@ def test_rows_of_two_plates(together):
         backend.init(random.key(0), x, c)
 
 
+def test_more_data_for_the_same_energies():
+    """Data follow a plate of times too, in which an energy of every row stays."""
+
+    def model(x, c):
+        w = numpyro.param("w", 0.0)
+        with numpyro.plate("rows", len(c), subsample_size=20, dim=-1):
+            given = numpyro.subsample(c, event_dim=0)
+            base = dist.Normal(jnp.zeros(len(given)), 1.0)
+            energy = ebm.EnergyDistribution(lambda v: 1.5 * v**2 - w * given * v, base)
+            with numpyro.plate("times", len(x), subsample_size=5, dim=-2):
+                batch = numpyro.subsample(x, event_dim=0)
+                numpyro.sample("x", energy, obs=batch)
+
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(12, 60)).astype(np.float32)
+    c = rng.normal(size=60).astype(np.float32)
+    backend = ebm.MonteCarloMLE(model, optax.sgd(1e-4), num_draws=64)
+    backend.init(random.key(0), x, c)
+
+
 def test_rows_that_are_all_alike_are_no_other_rows():
     """Data of one value cannot be seen to follow a plate, and need not."""
     c = RNG.normal(size=120).astype(np.float32)
