@@ -21,28 +21,15 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from flax import linen as nn
 from jax import random
 from numpyro.contrib.module import flax_module
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
-from sklearn.mixture import GaussianMixture
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import NearestNeighbors
+from tilt import Net, mixtures
 
 import ebm_ppl as ebm
-
-COMPONENTS = (10, 20, 50, 100)
-
-
-class Net(nn.Module):
-    """Two hidden layers; the energy begins at 0."""
-
-    @nn.compact
-    def __call__(self, v):
-        for _ in range(2):
-            v = nn.swish(nn.Dense(256)(v))
-        return nn.Dense(1, kernel_init=nn.initializers.zeros)(v)[..., 0]
 
 
 def model_on(base, bound):
@@ -67,16 +54,6 @@ def splits(left_out, seed=0):
     )
     valid, train = train[:150], train[150:]
     return train, valid, test, x[y == left_out]
-
-
-def best_mixture(train, valid):
-    fitted = [
-        GaussianMixture(k, covariance_type="diag", reg_covar=1e-3, random_state=0).fit(
-            train
-        )
-        for k in COMPONENTS
-    ]
-    return max(fitted, key=lambda mixture: mixture.score(valid))
 
 
 def tilted(mixture, train, valid, steps):
@@ -116,7 +93,7 @@ def scores_of(left_out, steps, with_jarzynski):
     gaussian = dist.MultivariateNormal(
         jnp.asarray(train.mean(0)), jnp.asarray(np.cov(train.T), jnp.float32)
     )
-    mixture = best_mixture(train, valid)
+    _, _, mixture = mixtures(train, valid)[0]
     neighbours = NearestNeighbors(n_neighbors=1).fit(train)
     densities = {
         "Gaussian": lambda rows: np.asarray(gaussian.log_prob(rows)),

@@ -9,7 +9,7 @@ import warnings
 os.environ["MPLBACKEND"] = "Agg"
 # Models here are tiny and compiled once: without optimisation the suite takes a third
 # less time.  Tests that run for longer than they compile are marked `runs_long`.
-QUICKLY = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true") == "true"
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 QUICK_COMPILATION = (
     "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1"
 )
@@ -59,11 +59,13 @@ def pytest_runtest_protocol(item):
     if item.get_closest_marker("runs_long") is None:
         return (yield)
 
-    jax.config.update("jax_disable_most_optimizations", False)
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    jax.config.update(flag, False)
     try:
         return (yield)
     finally:
-        jax.config.update("jax_disable_most_optimizations", QUICKLY)
+        jax.config.update(flag, before)
 
 
 def pytest_runtest_teardown(item, nextitem):

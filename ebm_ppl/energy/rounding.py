@@ -14,7 +14,7 @@ import numpy as np
 import numpyro.distributions as dist
 from jax import Array, random
 
-from ebm_ppl.energy.base_programs import unchecked_log_prob
+from ebm_ppl.energy.base_programs import draws_of, unchecked_log_prob
 from ebm_ppl.energy.supports import is_improper
 from ebm_ppl.energy.wrappers import innermost
 
@@ -48,10 +48,10 @@ def normalization_error(start: dist.Distribution) -> np.ndarray:
         return zeros
 
     try:
-        draws = _sample(start, random.key(0))
-        single = np.asarray(_log_prob(start, draws), np.float64)
+        draws = draws_of(start, random.key(0), NUM_DRAWS)
+        single = np.asarray(unchecked_log_prob(start, draws), np.float64)
         with jax.enable_x64(True):
-            double = np.asarray(_log_prob(_doubled(start), _doubled(draws)))
+            double = np.asarray(unchecked_log_prob(_doubled(start), _doubled(draws)))
     except Exception:
         # A distribution of the user's that has no sampler, or works in one precision.
         return zeros
@@ -59,14 +59,6 @@ def normalization_error(start: dist.Distribution) -> np.ndarray:
     is_known = np.isfinite(double)
     gap = np.where(is_known, single, 0.0) - np.where(is_known, double, 0.0)
     return np.median(np.where(np.isnan(gap), np.inf, gap), axis=0)
-
-
-_log_prob = jax.jit(unchecked_log_prob)
-
-
-@jax.jit
-def _sample(start: dist.Distribution, rng_key: Array) -> Array:
-    return start.sample(rng_key, (NUM_DRAWS,))
 
 
 def _doubled(tree: Any) -> Any:

@@ -10,6 +10,7 @@ from jax.nn import logsumexp
 from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.states import states
+from ebm_ppl.exact.terms import summed
 from ebm_ppl.exact.verdict import MAX_ROUNDING, Exact, accuracy, rounding_flag
 
 
@@ -80,11 +81,11 @@ def _sum_over(
     energies: tuple[Array, ...], log_base: Array, inside: Array
 ) -> tuple[Array, Array]:
     """Log Z, and by how much rounding may have moved it."""
-    log_value = jnp.where(inside, log_base - sum(energies), -jnp.inf)
+    log_value, magnitude = summed(energies, log_base)
+    log_value = jnp.where(inside, log_value, -jnp.inf)
     log_z = _log_sum(log_value)
 
     weight = jnp.exp(log_value - log_z)
-    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
     weighted = jnp.sum(jnp.where(weight > 0, weight * magnitude, 0.0), axis=0)
     eps = float(jnp.finfo(log_z.dtype).eps)
     return log_z, lax.stop_gradient(eps * (weighted + jnp.abs(log_z)))

@@ -31,6 +31,7 @@ from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.supports import is_improper, same_support
 from ebm_ppl.errors import at_site
 from ebm_ppl.exact.judge import Density, Rows
+from ebm_ppl.exact.terms import summed
 from ebm_ppl.programs.one_program import one_program
 
 # The box's end in u: the integrand is unknown beyond it, so its mass there must be
@@ -135,25 +136,25 @@ class Integrand:
             slopes.append(slope)
 
         # Rounding of the values shifts the energy too.
-        _, (by_scale, _) = jax.jvp(self._potential, (value,), (value,))
+        _, (by_scale, _) = jax.jvp(self._log_value, (value,), (value,))
         magnitude = magnitude + jnp.abs(by_scale).reshape(magnitude.shape)
         return Density(log_density, magnitude, jnp.stack(slopes, axis=-1))
 
     def _at(self, position: Array) -> tuple[Array, Array, Array]:
         """x, the log density, and the magnitude of the terms that it is the sum of."""
         value, log_det, log_jacobian = self._values(position)
-        potential, magnitude = self._potential(value)
-        log_density, magnitude = _in_t(potential, magnitude, log_det, log_jacobian)
-        return value, log_density, magnitude
+        log_value, magnitude = self._log_value(value)
+        log_density = _in_t(log_value, log_det, log_jacobian)
+        return value, log_density, magnitude.reshape(log_density.shape)
 
     def _values(self, position: Array) -> tuple[Array, Array, Array]:
         """X at t, ``log |det dx/du|`` of x's batch shape and ``log |du/dt|`` of t's."""
         return _values_at(self.transform, position, self.batch_shape + self.event_shape)
 
-    def _potential(self, value: Array) -> tuple[Array, Array]:
-        """U, and the magnitude of the terms that it is the sum of."""
+    def _log_value(self, value: Array) -> tuple[Array, Array]:
+        """−U, and the magnitude of the terms that it is the sum of."""
         energies = tuple(self.distribution.factor_energies(value).values())
-        return _summed(energies, unchecked_log_prob(self.distribution.base, value))
+        return summed(energies, unchecked_log_prob(self.distribution.base, value))
 
     def rows(self, data: Array) -> Rows:
         """Data rows, ``(num_rows, *batch_shape, *event_shape)``, in coordinates t."""
@@ -188,7 +189,7 @@ class Integrand:
         """Log density of the base (or ``start``) at t, ``(num_points, batch)``."""
         value, log_det, log_jacobian = self._values(position)
         log_start = unchecked_log_prob(self.start, value)
-        return _in_t(-log_start, log_start, log_det, log_jacobian)[0]
+        return _in_t(log_start, log_det, log_jacobian)
 
     def _at_values(self, values: Array, slack: np.ndarray) -> Rows:
         """Points in coordinates t, with their densities."""
@@ -235,20 +236,9 @@ def _positions_of(
 
 
 @jax.jit
-def _summed(energies: tuple[Array, ...], log_base: Array) -> tuple[Array, Array]:
-    """U, and the magnitude of the terms that it is the sum of."""
-    potential = sum(energies) - log_base
-    magnitude = sum(jnp.abs(energy) for energy in energies) + jnp.abs(log_base)
-    return potential, jnp.broadcast_to(magnitude, potential.shape)
-
-
-@jax.jit
-def _in_t(
-    potential: Array, magnitude: Array, log_det: Array, log_jacobian: Array
-) -> tuple[Array, Array]:
-    """The log density at t, and its magnitude, from those at x."""
-    log_density = log_jacobian + (log_det - potential).reshape(log_jacobian.shape)
-    return log_density, magnitude.reshape(log_jacobian.shape)
+def _in_t(log_value: Array, log_det: Array, log_jacobian: Array) -> Array:
+    """The log density at t from that at x."""
+    return log_jacobian + (log_det + log_value).reshape(log_jacobian.shape)
 
 
 def _start(distribution: EnergyDistribution) -> dist.Distribution:
