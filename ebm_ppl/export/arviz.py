@@ -72,7 +72,8 @@ def to_arviz(
     A point fit has no posterior draws of the parameters, so there is no ``posterior``
     and no ``log_likelihood`` (LOO needs both): ``parameters`` holds their values, and
     ``standard_errors`` and ``distances`` (from the maximum of the likelihood, in
-    standard errors) what a ``score_test`` found.  With a ``log_normalizer`` the data's
+    standard errors) what a ``score_test`` found; the attribute ``findings`` holds what
+    the run warned of when it ended.  With a ``log_normalizer`` the data's
     normalised mean log density goes to the attributes.  With several energy sites,
     variables that every site has end in ``_<site>``.
 

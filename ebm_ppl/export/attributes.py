@@ -33,6 +33,7 @@ SHARED = (
     "entropy_weight",
     "gradient_penalty",
     "contradictions",
+    "findings",
     "is_at_maximum",
     "gain_per_row",
     "score_test_flags",

@@ -40,6 +40,7 @@ def fit_groups(
     if log_normalizer is None:
         reported = state.running_log_normalizer()
     attributes = attributes_of(reported, ends) | state.attributes()
+    attributes["findings"] = json.dumps(fit.findings, ensure_ascii=False)
 
     # Draws; given ones take the place of those that count equally
     populations = state.populations(held.rng_key, held.energies, held.draws)

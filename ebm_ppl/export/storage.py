@@ -82,6 +82,7 @@ def save(
         "layout": fit.state.layout(),
         "trees": {prefix: writer.tree(prefix, tree) for prefix, tree in trees.items()},
         "history": writer.nested("history", fit.history),
+        "findings": list(fit.findings),
     }
     if log_normalizer is not None:
         require_of_fit(log_normalizer, fit.params, allow_uncertified=True)
@@ -143,7 +144,7 @@ def _for_backend(reader: Reader, backend: Backend, arguments: Arguments) -> Fit:
 
     params = reader.tree("params", jax.eval_shape(backend.get_params, template))
     _require_same_constraints(backend.get_params(state), params)
-    return Fit(params, state, reader.nested(reader.described["history"]))
+    return _fit(reader, params, state)
 
 
 def _for_model(
@@ -155,7 +156,12 @@ def _for_model(
     unconstrained(transforms, params)
 
     state = OnlyParameters(random.key(0), reader.described["backend"])
-    return Fit(params, state, reader.nested(reader.described["history"])), sites
+    return _fit(reader, params, state), sites
+
+
+def _fit(reader: Reader, params: Params, state: Any) -> Fit:
+    history = reader.nested(reader.described["history"])
+    return Fit(params, state, history, tuple(reader.described.get("findings", ())))
 
 
 def _require_same_layout(

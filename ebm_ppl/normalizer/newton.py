@@ -92,6 +92,9 @@ class Maximum(NamedTuple):
         is_lost: Parameters whose information vanished on the way, ``(k,)``.
         untold: The score along directions without information, in units of its
             curvature there, ``(k,)``: where it is not 0 no Newton step can judge.
+        slope: The first Newton step in standard errors there: Rao's statistic, ``(k,)``.
+        slope_error: Its Monte Carlo standard error; weights at the end of a long way add
+            none to it.
     """
 
     score: np.ndarray
@@ -106,6 +109,8 @@ class Maximum(NamedTuple):
     is_unknown: np.ndarray
     is_lost: np.ndarray
     untold: np.ndarray
+    slope: np.ndarray
+    slope_error: np.ndarray
 
 
 def climb_to_maximum(surface: LikelihoodSurface) -> Maximum:
@@ -153,6 +158,7 @@ def _maximum(first: Any, here: Any, step: np.ndarray, is_reached: bool) -> Maxim
     left = np.zeros_like(step) if is_reached else covariance @ here.score
     noise = covariance @ here.noise @ covariance
     gain = float(first.value - here.value) - 0.5 * np.sum(covariance * here.noise)
+    slope, slope_error = _slope(first)
 
     return Maximum(
         first.score,
@@ -167,7 +173,18 @@ def _maximum(first: Any, here: Any, step: np.ndarray, is_reached: bool) -> Maxim
         _unknown(here.information),
         _lost(here, first),
         untold,
+        slope,
+        slope_error,
     )
+
+
+def _slope(first: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The first Newton step, and its noise, in standard errors where it begins."""
+    covariance = pseudo_inverse(first.information)
+    stderr = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+    scale = np.where(stderr > 0, stderr, np.inf)
+    noise = np.diag(covariance @ first.noise @ covariance)
+    return covariance @ first.score / scale, np.sqrt(np.maximum(noise, 0.0)) / scale
 
 
 def _lost(here: Any, first: Any) -> np.ndarray:

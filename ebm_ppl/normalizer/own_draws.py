@@ -1,7 +1,6 @@
 """Whether a run ended at a maximum of its likelihood, by the draws that it holds itself."""
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,6 @@ import numpy as np
 from jax import Array, random
 from jax.flatten_util import ravel_pytree
 
-from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model
@@ -23,6 +21,7 @@ from ebm_ppl.normalizer.likelihood import (
 from ebm_ppl.normalizer.newton import climb_to_maximum
 from ebm_ppl.normalizer.verdict import distances_of, judgement
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 
 # Parameters, and log Z's, up to which this costs little beside the run.
@@ -55,10 +54,10 @@ def is_checked(fit: Fit) -> bool:
     return num_updates >= MIN_UPDATES and num_params(fit.params) <= MAX_PARAMETERS
 
 
-def warn_unless_at_maximum(
+def distance_from_maximum(
     fit: Fit, model: Model, arguments: Arguments, held: Mapping[str, OwnDraws], why: str
-) -> None:
-    """Warn where a score test by the run's own draws finds the maximum far away.
+) -> Iterator[Finding]:
+    """Where a score test by the run's own draws finds the maximum far away.
 
     It is no substitute for :func:`score_test`: draws that miss a mode miss it here too.
 
@@ -89,17 +88,23 @@ def warn_unless_at_maximum(
     directions = jnp.eye(ravel_pytree(state.params)[0].size)
     surface = LikelihoodSurface(bound, state.params, directions, draws)
     maximum = climb_to_maximum(surface)
-    is_judged, reasons = judgement(
-        distances_of(surface, maximum, num_chains), MAX_DISTANCE
-    )
+    found = distances_of(surface, maximum, num_chains)
+    is_judged, reasons = judgement(found, MAX_DISTANCE)
 
     if is_judged and reasons:
         reason = reasons[0][0].upper() + reasons[0][1:]
-        warnings.warn(
+        yield Finding(
             f"{reason} {why}(By the run's own draws; "
             "ebm_ppl.score_test(...) looks with fresh ones, and ebm_ppl.polish(...) "
-            "goes to the maximum.)",
-            stacklevel=level_of_caller(),
+            "goes to the maximum.)"
+        )
+    if not is_judged:
+        worst = np.argmax(found.limit)
+        yield Finding(
+            "Whether this is a maximum was not told: the run's own draws judge parameter "
+            f"'{found.site(worst)}' to {found.limit[worst]:.0f} of its standard errors "
+            "only. Ask ebm_ppl.score_test(...).",
+            is_warned_of=False,
         )
 
 

@@ -1,8 +1,7 @@
 """The certified density of rows that are not trained on, while a run goes on."""
 
 import inspect
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +10,6 @@ from jax import random
 
 from ebm_ppl.energy.bounded import bound_of
 from ebm_ppl.energy.log_normalizer import LogNormalizer, reasons_of
-from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.plates import with_full_plates
 from ebm_ppl.model.program import Model, Params
@@ -21,6 +19,7 @@ from ebm_ppl.normalizer.look_by_base import Base
 from ebm_ppl.normalizer.same_energies import have_same_energies
 from ebm_ppl.normalizer.surface import without_priors
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.monitor import require_counts
 
 WATCHED = "density_validation"
@@ -153,15 +152,14 @@ class ModelValidation:
             found["density_training"] = density
         return found
 
-    def warn(self, history: Mapping[str, Any]) -> None:
-        """Warn where no look had a certified log Z, so that the last state was kept."""
+    def findings(self, history: Mapping[str, Any]) -> Iterator[Finding]:
+        """That no look had a certified log Z, so that the last state was kept."""
         values = history.get(WATCHED, ())
         if len(values) and not np.any(np.isfinite(values)):
-            warnings.warn(
+            yield Finding(
                 "No validation density was certified, so the last parameters were kept: "
                 f"{reasons_of(self.flags)} Give Validation(..., options=dict(...)) what "
-                "ebm_ppl.log_normalizer needs here.",
-                stacklevel=level_of_caller(),
+                "ebm_ppl.log_normalizer needs here."
             )
 
     def _log_normalizer(self, base: Base, params: Params) -> LogNormalizer:

@@ -35,6 +35,7 @@ class Distances(NamedTuple):
         distance: In standard errors of each estimate.
         error: Its Monte Carlo standard error.
         limit: What Monte Carlo error alone may pass for.
+        slope_limit: The same of the slope where the way there begins.
         gain_per_row: Nats a row gained on the way.
         by_gain: The distance that the gain speaks of, in standard errors: half its square
             is gained; and the same of Monte Carlo error alone.
@@ -46,6 +47,7 @@ class Distances(NamedTuple):
     distance: np.ndarray
     error: np.ndarray
     limit: np.ndarray
+    slope_limit: np.ndarray
     gain_per_row: float
     by_gain: tuple[float, float]
 
@@ -82,6 +84,7 @@ def distances_of(
         distance,
         error,
         quantile * error,
+        quantile * maximum.slope_error,
         maximum.gain / size,
         _distance_by_gain(maximum, quantile),
     )
@@ -115,14 +118,9 @@ def judgement(
             "they multiply.",
         )
 
-    # A distance beyond its error
-    beyond = np.abs(found.distance) - found.limit
-    worst = np.argmax(beyond)
-    if beyond[worst] > max_distance:
-        how_far = (
-            f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
-            f"{found.error[worst]:.1f} of its standard errors away, and "
-        )
+    # A distance, or a slope, beyond its error
+    how_far = _how_far(found, max_distance)
+    if how_far:
         return True, (_not_at_maximum(found, how_far),)
 
     # A gain beyond it: standard errors that grow on the way hide a distance
@@ -140,6 +138,29 @@ def judgement(
             f"{times} times the walkers (num_walkers), or more islands (num_chains).",
         )
     return True, ()
+
+
+def _how_far(found: Distances, max_distance: float) -> str:
+    """The parameter that is farthest away beyond its Monte Carlo error; or nothing."""
+    beyond = np.abs(found.distance) - found.limit
+    worst = np.argmax(beyond)
+    if beyond[worst] > max_distance:
+        return (
+            f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
+            f"{found.error[worst]:.1f} of its standard errors away, and "
+        )
+
+    # Where the way is too long for weights to tell its end, the slope at its beginning
+    slope, error = np.abs(found.maximum.slope), found.maximum.slope_error
+    is_away = np.abs(found.distance) > max_distance
+    beyond = np.where(is_away, slope - found.slope_limit, 0.0)
+    worst = np.argmax(beyond)
+    if beyond[worst] > max_distance:
+        return (
+            f"parameter '{found.site(worst)}' is {slope[worst]:.1f} ± {error[worst]:.1f} "
+            "of its standard errors away by its slope, and "
+        )
+    return ""
 
 
 def _not_at_maximum(found: Distances, how_far: str) -> str:

@@ -1,8 +1,7 @@
 """The base class of backends: initial state, pure update and the training run."""
 
-import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.program import Estimate, Model, Params, constrain, params_of
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.programs.keys import require_key
@@ -19,6 +17,7 @@ from ebm_ppl.training.averaging import Averaging
 from ebm_ppl.training.chunk import MAX_CHUNK
 from ebm_ppl.training.data import Batches, Data, SameData
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
+from ebm_ppl.training.findings import Finding, told
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.loop import run
 from ebm_ppl.training.state import OnlyParameters
@@ -121,14 +120,14 @@ class Backend(ABC):
         """Options that are callable, such as the model."""
         return {name: value for name, value in vars(self).items() if callable(value)}
 
-    def _check_fit(
+    def _findings(
         self, fit: Fit, init_state: Any, arguments: Arguments, has_every_row: bool
-    ) -> None:
-        """Warn of what a finished run shows.
+    ) -> Iterator[Finding]:
+        """What a finished run shows.
 
         Whether it ended at a maximum can be asked where all rows are at hand.
         """
-        return
+        return iter(())
 
     def init(
         self,
@@ -243,21 +242,17 @@ class Backend(ABC):
             progress_bar=progress_bar,
             watch=watch,
         )
-        if watch is not None:
-            watch.warn(fit.history)
 
         # Judge
+        found = [] if watch is None else list(watch.findings(fit.history))
         try:
-            self._check_fit(fit, init_state, data.arguments, batches is None)
+            found += self._findings(fit, init_state, data.arguments, batches is None)
         except Warning:
             raise
         except Exception as error:  # a check that fails must not cost the run
-            warnings.warn(
-                f"The run ended, but could not be checked: {type(error).__name__}: "
-                f"{error}",
-                stacklevel=level_of_caller(),
-            )
-        return fit
+            reason = f"{type(error).__name__}: {error}"
+            found.append(Finding(f"The run ended, but could not be checked: {reason}"))
+        return told(fit, found)
 
     def get_params(self, state: Any) -> Params:
         """Constrained values at the model's ``param`` and unobserved sample sites."""

@@ -40,11 +40,14 @@ class Fit(Estimate):
         state: The backend's state; give it as ``init_state`` to continue.
         history: One NumPy array per diagnostic with a leading step axis; a dict by site
             name where it is per energy site.
+        findings: What the run warned of when it ended, and what it could not tell of
+            itself; of all its parts, the last.
     """
 
     params: Params
     state: Any
     history: dict[str, Any]
+    findings: tuple[str, ...] = ()
 
     def __getattr__(self, name: str) -> Any:
         """Name the function for what is no attribute."""
@@ -73,3 +76,5 @@ class Fit(Estimate):
 
         for name, value in self.state.attributes().items():
             yield f"  {name} = {value:.4g}"
+        for finding in self.findings:
+            yield f"  - {finding}"

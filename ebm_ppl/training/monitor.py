@@ -1,14 +1,13 @@
 """A number of one's own by which a run is watched."""
 
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.program import Params
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.findings import Finding
 
 MONITOR = "monitor"
 
@@ -69,13 +68,12 @@ class Monitor:
             )
         return {MONITOR: float(found)}
 
-    def warn(self, history: Mapping[str, Any]) -> None:
-        """Warn where no look gave a number, so that the last state was kept."""
+    def findings(self, history: Mapping[str, Any]) -> Iterator[Finding]:
+        """That no look gave a number, so that the last state was kept."""
         values = history.get(MONITOR, ())
         if len(values) and not np.any(np.isfinite(values)):
-            warnings.warn(
-                "The monitor gave no finite number, so the last parameters were kept.",
-                stacklevel=level_of_caller(),
+            yield Finding(
+                "The monitor gave no finite number, so the last parameters were kept."
             )
 
 

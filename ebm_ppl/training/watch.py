@@ -1,5 +1,6 @@
 """What a run watches while it trains, and the best state that it saw."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from ebm_ppl.model.program import Params
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.findings import Finding
 
 
 class Watch(Protocol):
@@ -38,8 +40,8 @@ class Watch(Protocol):
         """Those entries at constrained parameters; NaN where a number is not known."""
         ...
 
-    def warn(self, history: dict[str, Any]) -> None:
-        """Warn of what a finished run's history lacks."""
+    def findings(self, history: dict[str, Any]) -> Iterator[Finding]:
+        """What a finished run's history lacks."""
         ...
 
 

@@ -124,6 +124,63 @@ def test_a_run_that_ends_elsewhere_says_how_far(backend):
     assert abs(found - 8.0) < 4 * noise + 0.1
 
 
+def precision_run(factor, rows):
+    """A run that stands still at so many times the precision that ``rows`` have."""
+    best = 1.0 / float(np.mean(rows.astype(float) ** 2))
+
+    def precision(x):
+        k = numpyro.param("k", 1.0, constraint=constraints.positive)
+        flat = dist.ImproperUniform(constraints.real, (), ())
+        energy = lambda v: 0.5 * k * v**2  # noqa: E731
+        with numpyro.plate("data", len(x)):
+            start = dist.Normal(0.0, 1.0)
+            site = ebm.EnergyDistribution(energy, flat, start=start)
+            numpyro.sample("x", site, obs=x)
+
+    backend = ebm.Jarzynski(
+        precision, STILL, num_chains=16, num_walkers=64, num_holdout_chains=8
+    )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = backend.run(
+            random.key(0),
+            NUM_UPDATES,
+            rows,
+            init_params={"k": factor * best},
+            progress_bar=False,
+        )
+    return fit, [str(w.message) for w in told if w.category is UserWarning]
+
+
+@pytest.mark.parametrize("factor", [2.0, 2.5])
+def test_a_run_far_away_is_told_by_its_slope(factor):
+    """A normal too narrow by half: reweighted to the maximum, its draws have no finite
+    variance, but the slope where they stand is (1 − factor) √(N/2) exactly."""
+    rows = DATA.ravel()
+    fit, told = precision_run(factor, rows)
+    (text,) = told
+    assert fit.findings == (text,)
+    found, noise = map(
+        float, re.search(r"is ([\d.]+) ± ([\d.]+) of its .* by its", text).groups()
+    )
+    expected = (factor - 1.0) * np.sqrt(len(rows) / 2)
+    # Of 512 squares of normals the root of the variance has this relative error.
+    spread = 0.5 * np.sqrt((15 - 1) / 512)
+    assert abs(found - expected) < 4 * (noise + spread * expected)
+
+
+def test_a_run_that_cannot_tell_says_so_in_the_fit():
+    """Many more rows than draws: the maximum itself cannot be told from its
+    neighbourhood, which is no reason to warn."""
+    rows = np.tile(DATA.ravel(), 20)
+    fit, told = precision_run(1.0, rows)
+    assert not told
+    (finding,) = fit.findings
+    assert "Whether this is a maximum was not told" in finding
+    assert "parameter 'k'" in finding
+    assert finding in str(fit)
+
+
 def test_weights_make_up_for_a_generator_that_is_near():
     """Its variance is 1.4 times the model's: equal weights would call it far."""
     wide = {name: 0.7 * value for name, value in MAXIMUM.items()}
@@ -306,7 +363,7 @@ def test_a_check_that_fails_does_not_cost_the_fit(monkeypatch):
     def broken(*_):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(ebm.Jarzynski, "_check_fit", broken)
+    monkeypatch.setattr(ebm.Jarzynski, "_findings", broken)
     with pytest.warns(UserWarning, match="could not be checked: RuntimeError: out of"):
         fit = jarzynski(MAXIMUM).run(random.key(0), 3, DATA, progress_bar=False)
     assert len(fit.history["loss"]) == 3

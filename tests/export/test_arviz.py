@@ -717,6 +717,9 @@ def test_a_generators_draws_and_their_energies(generated):
     ):
         data = ebm.to_arviz(generated, model, X, Y, log_normalizer=log_z)
     (contradiction,) = json.loads(data.attrs["contradictions"])
+    (finding,) = json.loads(data.attrs["findings"])
+    assert "was drawn to exp(-U / entropy_weight)" in finding
+    assert finding in str(generated)
     assert f"{float(log_z.lower['x']):.3g} at least" in contradiction
     draws, stats = dataset(data, "posterior_predictive"), dataset(data, "sample_stats")
     assert draws["x"].shape == (4, 1000, 2)

@@ -6,7 +6,7 @@ noise it was trained on, and updates are scaled so that the conditional ESS of a
 parameter step stays near a target.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -26,18 +26,19 @@ from ebm_ppl.backends.jarzynski.renewal import renewed
 from ebm_ppl.backends.jarzynski.state import JarzynskiState, new_or_old
 from ebm_ppl.backends.jarzynski.warnings import (
     held_out_draws,
-    warn_where_training_left_held_out,
+    training_left_held_out,
 )
 from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.own_draws import is_checked, warn_unless_at_maximum
+from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.smc.resampling import Resampling, systematic
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, updates_of
 from ebm_ppl.walkers.moves import move_walkers, resample_or_return
@@ -284,17 +285,17 @@ class Jarzynski(Backend):
         """The state at other parameters, to which its walkers are led in small steps."""
         return led_to(self, state, params, arguments)
 
-    def _check_fit(
+    def _findings(
         self,
         fit: Fit,
         init_state: JarzynskiState,
         arguments: Arguments,
         has_every_row: bool,
-    ) -> None:
-        warn_where_training_left_held_out(fit, self.renew_every is not None)
+    ) -> Iterator[Finding]:
+        yield from training_left_held_out(fit, self.renew_every is not None)
         if has_every_row and is_checked(fit):
             held = held_out_draws(fit.state.walkers)
-            warn_unless_at_maximum(fit, self.model, arguments, held, "")
+            yield from distance_from_maximum(fit, self.model, arguments, held, "")
 
     def refresh(
         self,

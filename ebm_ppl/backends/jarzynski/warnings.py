@@ -1,7 +1,7 @@
 """Warnings of the Jarzynski backend."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +11,7 @@ from ebm_ppl.errors import level_of_caller
 from ebm_ppl.normalizer.own_draws import OwnDraws
 from ebm_ppl.smc.ensemble import Ensemble
 from ebm_ppl.smc.weights import jackknife_log_mean_exp
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.walkers.state import Walkers
 
@@ -49,8 +50,8 @@ def warn_where_log_z_drifted(name: str, old: Walkers, fresh: Walkers) -> None:
         )
 
 
-def warn_where_training_left_held_out(fit: Fit, is_renewed: bool) -> None:
-    """Warn where training islands contradict held-out ones about log Z.
+def training_left_held_out(fit: Fit, is_renewed: bool) -> Iterator[Finding]:
+    """Where training islands contradict held-out ones about log Z.
 
     An update moves the parameters by the noise of the training islands' gradient, and
     the same walkers are then reweighted by that very move: they count log Z too small,
@@ -80,14 +81,13 @@ def warn_where_training_left_held_out(fit: Fit, is_renewed: bool) -> None:
         worst = np.argmax(np.where(is_off, np.abs(gap), 0.0))
         here, sigma = float(np.ravel(gap)[worst]), float(np.ravel(error)[worst])
         level = float(np.ravel(np.mean(held_out, axis=0))[worst])
-        warnings.warn(
+        yield Finding(
             f"The training walkers of energy site '{name}' put log Z at "
             f"{level + here:.3g}, the held-out ones at {level:.3g} ± {sigma:.2g}: "
             "learning from its own walkers has biased this fit's parameters. Check it "
             "with ebm_ppl.score_test(...), mend a fit of few parameters with "
             "ebm_ppl.polish(...), or train again from here (init_params=fit.params, "
-            f"which places fresh walkers) with {remedy}.",
-            stacklevel=level_of_caller(),
+            f"which places fresh walkers) with {remedy}."
         )
 
 

@@ -1,6 +1,6 @@
 """Monte Carlo maximum likelihood: log Z by fresh draws of the base at every update."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -14,18 +14,19 @@ from ebm_ppl.backends.monte_carlo.normalizer import Normalizer, normalizer_of
 from ebm_ppl.backends.monte_carlo.state import MonteCarloMLEState
 from ebm_ppl.backends.monte_carlo.warnings import (
     MIN_UPDATES,
-    warn_of_draws,
-    warn_of_few_draws,
+    draws_astray,
+    few_draws,
 )
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.own_draws import OwnDraws, is_checked, warn_unless_at_maximum
+from ebm_ppl.normalizer.own_draws import OwnDraws, distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, check_optimizer, updates_of
 
@@ -153,22 +154,22 @@ class MonteCarloMLE(Backend):
         }
         return new, info
 
-    def _check_fit(
+    def _findings(
         self,
         fit: Fit,
         init_state: MonteCarloMLEState,
         arguments: Arguments,
         has_every_row: bool,
-    ) -> None:
+    ) -> Iterator[Finding]:
         if not fit.history or len(fit.history["loss"]) < MIN_UPDATES:
             return
-        warn_of_few_draws(fit, self.num_draws)
+        yield from few_draws(fit, self.num_draws)
         state = fit.state
         bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
         held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
-        warn_of_draws(bound, state.params, held)
+        yield from draws_astray(bound, state.params, held)
         if has_every_row and is_checked(fit):
-            warn_unless_at_maximum(fit, self.model, arguments, held, "")
+            yield from distance_from_maximum(fit, self.model, arguments, held, "")
 
 
 def _negative_log_joint(

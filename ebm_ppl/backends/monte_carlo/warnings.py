@@ -1,13 +1,11 @@
 """Warnings of Monte Carlo maximum likelihood."""
 
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
 from ebm_ppl.energy.bounded import bound_of
-from ebm_ppl.errors import level_of_caller
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
 from ebm_ppl.normalizer.by_base import chernoff_limits
@@ -16,6 +14,7 @@ from ebm_ppl.normalizer.look_by_base import ROOM
 from ebm_ppl.normalizer.own_draws import OwnDraws
 from ebm_ppl.normalizer.rows import data_rows, share_beyond_draws
 from ebm_ppl.smc.weights import log_mean_exp, pareto_khat
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 
 # Runs too short to have settled.
@@ -32,24 +31,24 @@ REMEDIES = (
 )
 
 
-def warn_of_few_draws(fit: Fit, num_draws: int) -> None:
-    """Warn where a few draws of the base carried the last tenth of a run."""
+def few_draws(fit: Fit, num_draws: int) -> Iterator[Finding]:
+    """Where a few draws of the base carried the last tenth of a run."""
     history = fit.history
     last = max(1, len(history["loss"]) // 10)
     for name, ess in history["ess"].items():
         count = num_draws * float(np.min(np.median(ess[-last:], axis=0)))
         if count < MIN_DRAWS:
-            _warn(
+            yield _finding(
                 name,
                 f"of {num_draws:,} draws of the base only {count:.1f} counted (ESS) at "
                 "the end: its log Z and the fit are biased.",
             )
 
 
-def warn_of_draws(
+def draws_astray(
     bound: BoundModel, params: Params, held: Mapping[str, OwnDraws]
-) -> None:
-    """Warn where the base's draws do not stand for the model's.
+) -> Iterator[Finding]:
+    """Where the base's draws do not stand for the model's.
 
     Weights whose tail has no variance, or data rows where no draw came, give a log Z that
     is too small by more than its standard error says.
@@ -80,7 +79,7 @@ def warn_of_draws(
                 bound, params, name, rows[name], largest, log_z, len(flat)
             )
         if share > 0:
-            _warn(
+            yield _finding(
                 name,
                 f"{100 * share:.0f}% of the data rows lie where none of {len(flat):,} "
                 "draws of the base came, so that log Z and the fit lack that mass.",
@@ -89,7 +88,7 @@ def warn_of_draws(
 
         khat = float(jnp.max(pareto_khat(flat)))
         if limit is None and khat > MAX_KHAT:
-            _warn(
+            yield _finding(
                 name,
                 f"the weights of the base's draws have a tail so heavy (Pareto k̂ = "
                 f"{khat:.2f} > {MAX_KHAT}) that log Z is not known from them, and the fit "
@@ -97,7 +96,5 @@ def warn_of_draws(
             )
 
 
-def _warn(name: str, finding: str) -> None:
-    warnings.warn(
-        f"Energy site '{name}': {finding} {REMEDIES}", stacklevel=level_of_caller()
-    )
+def _finding(name: str, text: str) -> Finding:
+    return Finding(f"Energy site '{name}': {text} {REMEDIES}")

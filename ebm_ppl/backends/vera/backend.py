@@ -3,6 +3,7 @@
 Grathwohl, Kelly, Hashemi, Norouzi, Swersky and Duvenaud (ICLR 2021), Algorithm 1.
 """
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -14,11 +15,11 @@ from jax import Array, random
 
 from ebm_ppl.backends.vera.gradient_draws import gradient_draws
 from ebm_ppl.backends.vera.health import (
-    warn_of_bounds,
-    warn_of_collapse,
-    warn_of_draws,
+    draws_astray,
+    falling_entropy,
+    standing_at_bounds,
+    tempered_draws,
     warn_of_momentum,
-    warn_of_tempering,
 )
 from ebm_ppl.backends.vera.options import check_options, resolve_score
 from ebm_ppl.backends.vera.start import first_state
@@ -37,6 +38,7 @@ from ebm_ppl.normalizer.own_draws import is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 
 DEFENSIVE = (
@@ -280,20 +282,20 @@ class VERA(Backend):
             gradient_penalty=self.gradient_penalty,
         )
 
-    def _check_fit(
+    def _findings(
         self,
         fit: Fit,
         init_state: VERAState,
         arguments: Arguments,
         has_every_row: bool,
-    ) -> None:
-        warn_of_bounds(fit)
-        warn_of_collapse(fit, init_state)
+    ) -> Iterator[Finding]:
+        yield from standing_at_bounds(fit)
+        yield from falling_entropy(fit, init_state)
         is_weighed = self.importance_weights or self.defensive
-        warn_of_tempering(self.entropy_weight, is_weighed)
+        yield from tempered_draws(self.entropy_weight, is_weighed)
         if has_every_row and is_checked(fit):
             score = self.score_of(fit.state.generator)
-            warn_of_draws(fit, self.model, arguments, score)
+            yield from draws_astray(fit, self.model, arguments, score)
 
     def score_of(self, generator: Generator) -> Score:
         """The estimator of this generator's score."""

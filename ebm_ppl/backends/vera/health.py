@@ -1,6 +1,7 @@
 """Warnings of the VERA backend."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,9 +16,10 @@ from ebm_ppl.errors import level_of_caller
 from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.own_draws import warn_unless_at_maximum
+from ebm_ppl.normalizer.own_draws import distance_from_maximum
 from ebm_ppl.normalizer.rows import data_rows
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import carries_on
 
@@ -34,8 +36,8 @@ REMEDIES = (
 )
 
 
-def warn_of_bounds(fit: Fit) -> None:
-    """Warn of generator parameters that stand at an end of their interval."""
+def standing_at_bounds(fit: Fit) -> Iterator[Finding]:
+    """Generator parameters that stand at an end of their interval."""
     recent = (
         fit.history["at_bound"][-max(1, len(fit.history["at_bound"]) // 4) :]
         if fit.history
@@ -61,16 +63,15 @@ def warn_of_bounds(fit: Fit) -> None:
             )
         )
 
-        warnings.warn(
+        yield Finding(
             f"Generator parameter '{name}' has stood at the {end} end of its interval "
             f"for most of the last quarter of the run: {why}raise the generator's "
-            "learning rate.",
-            stacklevel=level_of_caller(),
+            "learning rate."
         )
 
 
-def warn_of_collapse(fit: Fit, init_state: VERAState) -> None:
-    """Warn where the entropy still falls fast in the last third of a run."""
+def falling_entropy(fit: Fit, init_state: VERAState) -> Iterator[Finding]:
+    """Where the entropy still falls fast in the last third of a run."""
     if not fit.history:
         return
     (entropy,) = fit.history["entropy"].values()
@@ -83,12 +84,11 @@ def warn_of_collapse(fit: Fit, init_state: VERAState) -> None:
     middle, late = parts[2] - parts[3], parts[4] - parts[5]
 
     if late > 0.25 * size and late >= 0.5 * middle:
-        warnings.warn(
+        yield Finding(
             f"The generator's entropy falls without end (by {late:.2g} nats over the "
             f"last sixth of the run, now {parts[5]:.3g}): it is collapsing onto few "
             "points. Raise entropy_weight or gradient_penalty, lower the model's "
-            "learning rate, or take more num_generator_steps.",
-            stacklevel=level_of_caller(),
+            "learning rate, or take more num_generator_steps."
         )
 
 
@@ -97,34 +97,36 @@ def _event_size(state: VERAState) -> int:
     return int(np.prod(shape.shape[1:]))
 
 
-def warn_of_tempering(entropy_weight: float, is_weighed: bool) -> None:
-    """Warn where the generator's draws were not meant to be the model's."""
+def tempered_draws(entropy_weight: float, is_weighed: bool) -> Iterator[Finding]:
+    """Where the generator's draws were not meant to be the model's."""
     if entropy_weight == 1 or is_weighed:
         return
-    warnings.warn(
+    yield Finding(
         f"entropy_weight = {entropy_weight}: the generator was drawn to "
         "exp(-U / entropy_weight), and without importance_weights=True the fit took "
         "its draws for the model's: the parameters are not at a maximum of the "
-        "likelihood.",
-        stacklevel=level_of_caller(),
+        "likelihood."
     )
 
 
-def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) -> None:
-    """Warn of what the draws miss, and of parameters that are not at a maximum."""
+def draws_astray(
+    fit: Fit, model: Model, arguments: Arguments, score: Score
+) -> Iterator[Finding]:
+    """What the draws miss, and parameters that are not at a maximum."""
     state: VERAState = fit.state
     name = state.generator.name
     key_model, key_rows, key_draws = random.split(state.rng_key, 3)
     bound = BoundModel(model, state.transforms, key_model, arguments)
     energy = bound.energies(state.params)[name]
-    _warn_of_low_ess(fit)
+    yield from _low_ess(fit)
 
     # Draws around rows reach what the generator's do not.
     is_defended = state.defence is not None
-    if not is_defended and _warned_of_unreached_rows(
-        fit, bound, energy, score, key_rows
-    ):
-        return  # draws that miss a mode say nothing of a maximum
+    if not is_defended:
+        unreached = list(_unreached_rows(fit, bound, energy, score, key_rows))
+        yield from unreached
+        if unreached:
+            return  # draws that miss a mode say nothing of a maximum
 
     draws = weighted_draws(key_draws, state, bound, score)
     why = (
@@ -132,56 +134,53 @@ def warn_of_draws(fit: Fit, model: Model, arguments: Arguments, score: Score) ->
         if state.gradient_penalty
         else ""
     )
-    warn_unless_at_maximum(fit, model, arguments, {name: draws}, why)
+    yield from distance_from_maximum(fit, model, arguments, {name: draws}, why)
 
 
-def _warn_of_low_ess(fit: Fit) -> None:
-    """Warn where the draws that stood for the model's are not the model's."""
+def _low_ess(fit: Fit) -> Iterator[Finding]:
+    """Where the draws that stood for the model's are not the model's."""
     is_defended = fit.state.defence is not None
     key = "gradient_ess" if is_defended else "generator_ess"
     ((name, ess),) = fit.history[key].items()
     recent = ess[-(len(ess) // 4) :]
     if np.mean(recent) >= MIN_ESS:
         return
-    warnings.warn(
+    yield Finding(
         f"The draws for energy site '{name}' are not the model's: weighted by exp(-U) "
         f"over their density they count as {100 * np.mean(recent):.2g}% of their number over "
         "the last quarter of the run, and the gradient of log Z rests on them. A lower "
         "rate for the energy or a higher one for the generator, more "
-        f"num_generator_steps or a larger generator bring them nearer. {REMEDIES}",
-        stacklevel=level_of_caller(),
+        f"num_generator_steps or a larger generator bring them nearer. {REMEDIES}"
     )
 
 
-def _warned_of_unreached_rows(
+def _unreached_rows(
     fit: Fit,
     bound: BoundModel,
     energy: EnergyDistribution,
     score: Score,
     rng_key: Array,
-) -> bool:
-    """Warn where the energy has data and the generator no draws; whether it did."""
+) -> Iterator[Finding]:
+    """Where the energy has data and the generator no draws."""
     name = fit.state.generator.name
     rows = data_rows(bound, fit.params, MAX_ROWS).get(name)
     if rows is None:
-        return False
+        return
     ratios = log_ratios(rng_key, fit.state, energy, score, rows)
     if ratios is None:
-        return False
+        return
 
     share = float(np.mean(~(np.asarray(ratios) >= MIN_LOG_RATIO)))
     if share <= MAX_UNREACHED:
-        return False
-    warnings.warn(
+        return
+    yield Finding(
         f"The generator does not reach {100 * share:.2g}% of the data rows at energy "
         f"site '{name}' ({len(rows)} were looked at): its density there is under "
         f"e^{MIN_LOG_RATIO:.0f} of the energy's. No draw pulls the energy there, so the "
         "parameters are not at a maximum of the likelihood, and log Z is larger than "
         "log_normalizer_bound. In few dimensions defensive=True draws there; or take a "
-        f"wider generator. {REMEDIES}",
-        stacklevel=level_of_caller(),
+        f"wider generator. {REMEDIES}"
     )
-    return True
 
 
 def warn_of_momentum(option: str, optim: Any, params: Params) -> None:

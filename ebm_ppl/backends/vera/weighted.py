@@ -12,7 +12,7 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.normalizer.own_draws import OwnDraws
 
 # Independent islands, from which Monte Carlo errors come, and draws in each.
-NUM_CHAINS, NUM_DRAWS = 16, 128
+NUM_CHAINS, NUM_DRAWS = 16, 512
 
 
 @partial(jax.jit, static_argnames="score")
