@@ -94,6 +94,8 @@ def main():
                     f"{list(polished.flags)}",
                     flush=True,
                 )
+        # Every row has programs of its own, and each maps memory.
+        jax.clear_caches()
 
     print(
         f"{total} fits: {right} within three standard errors, {told_twice} told by a "

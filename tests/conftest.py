@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import os
 import pathlib
+import time
 import warnings
 
 os.environ["MPLBACKEND"] = "Agg"
@@ -36,8 +37,44 @@ if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1 and hasattr(
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# Programs that are lowered one after another in one context; JAX 0.12 has the same ten.
+MAX_LOWERED = 10
+
 # Each executable maps memory, of which Linux allows a process 65,530 pieces.
 MAX_MAPS = 25_000
+# Tests that take longer may have made many, in seconds; counting takes milliseconds.
+LONG = 5.0
+BEGAN = pytest.StashKey[float]()
+
+
+def reuse_contexts():
+    """Lower programs in contexts that there are, as newer versions of JAX do.
+
+    JAX 0.10 makes one, with all its dialects, for every program: a sixth of the suite's
+    time.  A program that is lowered inside another one's lowering has its own all the
+    same.
+    """
+    from jax._src.interpreters import mlir
+
+    create, held = mlir.make_ir_context, []
+
+    def make():
+        try:
+            is_inside = mlir.ir.Context.current is not None
+        except ValueError:
+            is_inside = False
+        if is_inside:
+            return create()
+        if len(held) == MAX_LOWERED:
+            held.clear()
+        held.append(held[-1] if held else create())
+        return held[-1]
+
+    mlir.make_ir_context = make
+
+
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    reuse_contexts()
 
 
 def pytest_configure(config):
@@ -55,7 +92,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
-    """Optimise the programs of a test that runs long, its fixtures' too."""
+    """Optimise the programs of a test that runs long, its fixtures' too.
+
+    Also notes when a test began.
+    """
+    item.stash[BEGAN] = time.perf_counter()
     if item.get_closest_marker("runs_long") is None:
         return (yield)
 
@@ -69,9 +110,10 @@ def pytest_runtest_protocol(item):
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Drop executables after a module where there are many; modules share the rest."""
+    """Drop executables where there are many, after a module or a long test."""
     is_last = nextitem is None or nextitem.module is not item.module
-    if is_last and num_maps() > MAX_MAPS:
+    is_long = time.perf_counter() - item.stash[BEGAN] > LONG
+    if (is_last or is_long) and num_maps() > MAX_MAPS:
         jax.clear_caches()
 
 
