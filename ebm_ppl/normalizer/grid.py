@@ -83,8 +83,8 @@ def make_grid(
         arguments: The model's.
 
     Raises:
-        ValueError: Not one or two parameters, too few values, some that do not ascend,
-            or a name that the model does not have.
+        ValueError: Not one or two parameters, too few values, some that do not ascend
+            or are not inside of the support, or a name that the model does not have.
     """
     values = _checked(given)
     transforms = _transforms(model, values, fixed, arguments)
@@ -135,6 +135,15 @@ def _points(
     lines = [
         np.asarray(transforms[n].inv(jnp.asarray(v)), float) for n, v in values.items()
     ]
+    for line, (name, given) in zip(lines, values.items(), strict=True):
+        if not np.all(np.isfinite(line)):
+            outside = given[~np.isfinite(line)][0]
+            raise ValueError(
+                f"grid['{name}'] has the value {outside:g}, which is not inside of the "
+                "parameter's support; the table is a function of its unconstrained "
+                "value. Let the grid begin, and end, inside, as np.geomspace(0.05, 3.0, "
+                "9) does."
+            )
     middles = [(line[1:] + line[:-1]) / 2 for line in lines]
     grids = [np.meshgrid(*axes, indexing="ij") for axes in (lines, middles)]
     nodes, between = (np.stack([g.ravel() for g in grid], -1) for grid in grids)

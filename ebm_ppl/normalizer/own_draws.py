@@ -74,7 +74,7 @@ def distance_from_maximum(
     if num_chains < 2 or sum(sizes) > MAX_NORMALIZERS or num_data > MAX_DATA:
         return
     state = fit.state
-    bound = _bound(state, model, arguments)
+    bound = at_full_size(state, model, arguments)
     energies = bound.energies(state.params)
     # Of one log Z per row, a subsampled plate leaves draws for a batch of rows alone.
     if any(e.batch_shape != held[n].log_weight.shape[2:] for n, e in energies.items()):
@@ -108,7 +108,7 @@ def distance_from_maximum(
         )
 
 
-def _bound(state: Any, model: Model, arguments: Arguments) -> BoundModel:
+def at_full_size(state: Any, model: Model, arguments: Arguments) -> BoundModel:
     """The model with every plate at its full size, or as given if rows are a batch."""
     key = random.fold_in(state.rng_key, 1)
     full = BoundModel(with_full_plates(model), state.transforms, key, arguments)

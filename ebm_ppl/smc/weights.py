@@ -13,6 +13,12 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import logsumexp
 
+# Roundings by which log weights may differ and be the same.
+SAME = 4
+# Larger ones of which a tail's shape is fitted; of fewer, the share of all weight from
+# which each may stand for many that were not drawn.
+MIN_TAIL, MAX_SHARE = 5, 1e-3
+
 
 @partial(jax.jit, static_argnames="axis")
 def log_mean_exp(log_weights: Array, axis: int = -1) -> Array:
@@ -110,14 +116,17 @@ def pareto_khat(log_weights: Array) -> Array:
     Weights lie along axis 0.  The tail holds ``3√n`` weights (a fifth of n for n under
     226); the fit is that of Zhang and Stephens (2009) with the prior of Vehtari,
     Simpson, Gelman, Yao and Gabry (2024), who show that above 0.7 an average of these
-    weights cannot be trusted.
+    weights cannot be trusted.  Weights that equal the smallest of the tail, as energies
+    that count make many, are left out of it; of fewer than five others only their share
+    can be judged.
 
     Args:
         log_weights: Shape ``(n, ...)``.
 
     Returns:
-        Shape ``(...)``; −inf where the tail's weights are equal to 1 part in 10⁴, NaN
-        with fewer than 25 weights.
+        Shape ``(...)``; −inf where the tail's weights are equal to 1 part in 10⁴, +inf
+        where fewer than five are larger than all others and matter, NaN with fewer
+        than 25 weights.
     """
     num = log_weights.shape[0]
     if num < 25:
@@ -128,16 +137,29 @@ def pareto_khat(log_weights: Array) -> Array:
     largest = jnp.sort(log_weights, axis=0)[-num_tail - 1 :]
     # In units of the largest weight, so that no exponential overflows.
     weights = jnp.exp(largest - largest[-1])
-    exceedances = (weights[1:] - weights[0]).reshape(num_tail, -1)
+    rounding = SAME * jnp.finfo(log_weights.dtype).eps
+    is_above = largest[1:] - largest[0] > rounding * jnp.maximum(1, abs(largest[0]))
+    exceedances = jnp.where(is_above, weights[1:] - weights[0], 0.0)
 
-    khat = jax.vmap(_generalized_pareto_shape, in_axes=1)(exceedances)
-    return khat.reshape(log_weights.shape[1:])
+    flat = exceedances.reshape(num_tail, -1)
+    khat = jax.vmap(_generalized_pareto_shape, in_axes=1)(flat)
+    khat = khat.reshape(log_weights.shape[1:])
+
+    # A handful above ties: no shape can be fitted, so that each may stand for many
+    is_handful = jnp.sum(exceedances > 0, axis=0) < MIN_TAIL
+    largest_share = 1.0 / jnp.sum(jnp.exp(log_weights - largest[-1]), axis=0)
+    is_told = is_handful & (khat > -jnp.inf) & (largest_share > MAX_SHARE)
+    return jnp.where(is_told, jnp.inf, khat)
 
 
 def _generalized_pareto_shape(sorted_values: Array) -> Array:
-    num = sorted_values.shape[0]
-    num_grid = 30 + math.isqrt(num)
-    largest, quartile = sorted_values[-1], sorted_values[int(num / 4 + 0.5) - 1]
+    """Of the positive ones among ascending exceedances."""
+    size = sorted_values.shape[0]
+    num_grid = 30 + math.isqrt(size)
+    num = jnp.sum(sorted_values > 0)
+    place = size - num + jnp.maximum((num + 2) // 4, 1) - 1
+    largest = sorted_values[-1]
+    quartile = sorted_values[jnp.minimum(place, size - 1)]
 
     # The grid is b = 1/largest − c/(3 quartile); 1 − b x is computed without
     # subtracting nearly equal numbers.
@@ -146,9 +168,8 @@ def _generalized_pareto_shape(sorted_values: Array) -> Array:
     )
 
     def mean_log(offset: Array) -> Array:
-        return jnp.mean(
-            jnp.log((1.0 - sorted_values / largest) + sorted_values * offset)
-        )
+        logs = jnp.log((1.0 - sorted_values / largest) + sorted_values * offset)
+        return jnp.sum(logs) / num
 
     # Posterior mean over the grid
     shapes = jax.vmap(mean_log)(offsets)

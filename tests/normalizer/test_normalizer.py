@@ -150,6 +150,28 @@ def test_khat_of_equal_weights():
     assert pareto_khat(jnp.linspace(0.0, 1e-6, 200)) == -np.inf
 
 
+@pytest.mark.parametrize("rate", [0.3, 1.0, 2.0])
+def test_khat_of_energies_that_count(rate):
+    """Weights exp(−rate · count) are ties, a quarter of the tail and more at its end:
+    bounded, they have no heavy tail."""
+    counts = np.random.default_rng(0).poisson(4.0, size=(4096, 5))
+    khat = np.asarray(pareto_khat(jnp.asarray(-rate * counts, jnp.float32)))
+    assert np.all(khat < 0.7)
+    # Where the largest tie fills the tail there is nothing above it.
+    counts = np.random.default_rng(0).poisson(1.0, size=4096)
+    assert pareto_khat(jnp.asarray(-rate * counts, jnp.float32)) == -np.inf
+
+
+def test_khat_of_a_few_weights_above_ties():
+    """One draw in a well stands for all that did not go there; three that are e times
+    the others do not matter."""
+    ties = np.zeros(4096, np.float32)
+    ties[7] = 8.0
+    assert pareto_khat(jnp.asarray(ties)) == np.inf
+    ties[7], ties[11], ties[13] = 1.0, 1.0, 1.0
+    assert pareto_khat(jnp.asarray(ties)) < 0.7
+
+
 def test_khat_of_too_few_weights():
     few = pareto_khat(random.normal(random.key(0), (24, 2, 3)))
     assert few.shape == (2, 3)

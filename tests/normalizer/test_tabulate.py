@@ -439,6 +439,11 @@ def test_a_wall_in_the_grid():
         ({"rate": [1.0, 2.0, 3.0]}, r"grid\['rate'\].*at least 4"),
         ({"rate": [4.0, 3.0, 2.0, 1.0]}, r"grid\['rate'\].*ascend"),
         ({"rate": [1.0, 2.0, np.nan, 4.0]}, r"grid\['rate'\].*finite"),
+        ({"rate": [0.0, 1.0, 2.0, 3.0]}, r"grid\['rate'\] has the value 0, .* inside"),
+        (
+            {"rate": [-1.0, 1.0, 2.0, 3.0]},
+            r"grid\['rate'\] has the value -1, .* inside",
+        ),
         ({"theta": np.arange(4.0)}, r"grid names 'theta', which is no parameter"),
     ],
 )

@@ -33,6 +33,7 @@ from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.convergence import still_moving
 from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.smc.resampling import Resampling, systematic
@@ -293,6 +294,9 @@ class Jarzynski(Backend):
         has_every_row: bool,
     ) -> Iterator[Finding]:
         yield from training_left_held_out(fit, self.renew_every is not None)
+        if has_every_row:
+            errors = fit.history.get("log_normalizer_stderr")
+            yield from still_moving(fit, self.model, arguments, errors)
         if has_every_row and is_checked(fit):
             held = held_out_draws(fit.state.walkers)
             yield from distance_from_maximum(fit, self.model, arguments, held, "")

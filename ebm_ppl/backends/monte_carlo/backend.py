@@ -22,6 +22,7 @@ from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.convergence import still_moving
 from ebm_ppl.normalizer.own_draws import OwnDraws, distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
@@ -168,6 +169,8 @@ class MonteCarloMLE(Backend):
         bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
         held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
         yield from draws_astray(bound, state.params, held)
+        if has_every_row:
+            yield from still_moving(fit, self.model, arguments)
         if has_every_row and is_checked(fit):
             yield from distance_from_maximum(fit, self.model, arguments, held, "")
 

@@ -34,6 +34,7 @@ from ebm_ppl.generators.program import Generator, Program
 from ebm_ppl.generators.scores.base import Score
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.convergence import still_moving
 from ebm_ppl.normalizer.own_draws import is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
@@ -293,6 +294,8 @@ class VERA(Backend):
         yield from falling_entropy(fit, init_state)
         is_weighed = self.importance_weights or self.defensive
         yield from tempered_draws(self.entropy_weight, is_weighed)
+        if has_every_row:
+            yield from still_moving(fit, self.model, arguments)
         if has_every_row and is_checked(fit):
             score = self.score_of(fit.state.generator)
             yield from draws_astray(fit, self.model, arguments, score)
