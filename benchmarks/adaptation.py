@@ -49,6 +49,13 @@ def last(fit, key):
     return float(np.mean(values[-max(1, len(values) // 20) :]))
 
 
+def log_of_two(params, v):
+    """Log of two unit normals around ``means``, with odds ``z``, not normalised."""
+    squares = jnp.sum((v[..., None, :] - params["means"]) ** 2, -1)
+    tilts = jnp.stack([jnp.zeros_like(params["z"]), params["z"]])
+    return logsumexp(-0.5 * squares - tilts, -1)
+
+
 def two_normals(seed, num_dims, share, gap):
     """Data, and a model of two means and the odds of their normals."""
     key, key_start = random.split(random.key(seed))
@@ -60,19 +67,18 @@ def two_normals(seed, num_dims, share, gap):
     base = dist.Normal(x.mean(0), x.std(0)).to_event(1)
 
     def model(x):
-        means, z = numpyro.param("means", start), numpyro.param("z", jnp.zeros(()))
-
-        def energy(v):
-            squares = jnp.sum((v[..., None, :] - means) ** 2, -1)
-            tilts = jnp.stack([jnp.zeros_like(z), z])
-            return base.log_prob(v) - logsumexp(-0.5 * squares - tilts, -1)
+        params = {
+            "means": numpyro.param("means", start),
+            "z": numpyro.param("z", jnp.zeros(())),
+        }
+        energy = lambda v: base.log_prob(v) - log_of_two(params, v)  # noqa: E731
 
         with numpyro.plate("rows", len(x)):
             numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
 
     def log_z(params):
         z = params["z"]
-        return 0.5 * num_dims * np.log(2 * np.pi) + float(jnp.logaddexp(0.0, -z))
+        return 0.5 * num_dims * np.log(2 * np.pi) + jnp.logaddexp(0.0, -z)
 
     return model, x, log_z
 
@@ -80,7 +86,7 @@ def two_normals(seed, num_dims, share, gap):
 def report(name, model, x, log_z, optim, num_steps, seed):
     for renew_every in RENEWALS:
         fit, told, seconds = run(model, optim, seed, num_steps, x, renew_every)
-        right = log_z(fit.params)
+        right = float(log_z(fit.params))
         mass = 1 / (1 + np.exp(-float(fit.params["z"])))
         print(
             f"{name}, {num_steps} updates, seed {seed}, renew_every={renew_every}: mass "
@@ -93,15 +99,16 @@ def report(name, model, x, log_z, optim, num_steps, seed):
     jax.clear_caches()
 
 
+def late_cosine(num_steps):
+    """A rate of 5e-3, on a cosine over the last third."""
+    last = num_steps // 3
+    parts = optax.constant_schedule(5e-3), optax.cosine_decay_schedule(5e-3, last)
+    return optax.join_schedules(parts, [num_steps - last])
+
+
 def adam_rows(asked):
     num_steps = 4000
-    rate = optax.join_schedules(
-        [
-            optax.constant_schedule(5e-3),
-            optax.cosine_decay_schedule(5e-3, num_steps // 3),
-        ],
-        [num_steps - num_steps // 3],
-    )
+    rate = late_cosine(num_steps)
     for seed in range(asked.seeds):
         model, x, log_z = two_normals(seed, 10, 0.3, (-7.0, 5.0))
         report("adam 10-d (0.3)", model, x, log_z, optax.adam(rate), num_steps, seed)

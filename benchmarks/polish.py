@@ -16,7 +16,6 @@ fifth of one).
 
 import argparse
 import time
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +23,17 @@ import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
-from adaptation import two_normals
+from adaptation import late_cosine, log_of_two, two_normals
 from jax import random
-from jax.nn import logsumexp
 from numpyro.distributions import constraints
-from vera_targets import Target, distance, maximum_of, nats_a_row
+from vera_targets import (
+    Target,
+    distance,
+    maximum_of,
+    monte_carlo_error,
+    nats_a_row,
+    run_and_warnings,
+)
 
 import ebm_ppl as ebm
 
@@ -40,28 +45,18 @@ def known(model, x, log_p, log_z, start):
 
 def drift(seed):
     num_dims, num_steps = 10, 4000
-    model, x, _ = two_normals(seed, num_dims, 0.3, (-7.0, 5.0))
-
-    def log_p(params, v):
-        squares = jnp.sum((v[..., None, :] - params["means"]) ** 2, -1)
-        tilts = jnp.stack([jnp.zeros_like(params["z"]), params["z"]])
-        return logsumexp(-0.5 * squares - tilts, -1)
-
-    def log_z(params):
-        return 0.5 * num_dims * jnp.log(2 * jnp.pi) + jnp.logaddexp(0.0, -params["z"])
+    model, x, log_z = two_normals(seed, num_dims, 0.3, (-7.0, 5.0))
 
     means = np.zeros((2, num_dims))
     means[:, 0] = -7.0, 5.0
     start = {"means": means, "z": np.log(0.7 / 0.3)}
-    rate = optax.join_schedules(
-        [
-            optax.constant_schedule(5e-3),
-            optax.cosine_decay_schedule(5e-3, num_steps // 3),
-        ],
-        [num_steps - num_steps // 3],
+    target = known(model, x, log_of_two, log_z, start)
+    return (
+        target,
+        (x,),
+        ebm.Jarzynski(model, optax.adam(late_cosine(num_steps))),
+        num_steps,
     )
-    target = known(model, x, log_p, log_z, start)
-    return target, (x,), ebm.Jarzynski(model, optax.adam(rate)), num_steps
 
 
 def precision_of(name, constant=1.0):
@@ -123,9 +118,7 @@ def stopped(seed):
 def report(name, seed):
     target, args, backend, num_steps = ROWS[name](seed)
     best, errors = maximum_of(target)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        fit = backend.run(random.key(seed), num_steps, *args, progress_bar=False)
+    fit, told = run_and_warnings(backend, seed, num_steps, *args)
 
     quiet = {"progress_bar": False}
     test = ebm.score_test(random.key(100 + seed), fit, target.model, *args, **quiet)
@@ -140,12 +133,11 @@ def report(name, seed):
 
     began = time.perf_counter()
     polished = ebm.polish(random.key(200 + seed), fit, target.model, *args, **quiet)
-    zeros = jax.tree.map(np.zeros_like, polished.params)
     print(
         f"    polished in {polished.num_rounds} rounds and "
         f"{time.perf_counter() - began:.0f} s: "
         f"{distance(polished.params, best, errors):.2f} standard errors off, Monte Carlo "
-        f"{distance(polished.monte_carlo_errors, zeros, errors):.2f} of them; standard "
+        f"{monte_carlo_error(polished, errors):.2f} of them; standard "
         f"errors stated {ratio(polished.standard_errors, errors)} of the true ones; "
         f"flags {list(polished.flags)}",
         flush=True,

@@ -24,13 +24,20 @@ walkers and temperatures, medians of alternated calls after a first one of each 
 
 import argparse
 import time
-import warnings
 
 import jax
 import numpy as np
 import optax
 from jax import random
-from vera_targets import TARGETS, distance, drawn, maximum_of, nats_a_row
+from vera_targets import (
+    TARGETS,
+    distance,
+    drawn,
+    maximum_of,
+    monte_carlo_error,
+    nats_a_row,
+    run_and_warnings,
+)
 
 import ebm_ppl as ebm
 
@@ -56,10 +63,8 @@ def backend_of(name, target):
 
 def fit_of(backend, target, seed, num_updates):
     """The fit, and whether the run warned."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        fit = backend.run(random.key(seed), num_updates, target.x, progress_bar=False)
-    return fit, bool(seen)
+    fit, told = run_and_warnings(backend, seed, num_updates, target.x)
+    return fit, bool(told)
 
 
 def covers(polished, truth):
@@ -110,8 +115,7 @@ def report(name, num_seeds, num_rows, backend_name):
         # Taken to the maximum
         polished = ebm.polish(random.key(seed), short, *args)
         covered.append(covers(polished, target.start))
-        zeros = jax.tree.map(np.zeros_like, polished.params)
-        noises.append(distance(polished.monte_carlo_errors, zeros, errors))
+        noises.append(monte_carlo_error(polished, errors))
         distances.append(distance(polished.params, best, errors))
 
     low, high = np.quantile(ratios, [0.05, 0.95]) if ratios else (np.nan, np.nan)

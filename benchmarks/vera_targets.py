@@ -1,5 +1,6 @@
 """Energies whose likelihood is known in closed form or by a fine grid, for VERA."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+from jax import random
 from jax.flatten_util import ravel_pytree
 from jax.nn import logsumexp
 from numpyro.contrib.module import flax_module
@@ -93,6 +95,20 @@ def distance(params, best, errors):
     """Largest distance from the maximum over all parameters, in standard errors."""
     gaps = jax.tree.map(lambda a, b, e: np.max(np.abs(a - b) / e), params, best, errors)
     return max(jax.tree.leaves(gaps))
+
+
+def monte_carlo_error(polished, errors):
+    """Largest of all parameters, in standard errors."""
+    zeros = jax.tree.map(np.zeros_like, polished.params)
+    return distance(polished.monte_carlo_errors, zeros, errors)
+
+
+def run_and_warnings(backend, seed, num_steps, *args):
+    """The fit, and what the run warned of."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fit = backend.run(random.key(seed), num_steps, *args, progress_bar=False)
+    return fit, [str(w.message) for w in told if issubclass(w.category, UserWarning)]
 
 
 def on_grid(energy, base, lower, upper, size=20_001):

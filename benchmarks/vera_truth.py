@@ -11,13 +11,20 @@ cosine, unless a row says otherwise.  ``--polish`` takes every fit to its maximu
 
 import argparse
 import time
-import warnings
 
 import jax
 import numpy as np
 import optax
 from jax import random
-from vera_targets import SETTINGS, TARGETS, distance, maximum_of, nats_a_row
+from vera_targets import (
+    SETTINGS,
+    TARGETS,
+    distance,
+    maximum_of,
+    monte_carlo_error,
+    nats_a_row,
+    run_and_warnings,
+)
 
 import ebm_ppl as ebm
 
@@ -34,10 +41,7 @@ def fit_of(target, options, rates, seed, num_steps=2000):
         rate(rates[1], num_steps),
         **options,
     )
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        fit = backend.run(random.key(seed), num_steps, target.x, progress_bar=False)
-    return fit, [str(w.message) for w in told if issubclass(w.category, UserWarning)]
+    return run_and_warnings(backend, seed, num_steps, target.x)
 
 
 def main():
@@ -83,11 +87,7 @@ def main():
                     random.key(200 + seed), fit, target.model, target.x
                 )
                 away = distance(polished.params, best, errors)
-                noise = distance(
-                    polished.monte_carlo_errors,
-                    jax.tree.map(np.zeros_like, polished.params),
-                    errors,
-                )
+                noise = monte_carlo_error(polished, errors)
                 print(
                     f"    polished in {polished.num_rounds} rounds: {away:.2f} standard "
                     f"errors off, Monte Carlo {noise:.2f} of them, flags "

@@ -5,6 +5,11 @@ import re
 import sys
 import types
 
+import matplotlib
+import matplotlib.pyplot as plt
+
+matplotlib.use("Agg")
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -12,6 +17,15 @@ def blocks_of(page):
     """The Python blocks of a page, in order."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def scope_of(page):
+    """The names that a page's code defines, run from top to bottom."""
+    scope = {}
+    for block in blocks_of(page):
+        exec(compile(block, page, "exec"), scope)
+    plt.close("all")
+    return scope
 
 
 def definitions_of(page, *titles):

@@ -4,7 +4,6 @@ import importlib.util
 import pathlib
 import re
 
-import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import numpyro.distributions as dist
@@ -14,9 +13,8 @@ from numpyro import handlers
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer import Predictive
 from numpyro.infer.util import log_density
-from pages import blocks_of
+from pages import blocks_of, scope_of
 
-matplotlib.use("Agg")
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -237,12 +235,8 @@ def plane_is_right(scope):
     ],
 )
 def test_pages_run_from_top_to_bottom(page, is_right):
-    blocks = blocks_of(page)
-    assert blocks
-    scope = {}
-    for block in blocks:
-        exec(compile(block, page, "exec"), scope)
-    plt.close("all")
+    assert blocks_of(page)
+    scope = scope_of(page)
     # What the comments in it claim.
     if is_right is not None:
         is_right(scope)

@@ -1,19 +1,15 @@
 """The gallery's pages run, and are right where the truth is known."""
 
 import jax.numpy as jnp
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import numpyro.distributions as dist
 import pytest
 from jax import random
 from numpyro.infer.util import log_density
-from pages import blocks_of
+from pages import scope_of
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 from sklearn.metrics import roc_auc_score
-
-matplotlib.use("Agg")
 
 
 def is_mean(draws, axes, log_posterior):
@@ -190,8 +186,4 @@ PAGES = {
 @pytest.mark.runs_long
 @pytest.mark.parametrize("page", PAGES)
 def test_programs_of_the_gallery(page):
-    scope = {}
-    for block in blocks_of(f"docs/gallery/{page}.md"):
-        exec(compile(block, page, "exec"), scope)
-    plt.close("all")
-    PAGES[page](scope)
+    PAGES[page](scope_of(f"docs/gallery/{page}.md"))

@@ -27,7 +27,7 @@ def mean_log_density(
         params: The parameters.
         log_z: By site.
     """
-    value, counts = _negative_log_joint(bound, params, log_z.estimate)
+    value, counts = _value_and_counts(bound, params, log_z.estimate)
     size = num_rows(bound, params, counts)
     error = sum(
         float(jnp.sum(count * log_z.stderr[name])) for name, count in counts.items()
@@ -66,19 +66,29 @@ def counts_of(
         params: The parameters.
         estimates: Log Z by energy site.
     """
-    _, counts = _negative_log_joint(bound, params, estimates)
+    counts = _counts(bound, params, estimates)
     return {name: float(jnp.sum(count)) for name, count in counts.items()}
 
 
-@jax.jit
 def _negative_log_joint(
+    estimates: dict[str, Array], bound: BoundModel, params: Params
+) -> Array:
+    return bound.negative_log_joint(
+        params, lambda name, energy: energy.with_log_normalizer(estimates[name])
+    )
+
+
+@jax.jit
+def _value_and_counts(
     bound: BoundModel, params: Params, estimates: dict[str, Array]
 ) -> tuple[Array, dict[str, Array]]:
-    """Its value, and how often every log Z enters."""
+    """The negative log joint, and how often every log Z enters it."""
+    return jax.value_and_grad(_negative_log_joint)(estimates, bound, params)
 
-    def negative(estimates: dict[str, Array]) -> Array:
-        return bound.negative_log_joint(
-            params, lambda name, energy: energy.with_log_normalizer(estimates[name])
-        )
 
-    return jax.value_and_grad(negative)(estimates)
+@jax.jit
+def _counts(
+    bound: BoundModel, params: Params, estimates: dict[str, Array]
+) -> dict[str, Array]:
+    """The counts alone: no energy is computed for them."""
+    return jax.grad(_negative_log_joint)(estimates, bound, params)

@@ -158,7 +158,10 @@ def _maximum(first: Any, here: Any, step: np.ndarray, is_reached: bool) -> Maxim
     left = np.zeros_like(step) if is_reached else covariance @ here.score
     noise = covariance @ here.noise @ covariance
     gain = float(first.value - here.value) - 0.5 * np.sum(covariance * here.noise)
-    slope, slope_error = _slope(first)
+    there = pseudo_inverse(first.information)
+    slope, slope_error = in_standard_errors(
+        there @ first.score, there @ first.noise @ there, there
+    )
 
     return Maximum(
         first.score,
@@ -178,13 +181,23 @@ def _maximum(first: Any, here: Any, step: np.ndarray, is_reached: bool) -> Maxim
     )
 
 
-def _slope(first: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The first Newton step, and its noise, in standard errors where it begins."""
-    covariance = pseudo_inverse(first.information)
-    stderr = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+def in_standard_errors(
+    step: np.ndarray, noise: np.ndarray, covariance: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A step, and the deviation of its Monte Carlo noise, in standard errors.
+
+    0 for parameters without information.
+
+    Args:
+        step: ``(k,)``.
+        noise: Its Monte Carlo covariance, ``(k, k)``.
+        covariance: That of the estimates, ``(k, k)``.
+    """
+    stderr, deviation = (
+        np.sqrt(np.maximum(np.diag(matrix), 0.0)) for matrix in (covariance, noise)
+    )
     scale = np.where(stderr > 0, stderr, np.inf)
-    noise = np.diag(covariance @ first.noise @ covariance)
-    return covariance @ first.score / scale, np.sqrt(np.maximum(noise, 0.0)) / scale
+    return step / scale, deviation / scale
 
 
 def _lost(here: Any, first: Any) -> np.ndarray:

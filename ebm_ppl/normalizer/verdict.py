@@ -12,6 +12,7 @@ from ebm_ppl.normalizer.newton import (
     NUM_DIRECTIONS,
     Maximum,
     groups_of,
+    in_standard_errors,
 )
 
 # A distance from the maximum, in standard errors, that is told; a net's gain, in nats a
@@ -63,12 +64,11 @@ def distances_of(
     places = groups_of(surface.params)
     constrained = surface.bound.constrain(surface.params)
     size = num_rows(surface.bound, constrained, maximum.counts)
-    stderr = np.sqrt(np.maximum(np.diag(maximum.covariance), 0.0))
-    scale = np.where(stderr > 0, stderr, np.inf)
 
     # Where draws do not reach the maximum, the step that is left belongs to the distance.
-    distance = (maximum.step + maximum.left) / scale
-    error = np.sqrt(np.maximum(np.diag(maximum.noise), 0.0)) / scale
+    distance, error = in_standard_errors(
+        maximum.step + maximum.left, maximum.noise, maximum.covariance
+    )
     if surface.is_net:
         width = 1 + NUM_DIRECTIONS
         places = {n: slice(i * width, (i + 1) * width) for i, n in enumerate(places)}
@@ -141,25 +141,26 @@ def judgement(
 
 
 def _how_far(found: Distances, max_distance: float) -> str:
-    """The parameter that is farthest away beyond its Monte Carlo error; or nothing."""
-    beyond = np.abs(found.distance) - found.limit
-    worst = np.argmax(beyond)
-    if beyond[worst] > max_distance:
-        return (
-            f"parameter '{found.site(worst)}' is {abs(found.distance[worst]):.1f} ± "
-            f"{found.error[worst]:.1f} of its standard errors away, and "
-        )
+    """The parameter that is farthest away beyond its Monte Carlo error; or nothing.
 
-    # Where the way is too long for weights to tell its end, the slope at its beginning
-    slope, error = np.abs(found.maximum.slope), found.maximum.slope_error
+    Where the way is too long for weights to tell its end, the slope at its beginning
+    may tell.
+    """
+    maximum = found.maximum
     is_away = np.abs(found.distance) > max_distance
-    beyond = np.where(is_away, slope - found.slope_limit, 0.0)
-    worst = np.argmax(beyond)
-    if beyond[worst] > max_distance:
-        return (
-            f"parameter '{found.site(worst)}' is {slope[worst]:.1f} ± {error[worst]:.1f} "
-            "of its standard errors away by its slope, and "
-        )
+    slope = np.where(is_away, maximum.slope, 0.0)
+
+    for value, error, limit, by in (
+        (found.distance, found.error, found.limit, ""),
+        (slope, maximum.slope_error, found.slope_limit, " by its slope"),
+    ):
+        beyond = np.abs(value) - limit
+        worst = np.argmax(beyond)
+        if beyond[worst] > max_distance:
+            return (
+                f"parameter '{found.site(worst)}' is {abs(value[worst]):.1f} ± "
+                f"{error[worst]:.1f} of its standard errors away{by}, and "
+            )
     return ""
 
 

@@ -17,6 +17,7 @@ import pytest
 from jax import random
 from jax.nn import logsumexp
 from numpyro.distributions import constraints
+from scipy.stats import chi2
 
 import ebm_ppl as ebm
 from ebm_ppl.backends.jarzynski.warnings import held_out_draws
@@ -84,12 +85,12 @@ def jarzynski(params):
     )
 
 
-def said(backend, params):
+def said(backend, params, rows=DATA):
     """Warnings of a run that stands still at ``params``."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         fit = backend.run(
-            random.key(0), NUM_UPDATES, DATA, init_params=params, progress_bar=False
+            random.key(0), NUM_UPDATES, rows, init_params=params, progress_bar=False
         )
     return fit, [str(w.message) for w in told if w.category is UserWarning]
 
@@ -124,7 +125,7 @@ def test_a_run_that_ends_elsewhere_says_how_far(backend):
     assert abs(found - 8.0) < 4 * noise + 0.1
 
 
-def precision_run(factor, rows):
+def precision_run(factor, rows, num_walkers=64):
     """A run that stands still at so many times the precision that ``rows`` have."""
     best = 1.0 / float(np.mean(rows.astype(float) ** 2))
 
@@ -138,18 +139,13 @@ def precision_run(factor, rows):
             numpyro.sample("x", site, obs=x)
 
     backend = ebm.Jarzynski(
-        precision, STILL, num_chains=16, num_walkers=64, num_holdout_chains=8
+        precision,
+        STILL,
+        num_chains=16,
+        num_walkers=num_walkers,
+        num_holdout_chains=8,
     )
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        fit = backend.run(
-            random.key(0),
-            NUM_UPDATES,
-            rows,
-            init_params={"k": factor * best},
-            progress_bar=False,
-        )
-    return fit, [str(w.message) for w in told if w.category is UserWarning]
+    return said(backend, {"k": factor * best}, rows)
 
 
 @pytest.mark.parametrize("factor", [2.0, 2.5])
@@ -157,16 +153,21 @@ def test_a_run_far_away_is_told_by_its_slope(factor):
     """A normal too narrow by half: reweighted to the maximum, its draws have no finite
     variance, but the slope where they stand is (1 − factor) √(N/2) exactly."""
     rows = DATA.ravel()
-    fit, told = precision_run(factor, rows)
+    fit, told = precision_run(factor, rows, num_walkers=256)
     (text,) = told
     assert fit.findings == (text,)
     found, noise = map(
         float, re.search(r"is ([\d.]+) ± ([\d.]+) of its .* by its", text).groups()
     )
     expected = (factor - 1.0) * np.sqrt(len(rows) / 2)
-    # Of 512 squares of normals the root of the variance has this relative error.
-    spread = 0.5 * np.sqrt((15 - 1) / 512)
-    assert abs(found - expected) < 4 * (noise + spread * expected)
+    # Of 2,048 squares of normals the root of the variance has this relative error.
+    spread = 0.5 * np.sqrt((15 - 1) / 2048)
+    assert abs(found - expected) < 4 * np.hypot(noise, spread * expected)
+    # The mean of 2,048 of them, from eight islands: χ of 7 at 10⁻³ on either side, and
+    # printed to a decimal
+    ratio = noise / np.sqrt(len(rows) / 2048)
+    low, high = np.sqrt(chi2.ppf([1e-3, 1 - 1e-3], 7) / 7)
+    assert low - 0.1 < ratio < high + 0.1
 
 
 def test_a_run_that_cannot_tell_says_so_in_the_fit():
