@@ -19,6 +19,7 @@ from ebm_ppl.energy.construction import (
 )
 from ebm_ppl.energy.draws import draw_annealed, no_key
 from ebm_ppl.energy.fingerprint import Fingerprint, require_same_energy
+from ebm_ppl.energy.finite_draws import draw_states
 from ebm_ppl.energy.guard import (
     Constant,
     depends_on_traced,
@@ -31,7 +32,6 @@ from ebm_ppl.energy.mass_function import mass_function
 from ebm_ppl.energy.origin import Origin
 from ebm_ppl.energy.points import as_energy, as_points
 from ebm_ppl.energy.start import check_start_covers, starting_distribution
-from ebm_ppl.energy.states import needs_continuous
 from ebm_ppl.energy.ways_out import ways_out
 from ebm_ppl.energy.wrappers import innermost
 from ebm_ppl.errors import UnknownNormalizerError, at_site, find_site_name
@@ -307,14 +307,16 @@ class EnergyDistribution(dist.Distribution):
     def sample(self, key: Array | None, sample_shape: tuple[int, ...] = ()) -> Array:
         """Approximate draws by annealing walkers from the base (or ``start``).
 
-        Sequential Monte Carlo: 256 walkers or more follow 256 temperatures with one
+        Draws on a finite support are exact, from the weights of all states.  Otherwise
+        sequential Monte Carlo: 256 walkers or more follow 256 temperatures with one
         MALA move each, and draws are picked from them by weight.  Far modes that no
         walker reaches are missed: where results depend on the draws, sample with NUTS
         or use a fit's walkers.
 
         Raises:
-            UnknownNormalizerError: log Z is unknown, an improper base has no proper
-                ``start``, or the support is discrete.
+            UnknownNormalizerError: log Z is unknown, or an improper base has no proper
+                ``start``.
+            ValueError: A discrete support is not finite, or has over 2²² states.
         """
         name = self._site_name()
         if self.log_normalizer is None:
@@ -324,15 +326,13 @@ class EnergyDistribution(dist.Distribution):
             )
 
         self.require_built_shapes()
-        start = starting_distribution(self, name)
-        check_start_covers(self, name)
-        if self.support.is_discrete:
-            raise UnknownNormalizerError(
-                needs_continuous(self.base, name, "drawing by Langevin moves")
-            )
-
         if key is None:
             raise ValueError(no_key(name))
+        if self.support.is_discrete:
+            return draw_states(key, self, tuple(sample_shape), name)
+
+        start = starting_distribution(self, name)
+        check_start_covers(self, name)
         return draw_annealed(key, self, start, tuple(sample_shape))
 
     def _site_name(self) -> str | None:

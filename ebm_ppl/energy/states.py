@@ -35,6 +35,28 @@ def states(base: dist.Distribution, name: str | None = None) -> Array:
     return _states(base.support, shape, len(base.batch_shape), name)
 
 
+def states_in_support(
+    base: dist.Distribution, support: Any, name: str | None = None
+) -> tuple[Array, Array]:
+    """Every state, and whether it has mass, ``(num_states, *batch_shape)``.
+
+    With unequal bounds, one of the support stands in the place of those outside, where
+    an energy need not be defined.
+    """
+    every = states(base, name)
+    event_ndims = len(base.event_shape)
+    inside = jnp.broadcast_to(support(every), every.shape[: every.ndim - event_ndims])
+    return _inside_alone(every, inside), inside
+
+
+@jax.jit
+def _inside_alone(every: Array, inside: Array) -> Array:
+    ones = (1,) * (every.ndim - inside.ndim)
+    first = jnp.argmax(inside, axis=0)
+    valid = jnp.take_along_axis(every, first.reshape(1, *first.shape, *ones), axis=0)
+    return jnp.where(inside.reshape(*inside.shape, *ones), every, valid)
+
+
 def _states(
     support: Any, shape: tuple[int, ...], batch_ndims: int, name: str | None
 ) -> Array:

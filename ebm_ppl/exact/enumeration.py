@@ -9,7 +9,7 @@ from jax.nn import logsumexp
 
 from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.states import states
+from ebm_ppl.energy.states import states_in_support
 from ebm_ppl.exact.terms import summed
 from ebm_ppl.exact.verdict import MAX_ROUNDING, Exact, accuracy, rounding_flag
 
@@ -34,16 +34,7 @@ def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:
     Raises:
         ValueError: The support is not finite, or has more than 2²² states.
     """
-    every = states(distribution.base, name)
-
-    # With unequal bounds, states outside some elements' support have no mass there and
-    # are not evaluated.
-    event_dims = tuple(range(every.ndim - len(distribution.event_shape), every.ndim))
-    inside = jnp.broadcast_to(
-        distribution.support(every), every.shape[: every.ndim - len(event_dims)]
-    )
-    every = _inside_alone(every, inside)
-
+    every, inside = states_in_support(distribution.base, distribution.support, name)
     energies = tuple(distribution.factor_energies(every).values())
     log_base = unchecked_log_prob(distribution.base, every)
     log_z, rounding = _sum_over(energies, log_base, inside)
@@ -65,15 +56,6 @@ def total(distribution: EnergyDistribution, name: str | None = None) -> Exact:
         error,
         () if worst <= MAX_ROUNDING else (rounding_flag(worst, log_z.dtype),),
     )
-
-
-@jax.jit
-def _inside_alone(every: Array, inside: Array) -> Array:
-    """The states, with one of the support in the place of those outside."""
-    ones = (1,) * (every.ndim - inside.ndim)
-    first = jnp.argmax(inside, axis=0)
-    valid = jnp.take_along_axis(every, first.reshape(1, *first.shape, *ones), axis=0)
-    return jnp.where(inside.reshape(*inside.shape, *ones), every, valid)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ from jax import Array, random
 from jax.typing import ArrayLike
 
 from ebm_ppl.energy.distribution import EnergyDistribution
+from ebm_ppl.energy.finite_draws import draw_states
 from ebm_ppl.energy.start import potential_at
 from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.binding import bind_model
@@ -53,6 +54,9 @@ def sample(
       of annealing.
     - ``"nuts"``: one walker per island starts NumPyro's NUTS.
 
+    Draws on a finite support are exact, from the weights of all its states, as
+    ``"smc"``.
+
     With ``initial``, such as a generator's draws (``fit.state.draws``), ``"mala"`` and
     ``"nuts"`` start there instead: R-hat then shows whether the chains have forgotten
     their starting points.
@@ -86,7 +90,8 @@ def sample(
 
     Raises:
         ValueError: An option out of range, parameters that are missing or unknown, a
-            discrete support, or an energy that annealing cannot reach.
+            discrete support that is not finite or is to be moved on, or an energy that
+            annealing cannot reach.
     """
     _check_options(
         method,
@@ -116,6 +121,9 @@ def sample(
     for key, (name, distribution) in zip(
         random.split(rng_key, len(found)), found.items(), strict=True
     ):
+        if distribution.support.is_discrete and method == "smc":
+            draws[name] = draw_states(key, distribution, (num_chains, num_draws), name)
+            continue
         transform = coordinates_for(MALA(), distribution, name, "drawing by moves")
         site = SiteAtParams(name, bound, params, transform)
         chains = Chains(method, num_chains, num_draws, num_warmup, thinning)

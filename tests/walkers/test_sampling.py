@@ -2,6 +2,7 @@
 constrained and divided energies."""
 
 import arviz as az
+import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -264,12 +265,76 @@ def test_a_bare_distribution_takes_no_parameters():
         ebm.sample(random.key(0), SKEWED, {"rate": 1.0})
 
 
+def shares(draws, num_states):
+    return np.bincount(np.ravel(draws), minlength=num_states) / np.size(draws)
+
+
+def assert_are_shares(found, right, num_draws):
+    """Every state within 4.5 standard errors; states without mass are never drawn."""
+    error = np.sqrt(right * (1 - right) / num_draws)
+    assert np.all(np.abs(found - right) <= 4.5 * error)
+
+
+def test_draws_on_a_finite_support_are_exact():
+    """Skewed counts with unequal bounds, a state of infinite energy among them."""
+    totals = np.array([2, 5])
+
+    def energy(v):
+        # Outside of the support the energy has no value.
+        return jnp.where(
+            v > jnp.asarray(totals), jnp.nan, jnp.where(v == 1, jnp.inf, v)
+        )
+
+    counts = ebm.EnergyDistribution(energy, dist.Binomial(totals, 0.6))
+    draws = ebm.sample(random.key(0), counts, num_chains=2, num_draws=20_000)["x"]
+    assert draws.shape == (2, 20_000, 2)
+    for index, total in enumerate(totals):
+        states = np.arange(total + 1)
+        right = np.array(jnp.exp(dist.Binomial(total, 0.6).log_prob(states) - states))
+        right[1] = 0.0
+        right /= right.sum()
+        assert_are_shares(shares(draws[..., index], total + 1), right, 40_000)
+
+
+def test_draws_of_spins():
+    """A chain of 13 spins, 8,192 states in blocks: neighbours agree by tanh of the
+    coupling; drawn by itself, it is the same."""
+    base = dist.TransformedDistribution(
+        dist.Bernoulli(0.5).expand([13]), dist.transforms.AffineTransform(-1.0, 2.0)
+    ).to_event(1)
+    chain = ebm.EnergyDistribution(
+        lambda s: -0.4 * (s[..., 1:] * s[..., :-1]).sum(-1) - 1.5 * s[..., 0],
+        base,
+        log_normalizer=0.0,
+    )
+    sampled = ebm.sample(random.key(1), chain, num_chains=1, num_draws=5_000)["x"][0]
+    drawn = chain.sample(random.key(2), (50, 100)).reshape(5_000, 13)
+    for draws in (np.asarray(sampled, float), np.asarray(drawn, float)):
+        products = draws[:, 1:] * draws[:, :-1]
+        error = np.sqrt((1 - np.tanh(0.4) ** 2) / products.size)
+        assert abs(products.mean() - np.tanh(0.4)) < 4 * error
+        error = np.sqrt((1 - np.tanh(1.5) ** 2) / len(draws))
+        assert abs(draws[:, 0].mean() - np.tanh(1.5)) < 4 * error
+
+
+def test_states_without_weights():
+    for energy in (lambda v: jnp.nan * v, lambda v: jnp.inf * (v + 1)):
+        coin = ebm.EnergyDistribution(energy, dist.Bernoulli(0.5), log_normalizer=0.0)
+        with pytest.raises(ValueError, match="at site 'x' have no finite sum"):
+            ebm.sample(random.key(0), coin)
+        compiled = jax.jit(lambda key, coin=coin: coin.sample(key, (3,)))(random.key(0))
+        assert not np.any(coin.support(compiled))
+
+
 def test_a_discrete_support():
-    distribution = ebm.EnergyDistribution(
+    coins = ebm.EnergyDistribution(
         lambda v: v.sum(-1), dist.Bernoulli(0.5).expand([3]).to_event(1)
     )
     with pytest.raises(ValueError, match="site 'x' has a discrete support"):
-        ebm.sample(random.key(0), distribution)
+        ebm.sample(random.key(0), coins, method="nuts")
+    counts = ebm.EnergyDistribution(lambda v: 0.1 * v, dist.Poisson(3.0))
+    with pytest.raises(ValueError, match=r"site 'x' has a discrete.*not finite"):
+        ebm.sample(random.key(0), counts)
 
 
 def test_an_improper_base_without_a_start():
