@@ -40,6 +40,9 @@ import pytest  # noqa: E402
 # Programs that are lowered one after another in one context; JAX 0.12 has the same ten.
 MAX_LOWERED = 10
 
+# Tests that are whole programs, in minutes where others take seconds.
+PROGRAMS = {"test_battery.py", "test_docs.py", "test_gallery.py"}
+
 # Each executable maps memory, of which Linux allows a process 65,530 pieces.
 MAX_MAPS = 25_000
 # Tests that take longer may have made many, in seconds; counting takes milliseconds.
@@ -88,6 +91,14 @@ def pytest_configure(config):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             importlib.import_module("arviz")
+
+
+def pytest_collection_modifyitems(items):
+    """Whole programs first: no worker begins one where the others are at their end.
+
+    Groups of tests still come before them, the largest first.
+    """
+    items.sort(key=lambda item: item.path.name not in PROGRAMS)
 
 
 @pytest.hookimpl(wrapper=True)

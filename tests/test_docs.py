@@ -220,17 +220,18 @@ def plane_is_right(scope):
 @pytest.mark.parametrize(
     ("page", "is_right"),
     [
-        ("README.md", None),
-        ("docs/tutorial.md", tutorial_is_right),
+        # The longest first.
         ("docs/using.md", using_is_right),
-        ("docs/concepts.md", concepts_are_right),
         ("docs/checking.md", checking_is_right),
         ("docs/comparing.md", comparing_is_right),
-        ("docs/tilting.md", tilting_is_right),
         ("docs/regression.md", regression_is_right),
-        ("docs/semi_supervised.md", semi_supervised_is_right),
+        ("docs/tutorial.md", tutorial_is_right),
+        ("README.md", None),
+        ("docs/concepts.md", concepts_are_right),
+        ("docs/tilting.md", tilting_is_right),
         ("docs/plane.md", plane_is_right),
         ("docs/extending.md", extending_is_right),
+        ("docs/semi_supervised.md", semi_supervised_is_right),
         ("docs/walkers.md", walkers_are_right),
     ],
 )

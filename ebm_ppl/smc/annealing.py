@@ -21,7 +21,13 @@ from ebm_ppl.smc.ensemble import (
     of_ancestors,
     resampled_where,
 )
-from ebm_ppl.smc.path import AtTemperature, Ladder, Path, difference_at
+from ebm_ppl.smc.path import (
+    AtTemperature,
+    Ladder,
+    Path,
+    Stretched,
+    difference_at,
+)
 from ebm_ppl.smc.resampling import Resampling
 from ebm_ppl.smc.weights import ess_fraction
 
@@ -149,7 +155,7 @@ def follow_rungs(
     rng_key: Array,
     path: Path,
     annealing: Annealing,
-    ladder: Ladder,
+    ladder: Ladder | Stretched,
     options: AnnealingOptions,
     first: ArrayLike,
     last: ArrayLike,
@@ -191,7 +197,7 @@ def anneal(
     rng_key: Array,
     path: Path,
     position: Array,
-    ladder: Ladder,
+    ladder: Ladder | Stretched,
     options: AnnealingOptions,
     num_temperatures: ArrayLike | None = None,
 ) -> tuple[Ensemble, Moves]:

@@ -49,6 +49,35 @@ class Ladder(NamedTuple):
         return jax.tree.map(lambda leaf: leaf[rung], self.tunings)
 
 
+class Stretched(NamedTuple):
+    """A ladder with so many times its temperatures, for a number that is traced.
+
+    Attributes:
+        start: See :class:`Ladder`.
+        betas: Temperatures between those of the ladder, ``times`` for each; 1 beyond.
+        ladder: The ladder, whose tuning serves those up to each of its own.
+        times: How many.
+    """
+
+    start: Array
+    betas: Array
+    ladder: Ladder
+    times: Array
+
+    def tuning(self, rung: ArrayLike) -> Tuning:
+        """The kernel's tuning at one temperature."""
+        return self.ladder.tuning(rung // self.times)
+
+
+def stretch(ladder: Ladder, times: Array, most: int) -> Stretched:
+    """The ladder with ``times`` as many temperatures, no more than ``most``."""
+    size = ladder.betas.shape[0]
+    places = jnp.arange(1, most * size + 1) / times
+    known = jnp.concatenate([ladder.start[None], ladder.betas])
+    betas = jnp.interp(places, jnp.arange(size + 1), known)
+    return Stretched(ladder.start, betas.astype(known.dtype), ladder, times)
+
+
 class AtTemperature(NamedTuple):
     """The target exp(−U_β) on a path.
 

@@ -119,7 +119,6 @@ def training_mean_potential(
 
 
 @jax.jit
-@jax.jit
 def initial_gradient(site: SiteAtParams, walkers: Walkers) -> Params:
     """∇θ log Z at the site's parameters, before the first update has saved one."""
 

@@ -72,7 +72,7 @@ def assert_has_mean_one(values):
 def test_fresh_islands_are_unbiased_and_the_oldest_leave():
     """Parameters at rest: 11 renewals of 48 islands."""
     backend = small(
-        quartic, optax.sgd(0.0), num_chains=96, num_holdout_chains=48, num_walkers=16
+        quartic, optax.sgd(0.0), num_chains=96, num_holdout_chains=48, num_walkers=64
     )
     start = {"a": 0.7, "b": -1.0}
     state = backend.init(random.key(0), SKEWED, init_params=start)
@@ -90,7 +90,8 @@ def test_fresh_islands_are_unbiased_and_the_oldest_leave():
         found += list(np.exp(np.asarray(after.ensemble.log_normalizers[48:]) - log_z))
 
     assert num_renewed(after) == 48
-    assert len(set(found)) == 528
+    # But for ties in single precision, 528 different ones.
+    assert len(set(found)) > 520
     # Ladders for one turn, of two renewals here, then for two, then for four.
     assert until_pilot == [1, 0, 3, 2, 1, 0, 7, 6, 5, 4, 3]
     assert_has_mean_one(np.array(found))
@@ -221,8 +222,16 @@ def test_a_mode_that_fresh_walkers_miss_is_kept():
         state = backend.with_params(state, narrow, Arguments((rows,), {}))
     known = np.asarray(state.walkers["x"].ensemble.log_normalizers)
     assert np.mean(known) == pytest.approx(np.log(2), abs=0.2)
-    with pytest.warns(UserWarning, match="'x' are not renewed: most fresh islands"):
-        after = backend.upkeep(state, Arguments((rows,), {}))
+
+    # More temperatures are tried first; where they do not help, a warning says so.
+    after = backend.upkeep(state, Arguments((rows,), {}))
+    jax.tree.map(np.testing.assert_array_equal, state.walkers, after.walkers)
+    line = after.clock.lines["x"]
+    assert (int(line.times), int(after.clock.left)) == (4, 200)
+    lines = {"x": line._replace(times=jnp.asarray(64))}
+    after = replace(after, clock=replace(after.clock, lines=lines))
+    with pytest.warns(UserWarning, match="'x' are not renewed: of fresh islands, "):
+        after = backend.upkeep(after, Arguments((rows,), {}))
     jax.tree.map(np.testing.assert_array_equal, state.walkers, after.walkers)
 
 

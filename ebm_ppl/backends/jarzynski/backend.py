@@ -87,10 +87,11 @@ class Jarzynski(Backend):
             number that a pilot run needed, at least 128.
         renew_every: Updates, such as 50, after which :meth:`run` lets held-out islands
             begin to train and replaces the oldest training islands by fresh ones, which
-            are then held out; where annealing needs more moves, that many times more
-            updates.  It takes back what a fit learns from its own walkers.  None lets
-            walkers grow old with the fit, as the paper does: right where annealing from
-            the base would miss a part that walkers have followed, a narrow mode.
+            are then held out: it takes back what a fit learns from its own walkers.  The
+            first time is after four such periods.  Where annealing needs more
+            temperatures, or fresh islands miss what the others know, such as a narrow
+            mode, it happens that much more rarely, with more of them.  None lets walkers
+            grow old with the fit, as the paper does.
 
     Raises:
         ValueError: An option out of range, such as too few walkers or islands.

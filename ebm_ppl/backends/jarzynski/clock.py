@@ -24,12 +24,12 @@ class Line(NamedTuple):
 
     Attributes:
         ladder: From the start to the energy as it was when the ladder was chosen.
-        num_moves: Moves at each temperature.
+        times: So many times as many temperatures are followed.
         reference: A level of the energy, ``batch``, which sums of weights leave out.
     """
 
     ladder: Ladder
-    num_moves: Array
+    times: Array
     reference: Array
 
 

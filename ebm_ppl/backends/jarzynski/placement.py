@@ -19,10 +19,10 @@ from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
 from ebm_ppl.walkers.state import Walkers, initial_gradient
 
 
-def annealing_options(backend: Any, num_moves: int = 1) -> AnnealingOptions:
-    """Those of a :class:`Jarzynski`, with as many times its moves."""
+def annealing_options(backend: Any) -> AnnealingOptions:
+    """Those of a :class:`Jarzynski`."""
     return AnnealingOptions(
-        num_moves * backend.num_kernel_steps, backend.ess_threshold, backend.resampling
+        backend.num_kernel_steps, backend.ess_threshold, backend.resampling
     )
 
 

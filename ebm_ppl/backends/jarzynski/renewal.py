@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, random
 
 from ebm_ppl.backends.jarzynski.clock import NUM_TEMPERATURES, Clock, Line, count
+from ebm_ppl.backends.jarzynski.fresh_islands import doubt
 from ebm_ppl.backends.jarzynski.placement import annealing_options
 from ebm_ppl.backends.jarzynski.state import JarzynskiState
 from ebm_ppl.errors import level_of_caller
@@ -29,20 +29,19 @@ from ebm_ppl.kernels.base import Kernel
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.smc.annealing import AnnealingOptions, anneal
-from ebm_ppl.smc.path import Ladder
+from ebm_ppl.smc.ensemble import Ensemble
+from ebm_ppl.smc.path import stretch
 from ebm_ppl.walkers.follow import absolute
 from ebm_ppl.walkers.placement import level_at_start, pilot_at, reaches_energy, refine
 from ebm_ppl.walkers.site import SiteAtParams
 from ebm_ppl.walkers.state import Walkers
 
-# Moves of a renewal for every temperature that its pilot needed.
+# Temperatures of a renewal for each that its pilot needed.
 PER_RUNG = 4
 # Turns, at most, along ladders chosen once; and periods until another try.
 MAX_TURNS = 8
-# Nats by which fresh islands may typically fall short, and the share of batch elements
-# that may.
-MAX_SHORT = 0.3
-MAX_SHARE = 0.1
+# Where fresh islands are in doubt, as many times more temperatures, up to this many times.
+TIMES_HARDER, MAX_TIMES = 4, 64
 
 
 def renewed(
@@ -69,7 +68,7 @@ def renewed(
         key_pilot, key_islands = random.split(random.fold_in(key, index))
         site = SiteAtParams(name, bound, state.params, old.transform)
         if is_new_turn:
-            line = _line(backend, site, key_pilot)
+            line = _line(backend, site, key_pilot, int(lines[name].times))
             if line is None:
                 return _postponed(backend, state, key_next, _out_of_reach(name))
             lines[name] = line
@@ -77,8 +76,14 @@ def renewed(
         turned, is_done = _along(backend, site, lines[name], key_islands, old)
         if not bool(is_done):
             return _postponed(backend, state, key_next, _out_of_reach(name))
-        if message := _missed(name, old, turned):
-            return _postponed(backend, state, key_next, message)
+        if why := doubt(*_groups(old, turned)):
+            times = TIMES_HARDER * int(lines[name].times)
+            if times > MAX_TIMES:
+                return _postponed(backend, state, key_next, _missing(name, why))
+            lines[name] = lines[name]._replace(times=count(times))
+            left = count(backend.renew_every * times)
+            clock = replace(clock, left=left, lines=lines)
+            return replace(state, clock=clock, rng_key=key_next)
         walkers[name] = jax.tree.map(_on_the_devices_of, old, turned)
 
     clock = _wound(backend, clock, lines, state.walkers, is_new_turn)
@@ -92,7 +97,9 @@ def _postponed(
     warnings.warn(why, stacklevel=level_of_caller())
     clock = state.clock
     assert clock is not None
-    left, until_pilot = count(MAX_TURNS * backend.renew_every), count(0)
+    times = max(int(line.times) for line in clock.lines.values())
+    left = count(max(MAX_TURNS, times) * backend.renew_every)
+    until_pilot = count(0)
     clock = replace(clock, left=left, until_pilot=until_pilot)
     return replace(state, clock=clock, rng_key=rng_key)
 
@@ -102,8 +109,23 @@ def num_renewed(walkers: Walkers) -> int:
     return min(walkers.num_holdout_chains, walkers.num_training_chains)
 
 
-def _line(backend: Any, site: SiteAtParams, rng_key: Array) -> Line | None:
-    """A ladder to the energy at the present parameters; None if it is out of reach."""
+def _groups(old: Walkers, turned: Walkers) -> tuple[Ensemble, Ensemble, Ensemble]:
+    """Islands that train, those held out until now, and fresh ones."""
+    split, num_new = old.num_training_chains, num_renewed(old)
+    ensembles = (old.ensemble, old.ensemble, turned.ensemble)
+    parts = (slice(split), slice(split, None), slice(-num_new, None))
+    training, held_out, fresh = (
+        jax.tree.map(lambda leaf, part=part: leaf[part], ensemble)
+        for ensemble, part in zip(ensembles, parts, strict=True)
+    )
+    return training, held_out, fresh
+
+
+def _line(backend: Any, site: SiteAtParams, rng_key: Array, least: int) -> Line | None:
+    """A ladder to the energy at the present parameters; None if it is out of reach.
+
+    It is to be followed in ``least`` times as many temperatures, or more.
+    """
     kernel, (_, level) = backend.kernel.exactly(), level_at_start(site, rng_key)
     options = annealing_options(backend)
     at_level = replace(site, reference=level)
@@ -112,41 +134,18 @@ def _line(backend: Any, site: SiteAtParams, rng_key: Array) -> Line | None:
     if not reaches_energy(pilot) or rungs > NUM_TEMPERATURES:
         return None
 
-    num_moves = 2 ** math.ceil(math.log2(max(1, PER_RUNG * rungs / NUM_TEMPERATURES)))
+    times = 2 ** math.ceil(math.log2(max(least, PER_RUNG * rungs / NUM_TEMPERATURES)))
     assert at_level.reference is not None
-    return Line(refine(pilot, NUM_TEMPERATURES), count(num_moves), at_level.reference)
+    return Line(refine(pilot, NUM_TEMPERATURES), count(times), at_level.reference)
 
 
-def _missed(name: str, old: Walkers, turned: Walkers) -> str:
-    """A message where fresh islands typically find less than those that train.
-
-    These saw the energy grow.  What most fresh ones miss would be lost as they take over,
-    and nothing would tell.
-    """
-    num_new, split = num_renewed(old), old.num_training_chains
-    logs = np.asarray(old.ensemble.log_normalizers)
-    fresh = np.asarray(turned.ensemble.log_normalizers[-num_new:])
-    known = logs[:split]
-    level = np.median(fresh, axis=0)
-    gap = np.median(known, axis=0) - level
-
-    # Four standard errors of a median, by the widest of the groups.
-    groups = (fresh, known, logs[split:])
-    spread = [np.median(np.abs(g - np.median(g, axis=0)), axis=0) for g in groups]
-    noise = 4 * 1.25 / math.sqrt(num_new) * 1.48 * np.max(spread, axis=0)
-    is_short = gap > np.maximum(MAX_SHORT, noise)
-    if np.mean(is_short) <= MAX_SHARE:
-        return ""
-    worst = np.argmax(np.where(is_short, gap, -np.inf))
-    found, kept = (
-        float(np.ravel(np.median(logs, axis=0))[worst]) for logs in (fresh, known)
-    )
+def _missing(name: str, why: str) -> str:
     return (
-        f"The walkers of energy site '{name}' are not renewed: most fresh islands put "
-        f"log Z near {found:.3g}, those that train at {kept:.3g}, so annealing from "
-        "the base misses a part of the energy that they know, such as a narrow mode. "
-        "What walkers learn from themselves stays in the fit. Name a closer start= or "
-        "base, and check the fit with ebm_ppl.score_test(...)."
+        f"The walkers of energy site '{name}' are not renewed: of fresh islands, {why}, "
+        "so annealing from the base misses a part of the energy that they know, such as "
+        "a narrow mode, or finds it only now and then. What walkers learn from "
+        "themselves stays in the fit. Name a closer start= or base, take more "
+        "num_walkers, and check the fit with ebm_ppl.score_test(...)."
     )
 
 
@@ -162,8 +161,8 @@ def _wound(
     A turn replaces every island once.  Ladders are chosen after one turn, two more, four
     more, and so on: parameters move less and less.
     """
-    num_moves = max(int(line.num_moves) for line in lines.values())
-    left = count(backend.renew_every * num_moves)
+    times = max(int(line.times) for line in lines.values())
+    left = count(backend.renew_every * times)
     if not is_new_turn:
         return Clock(left, clock.until_pilot - 1, clock.num_pilots, lines)
 
@@ -182,9 +181,9 @@ def _along(
     return _turned(
         replace(site, reference=line.reference),
         backend.kernel.exactly(),
-        annealing_options(backend, int(line.num_moves)),
+        annealing_options(backend),
         rng_key,
-        line.ladder,
+        line,
         old,
         num_renewed(old),
     )
@@ -196,7 +195,7 @@ def _turned(
     kernel: Kernel,
     options: AnnealingOptions,
     rng_key: Array,
-    ladder: Ladder,
+    line: Line,
     walkers: Walkers,
     num_new: int,
 ) -> tuple[Walkers, Array]:
@@ -209,7 +208,11 @@ def _turned(
     """
     key_start, key_run = random.split(rng_key)
     position = site.draw(key_start, (num_new, walkers.log_weight.shape[1]))
-    relative, _ = anneal(kernel, key_run, site.path(), position, ladder, options)
+    ladder = stretch(line.ladder, line.times, MAX_TIMES)
+    num_temperatures = line.times * NUM_TEMPERATURES
+    relative, _ = anneal(
+        kernel, key_run, site.path(), position, ladder, options, num_temperatures
+    )
     assert site.reference is not None
     fresh = absolute(relative, site.reference)
     is_done = jnp.all(jnp.isfinite(fresh.log_normalizers))
