@@ -82,6 +82,9 @@ def test_log_z_of_fresh_islands():
     assert doubt(*groups) == ""
     groups = of_each(rng, 2, 0.2, 0.2, noise=1.0)
     assert "they disagree about log Z" in doubt(*groups)
+    # Those that train are off by more than that, wherever they are.
+    groups = of_each(rng, 2, 0.2, 0.0, log_z=(-5.0, 0.0), noise=1.0)
+    assert doubt(*groups) == ""
 
 
 def test_one_log_z_per_row():
