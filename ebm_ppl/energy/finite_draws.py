@@ -9,9 +9,10 @@ from jax import Array, lax, random
 from jax.nn import logsumexp
 
 from ebm_ppl.energy.base_programs import unchecked_log_prob
-from ebm_ppl.energy.states import states_in_support
+from ebm_ppl.energy.states import in_blocks, states_in_support
 from ebm_ppl.energy.unnormalized import Unnormalized
 from ebm_ppl.errors import at_site
+from ebm_ppl.smc.resampling import invert_cdf
 
 # Draws that are picked at once.
 CHUNK = 1024
@@ -82,23 +83,13 @@ def _picked(rng_key: Array, log_value: Array, count: int) -> Array:
     A cumulative sum over all of up to 2²² states would lose the rare ones to rounding.
     """
     key_block, key_state = random.split(rng_key)
-    width = 2 ** math.ceil(math.log2(len(log_value)) / 2)
-    missing = -len(log_value) % width
-    blocks = jnp.pad(log_value, (0, missing), constant_values=-jnp.inf)
-    blocks = blocks.reshape(-1, width)
-
+    blocks = in_blocks(log_value)
     uniforms = random.uniform(key_block, (count,), log_value.dtype)
-    block = _inverted(logsumexp(blocks, axis=1), uniforms)
+    block = invert_cdf(logsumexp(blocks, axis=1), uniforms)
 
     def within(element: tuple[Array, Array]) -> Array:
         index, uniform = element
-        return index * width + _inverted(blocks[index], uniform)
+        return index * blocks.shape[1] + invert_cdf(blocks[index], uniform)
 
     uniforms = random.uniform(key_state, (count,), log_value.dtype)
     return lax.map(within, (block, uniforms), batch_size=CHUNK)
-
-
-def _inverted(log_value: Array, uniforms: Array) -> Array:
-    """Indices at which the distribution function passes the uniforms."""
-    below = jnp.cumsum(jax.nn.softmax(log_value))
-    return jnp.searchsorted(below / below[-1], uniforms, side="right")

@@ -57,6 +57,18 @@ def _inside_alone(every: Array, inside: Array) -> Array:
     return jnp.where(inside.reshape(*inside.shape, *ones), every, valid)
 
 
+def in_blocks(log_value: Array) -> Array:
+    """Values of all states in blocks, ``(num_blocks, width, ...)``, −inf in the last.
+
+    About as many as they are long: rounding grows with the terms of one sum.
+    """
+    count = len(log_value)
+    width = 2 ** math.ceil(math.log2(max(count, 1)) / 2)
+    missing = ((0, -count % width), *((0, 0),) * (log_value.ndim - 1))
+    padded = jnp.pad(log_value, missing, constant_values=-jnp.inf)
+    return padded.reshape(-1, width, *log_value.shape[1:])
+
+
 def _states(
     support: Any, shape: tuple[int, ...], batch_ndims: int, name: str | None
 ) -> Array:

@@ -1,7 +1,5 @@
 """Sums over all states of a finite support."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -9,7 +7,7 @@ from jax.nn import logsumexp
 
 from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.states import states_in_support
+from ebm_ppl.energy.states import in_blocks, states_in_support
 from ebm_ppl.exact.terms import summed
 from ebm_ppl.exact.verdict import MAX_ROUNDING, Exact, accuracy, rounding_flag
 
@@ -65,27 +63,9 @@ def _sum_over(
     """Log Z, and by how much rounding may have moved it."""
     log_value, magnitude = summed(energies, log_base)
     log_value = jnp.where(inside, log_value, -jnp.inf)
-    log_z = _log_sum(log_value)
+    log_z = logsumexp(logsumexp(in_blocks(log_value), axis=1), axis=0)
 
     weight = jnp.exp(log_value - log_z)
     weighted = jnp.sum(jnp.where(weight > 0, weight * magnitude, 0.0), axis=0)
     eps = float(jnp.finfo(log_z.dtype).eps)
     return log_z, lax.stop_gradient(eps * (weighted + jnp.abs(log_z)))
-
-
-def _log_sum(log_value: Array) -> Array:
-    """``logsumexp`` over the first axis, in two stages.
-
-    Rounding grows with the number of terms of one sum.
-    """
-    count = log_value.shape[0]
-    width = 2 ** math.ceil(math.log2(max(count, 1)) / 2)
-    missing = -count % width
-    padded = jnp.pad(
-        log_value,
-        ((0, missing), *((0, 0),) * (log_value.ndim - 1)),
-        constant_values=-jnp.inf,
-    )
-    return logsumexp(
-        logsumexp(padded.reshape(-1, width, *log_value.shape[1:]), axis=1), axis=0
-    )

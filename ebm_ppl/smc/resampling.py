@@ -19,7 +19,8 @@ class Resampling(Protocol):
 
 
 @jax.jit
-def _invert_cdf(log_weights: Array, sorted_uniforms: Array) -> Array:
+def invert_cdf(log_weights: Array, uniforms: Array) -> Array:
+    """Indices at which the distribution function passes the uniforms."""
     # A parallel float32 cumsum is not monotone to the last bit, so a walker of zero
     # weight could be selected.  It gets exactly its predecessor's value instead, and no
     # index exceeds the last walker of positive weight.
@@ -28,9 +29,7 @@ def _invert_cdf(log_weights: Array, sorted_uniforms: Array) -> Array:
     cumulative = jnp.where(alive, jnp.cumsum(weights), -jnp.inf)
     cumulative = jnp.maximum.accumulate(cumulative)
     last_alive = log_weights.shape[0] - 1 - jnp.argmax(alive[::-1])
-    indices = jnp.searchsorted(
-        cumulative, sorted_uniforms * cumulative[-1], side="right"
-    )
+    indices = jnp.searchsorted(cumulative, uniforms * cumulative[-1], side="right")
     return jnp.minimum(indices, last_alive)
 
 
@@ -49,7 +48,7 @@ def systematic(rng_key: Array, log_weights: Array) -> Array:
     """
     num = log_weights.shape[0]
     uniforms = (jnp.arange(num) + random.uniform(rng_key, (), log_weights.dtype)) / num
-    return _invert_cdf(log_weights, uniforms)
+    return invert_cdf(log_weights, uniforms)
 
 
 def multinomial(rng_key: Array, log_weights: Array) -> Array:
@@ -58,4 +57,4 @@ def multinomial(rng_key: Array, log_weights: Array) -> Array:
     Arguments are those of :func:`systematic`.
     """
     uniforms = jnp.sort(random.uniform(rng_key, log_weights.shape, log_weights.dtype))
-    return _invert_cdf(log_weights, uniforms)
+    return invert_cdf(log_weights, uniforms)

@@ -14,7 +14,7 @@ import ebm_ppl as ebm
 from ebm_ppl.energy.start import annealing_path, starting_coordinates
 from ebm_ppl.smc.annealing import AnnealingOptions, anneal
 from ebm_ppl.smc.ensemble import Ensemble, resample_islands
-from ebm_ppl.smc.path import Ladder
+from ebm_ppl.smc.path import Ladder, stretch
 from ebm_ppl.smc.weights import ess_fraction, log_mean_exp
 
 T15_9999 = 5.24  # Student t, 15 degrees of freedom, two-sided 99.99%
@@ -239,3 +239,20 @@ def test_draws_of_a_normalised_energy_follow_it():
         # Resampled draws repeat each other: half of them are new at worst.
         error = values.std() / np.sqrt(len(draws) / 2)
         assert abs(values.mean() - (grid**power * density).sum()) < 5 * error
+
+
+@pytest.mark.parametrize("times", [1, 4, 64])
+def test_a_stretched_ladder_passes_through_its_own_temperatures(times):
+    """It ends at exactly 1, for any number of times up to the most."""
+    own = jnp.array([0.1, 0.4, 0.7, 1.0])
+    ladder = Ladder(jnp.zeros(()), own, jnp.array([4.0, 3.0, 2.0, 1.0]))
+    stretched = stretch(ladder, jnp.asarray(times), 64)
+    rungs = np.arange(4 * times)
+    betas = np.asarray(stretched.betas)[rungs]
+    assert stretched.betas.shape == (256,)
+    assert betas[-1] == 1.0
+    np.testing.assert_allclose(betas[times - 1 :: times], own, rtol=1e-6)
+    steps = np.repeat(np.diff(own, prepend=0.0), times) / times
+    np.testing.assert_allclose(betas, np.cumsum(steps), rtol=1e-5)
+    tuned = np.asarray(stretched.tuning(rungs))
+    np.testing.assert_array_equal(tuned, np.repeat(ladder.tunings, times))

@@ -56,9 +56,9 @@ def doubt(training: Ensemble, held_out: Ensemble, fresh: Ensemble) -> str:
     if np.mean(is_open & (spread > MAX_SPREAD)) > MAX_SHARE:
         return f"they disagree about log Z by {np.max(spread):.2g} nats"
 
-    short = _shortfall(known, witnesses, logs)
-    if np.mean(short > 0) > MAX_SHARE:
-        return f"they put log Z {np.max(short):.2g} nats under those that train"
+    is_short = -behind > _shortfall_by_noise(known, witnesses, logs)
+    if np.mean(is_short) > MAX_SHARE:
+        return f"they put log Z {np.max(-behind[is_short]):.2g} nats under those that train"
 
     elements = _spaced(behind.size, NUM_ELEMENTS)
     is_open, is_lower = (flags.ravel()[elements] for flags in (is_open, behind < 0))
@@ -72,17 +72,12 @@ def doubt(training: Ensemble, held_out: Ensemble, fresh: Ensemble) -> str:
     return ""
 
 
-def _shortfall(
-    known: np.ndarray, witnesses: np.ndarray, fresh: np.ndarray
-) -> np.ndarray:
-    """Nats by which fresh islands' median is under the others'; 0 where that is noise."""
-    gap = np.median(known, axis=0) - np.median(fresh, axis=0)
-
+def _shortfall_by_noise(*groups: np.ndarray) -> np.ndarray:
+    """Nats by which the fresh islands' median, the last group's, may be short by chance."""
     # Standard error of a median, by the widest of the groups.
-    groups = (fresh, known, witnesses)
     spread = [np.median(np.abs(g - np.median(g, axis=0)), axis=0) for g in groups]
-    error = 1.25 / math.sqrt(len(fresh)) * 1.48 * np.max(spread, axis=0)
-    return np.where(gap > np.maximum(MAX_SHORT, NUM_ERRORS * error), gap, 0.0)
+    error = 1.25 / math.sqrt(len(groups[-1])) * 1.48 * np.max(spread, axis=0)
+    return np.maximum(MAX_SHORT, NUM_ERRORS * error)
 
 
 @jax.jit

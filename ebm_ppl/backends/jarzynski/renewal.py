@@ -7,7 +7,7 @@ right.  So every so many updates the oldest training islands leave, those held o
 to train, and as many fresh ones, annealed from exact draws of the start to the present
 parameters, are held out instead.  Their ladder comes from a pilot of its own, and the
 clock counts updates alone, so their log Z is unbiased given the path of the parameters.
-Only where fresh islands miss what old ones know is a renewal left out, with a warning.
+Only where fresh islands miss what old ones know is a renewal left out.
 """
 
 import math
@@ -49,8 +49,9 @@ def renewed(
 ) -> JarzynskiState:
     """The state with its oldest islands replaced, and the clock set again.
 
-    Where annealing does not reach a site's energy, or misses part of it, all islands
-    stay, and a warning says so.
+    Where annealing does not reach a site's energy, all islands stay, and a warning says
+    so.  Where it misses part of one they stay too: the next time has more temperatures,
+    and the warning comes when there may be no more.
 
     Args:
         backend: A :class:`Jarzynski`.
@@ -81,8 +82,7 @@ def renewed(
             if times > MAX_TIMES:
                 return _postponed(backend, state, key_next, _missing(name, why))
             lines[name] = lines[name]._replace(times=count(times))
-            left = count(backend.renew_every * times)
-            clock = replace(clock, left=left, lines=lines)
+            clock = replace(clock, left=count(backend.renew_every * times), lines=lines)
             return replace(state, clock=clock, rng_key=key_next)
         walkers[name] = jax.tree.map(_on_the_devices_of, old, turned)
 
@@ -99,8 +99,7 @@ def _postponed(
     assert clock is not None
     times = max(int(line.times) for line in clock.lines.values())
     left = count(max(MAX_TURNS, times) * backend.renew_every)
-    until_pilot = count(0)
-    clock = replace(clock, left=left, until_pilot=until_pilot)
+    clock = replace(clock, left=left, until_pilot=count(0))
     return replace(state, clock=clock, rng_key=rng_key)
 
 
@@ -112,13 +111,15 @@ def num_renewed(walkers: Walkers) -> int:
 def _groups(old: Walkers, turned: Walkers) -> tuple[Ensemble, Ensemble, Ensemble]:
     """Islands that train, those held out until now, and fresh ones."""
     split, num_new = old.num_training_chains, num_renewed(old)
-    ensembles = (old.ensemble, old.ensemble, turned.ensemble)
-    parts = (slice(split), slice(split, None), slice(-num_new, None))
-    training, held_out, fresh = (
-        jax.tree.map(lambda leaf, part=part: leaf[part], ensemble)
-        for ensemble, part in zip(ensembles, parts, strict=True)
+
+    def part(ensemble: Ensemble, islands: slice) -> Ensemble:
+        return jax.tree.map(lambda leaf: leaf[islands], ensemble)
+
+    return (
+        part(old.ensemble, slice(split)),
+        part(old.ensemble, slice(split, None)),
+        part(turned.ensemble, slice(-num_new, None)),
     )
-    return training, held_out, fresh
 
 
 def _line(backend: Any, site: SiteAtParams, rng_key: Array, least: int) -> Line | None:
