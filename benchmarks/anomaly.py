@@ -80,7 +80,7 @@ def on_gaussian(gaussian, train, steps):
         optax.cosine_decay_schedule(1e-3, steps, 0.05), weight_decay=1e-4
     )
     backend = ebm.Jarzynski(
-        model, optim, num_chains=16, num_walkers=32, num_kernel_steps=3, renew_every=50
+        model, optim, num_chains=16, num_walkers=32, num_kernel_steps=3
     )
     fit = backend.run(random.key(0), steps, train, progress_bar=False)
     energy = ebm.fitted(fit, model, train)["x"]

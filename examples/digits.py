@@ -277,7 +277,6 @@ def main(arguments=None):
         num_chains=16,
         num_walkers=options.walkers,
         num_kernel_steps=3,
-        renew_every=50,
     )
     fit = backend.run(random.key(0), options.steps, *data)
     print(

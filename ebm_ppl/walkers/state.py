@@ -17,6 +17,10 @@ from ebm_ppl.smc.passes import Pass, pass_of
 from ebm_ppl.smc.weights import jackknife_log_mean_exp, pooled_ess_fraction
 from ebm_ppl.walkers.site import SiteAtParams
 
+# Nats from the islands' median beyond which log Z gives an island no more weight, or no
+# less: what walkers learn of themselves moves it, and none may speak for all.
+MAX_LEAN = 1.0
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -64,6 +68,19 @@ class Walkers:
         """Which islands enter the gradient, ``(num_chains,)``."""
         return jnp.arange(self.log_weight.shape[0]) < self.num_training_chains
 
+    def training_weights(self) -> Array:
+        """The training walkers' weights in the gradient, ``(num_training, ...)``.
+
+        An island counts by its Ẑ, as a walker does by its weight: the mean is then a
+        ratio of two unbiased estimates, while equal islands would keep the bias of a
+        single one.  Weights sum to one over islands and walkers.
+        """
+        split = self.num_training_chains
+        log_z = self.ensemble.log_normalizers[:split]
+        lean = jnp.clip(log_z - jnp.median(log_z, axis=0), -MAX_LEAN, MAX_LEAN)
+        within = jax.nn.softmax(self.log_weight[:split], axis=1)
+        return jax.nn.softmax(lean, axis=0)[:, None] * within
+
     def log_normalizer(self) -> tuple[Array, Array]:
         """Held-out log Z and its jackknife standard error, each of the batch shape."""
         return jackknife_log_mean_exp(
@@ -105,14 +122,13 @@ class Walkers:
 def training_mean_potential(
     walkers: Walkers, distribution: EnergyDistribution
 ) -> Array:
-    """Mean potential ``mean_c Σ_i w_ci U_θ(X_ci)`` over training islands.
+    """Mean potential ``Σ_ci w_ci U_θ(X_ci)`` over training islands.
 
     Walkers and weights are held fixed, so its negative gradient is ∇θ log Z.
     """
-    split = walkers.num_training_chains
-    weight = jax.nn.softmax(walkers.log_weight[:split], axis=1) / split
+    weight = walkers.training_weights()
     potential = distribution.potential(
-        walkers.transform(walkers.ensemble.position[:split])
+        walkers.transform(walkers.ensemble.position[: walkers.num_training_chains])
     )
     # A walker outside the energy's domain has weight 0 and potential inf.
     return jnp.sum(weight * jnp.where(weight > 0, potential, 0.0), axis=(0, 1))

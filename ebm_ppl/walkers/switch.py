@@ -49,15 +49,13 @@ def switch(
     log_weight = jnp.where(alive, ensemble.log_weight + increment, -jnp.inf)
     ess = conditional_ess_fraction(ensemble.log_weight[:split], increment[:split])
 
-    # Gradient
-    gradient = walkers.gradient
-    if gradient is not None:
-        weight = jax.nn.softmax(log_weight[:split], axis=1) / split
-        (gradient, _) = pull(
-            -merge_islands(
-                jnp.concatenate([weight, jnp.zeros_like(log_weight[split:])])
-            )
-        )
-
     ensemble = ensemble._replace(potential=potential, log_weight=log_weight)
-    return replace(walkers, ensemble=ensemble, gradient=gradient), evaluated, ess
+    walkers = replace(walkers, ensemble=ensemble)
+
+    # Gradient
+    if walkers.gradient is not None:
+        held_out = jnp.zeros_like(log_weight[split:])
+        weight = jnp.concatenate([walkers.training_weights(), held_out])
+        (gradient, _) = pull(-merge_islands(weight))
+        walkers = replace(walkers, gradient=gradient)
+    return walkers, evaluated, ess

@@ -53,8 +53,10 @@ class Jarzynski(Backend):
     One update, with log weights A, islands c and training islands T:
 
     1. gradient of NumPyro's negative log joint, where :math:`\nabla\log Z =
-       -\frac{1}{|T|}\sum_{c\in T}\sum_i w_{ci}\nabla_\theta U_\theta(X_{ci})`,
-       :math:`w_c = \mathrm{softmax}(A_c)`; an optax update gives θ';
+       -\sum_{c\in T} v_c \sum_i w_{ci}\nabla_\theta U_\theta(X_{ci})`, :math:`w_c =
+       \mathrm{softmax}(A_c)` and islands count by their log Z, within bounds,
+       :math:`v = \mathrm{softmax}(\mathrm{clip}(\log\hat Z))`; an optax update gives
+       θ';
     2. switch: :math:`A_i \mathrel{+}= U_\theta(X_i) - U_{\theta'}(X_i)`;
     3. move under θ' with ``kernel``, whose own weight is added;
     4. islands whose ESS is under ``ess_threshold`` resample.
@@ -85,7 +87,7 @@ class Jarzynski(Backend):
         num_temperatures: Temperatures of the annealing from the start to the energy at
             the initial parameters, where the two differ.  None takes 32 times the
             number that a pilot run needed, at least 128.
-        renew_every: Updates, such as 50, after which :meth:`run` lets held-out islands
+        renew_every: Updates after which :meth:`run` lets held-out islands
             begin to train and replaces the oldest training islands by fresh ones, which
             are then held out: it takes back what a fit learns from its own walkers.  The
             first time is after four such periods.  Where annealing needs more
@@ -132,7 +134,7 @@ class Jarzynski(Backend):
     ess_threshold: float = 0.5
     resampling: Resampling = systematic
     num_temperatures: int | None = None
-    renew_every: int | None = None
+    renew_every: int | None = 50
 
     def __post_init__(self) -> None:
         check_options(self)
