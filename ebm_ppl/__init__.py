@@ -1,9 +1,15 @@
 """Energy-based models in NumPyro: declared, fitted, exported with their normalisers."""
 
+from ebm_ppl.backends.contrastive.backend import ContrastiveDivergence
+from ebm_ppl.backends.contrastive.state import ContrastiveDivergenceState
 from ebm_ppl.backends.jarzynski.backend import Jarzynski
 from ebm_ppl.backends.jarzynski.state import JarzynskiState
 from ebm_ppl.backends.monte_carlo.backend import MonteCarloMLE
 from ebm_ppl.backends.monte_carlo.state import MonteCarloMLEState
+from ebm_ppl.backends.noise_contrastive.backend import NoiseContrastive
+from ebm_ppl.backends.noise_contrastive.state import NoiseContrastiveState
+from ebm_ppl.backends.score_matching.backend import ScoreMatching
+from ebm_ppl.backends.score_matching.state import ScoreMatchingState
 from ebm_ppl.backends.vera.backend import VERA
 from ebm_ppl.backends.vera.latent import latent_model
 from ebm_ppl.backends.vera.state import VERAState
@@ -47,6 +53,8 @@ __all__ = [
     "MALA",
     "ULA",
     "VERA",
+    "ContrastiveDivergence",
+    "ContrastiveDivergenceState",
     "EnergyDistribution",
     "Fit",
     "HMCScore",
@@ -57,9 +65,13 @@ __all__ = [
     "Monitor",
     "MonteCarloMLE",
     "MonteCarloMLEState",
+    "NoiseContrastive",
+    "NoiseContrastiveState",
     "NonFiniteError",
     "Polished",
     "Saved",
+    "ScoreMatching",
+    "ScoreMatchingState",
     "ScoreTest",
     "TabulatedNormalizer",
     "UncertifiedNormalizerError",

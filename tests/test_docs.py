@@ -184,6 +184,18 @@ def semi_supervised_is_right(scope):
     assert trace["y"]["scale"] == pytest.approx(3 * 20 / 4)
 
 
+def baselines_are_right(scope):
+    """What each method knows of a mode's mass, whose standard error is 0.0145."""
+    shares, log_z = scope["shares"], scope["log_z"]
+    assert shares["score matching"] < 0.1
+    assert shares["CD-1"] == pytest.approx(0.38, abs=0.04)
+    for name in ("PCD", "noise-contrastive", "Monte Carlo"):
+        assert shares[name] == pytest.approx(0.30, abs=0.02)
+    assert log_z.is_certified
+    learned = float(scope["fit"].state.log_normalizers["x"])
+    assert learned == pytest.approx(float(log_z.estimate["x"]), abs=0.05)
+
+
 def elpd(loo):
     return loo.elpd if hasattr(loo, "elpd") else loo.elpd_loo
 
@@ -230,6 +242,7 @@ def plane_is_right(scope):
         ("docs/concepts.md", concepts_are_right),
         ("docs/tilting.md", tilting_is_right),
         ("docs/plane.md", plane_is_right),
+        ("docs/baselines.md", baselines_are_right),
         ("docs/extending.md", extending_is_right),
         ("docs/semi_supervised.md", semi_supervised_is_right),
         ("docs/walkers.md", walkers_are_right),

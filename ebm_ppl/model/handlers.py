@@ -16,8 +16,9 @@ from ebm_ppl.energy.wrappers import elementwise, innermost, path_to, rewrap
 from ebm_ppl.model.program import Model
 from ebm_ppl.programs.arguments import as_numbers
 
-Normalize = Callable[[str, EnergyDistribution], EnergyDistribution]
-"""An energy site's name and its distribution to the same with a known normaliser."""
+Normalize = Callable[[str, EnergyDistribution], dist.Distribution]
+"""An energy site's name and its distribution to what stands for it in a joint density:
+the same with a known normaliser, or a loss of its rows."""
 
 
 def _is_sample(msg: dict) -> bool:

@@ -49,6 +49,8 @@ def inspect_model(
     *,
     init_params: Params | None = None,
     needs_walkers: bool = True,
+    needs_start: bool = True,
+    kept: str | None = "walkers",
 ) -> Inspection:
     """Run the model once on its data, check it, and find parameters and energy sites.
 
@@ -59,6 +61,9 @@ def inspect_model(
         init_params: Constrained values for any ``param`` or sample site, instead of its
             initial value.
         needs_walkers: Whether Langevin walkers are to move under the energies.
+        needs_start: Whether anything is drawn from their bases, or starts.
+        kept: What is kept from update to update for each log Z of an energy, in words;
+            None where nothing is.
 
     Raises:
         ValueError: The model is ill-posed; the message names the site, what was found
@@ -83,11 +88,14 @@ def inspect_model(
 
     values, transforms = parameters_of(trace)
     for name, distribution in recorder.found.items():
-        _check_energy_site(name, distribution, trace, needs_walkers)
+        if needs_start:
+            starting_distribution(distribution, name)
+        _check_energy_site(name, distribution, trace, needs_walkers, kept)
+
     params = unconstrained(transforms, values)
     bound = BoundModel(model, transforms, rng_key, arguments)
     checked, energies = bound, recorder.found
-    if not needs_walkers:
+    if kept is None:
         own_plates = {
             name: plates
             for name, energy in recorder.found.items()
@@ -136,6 +144,7 @@ def _check_energy_site(
     distribution: EnergyDistribution,
     trace: dict[str, dict],
     needs_walkers: bool,
+    kept: str | None,
 ) -> None:
     """Refuse an energy site, or data at it, that cannot be fitted.
 
@@ -144,7 +153,6 @@ def _check_energy_site(
     site = trace[name]
     wrapped = site["fn"]
     value = site["value"]
-    starting_distribution(distribution, name)
     if needs_walkers and distribution.support.is_discrete:
         raise ValueError(
             f"Energy site '{name}' has a discrete support ({distribution.support}); "
@@ -170,10 +178,10 @@ def _check_energy_site(
     check_start_covers(distribution, name)
     require_no_rows(name, distribution)
     plates = _own_plates(trace, name, distribution)
-    if needs_walkers and plates:
+    if kept is not None and plates:
         raise ValueError(
             f"Energy site '{name}' has one normaliser per row of plate '{plates[0]}', which "
-            "is subsampled: walkers of absent rows could not follow. Drop "
+            f"is subsampled: {kept} of absent rows could not follow. Drop "
             "subsample_size, give the base no batch shape (one shared Z), or fit with "
             "ebm_ppl.MonteCarloMLE(model, ...), whose draws are fresh in every update."
         )

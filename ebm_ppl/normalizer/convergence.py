@@ -29,6 +29,7 @@ def still_moving(
     model: Model,
     arguments: Arguments,
     log_z_errors: Mapping[str, Any] | None = None,
+    unit: str = "nats",
 ) -> Iterator[Finding]:
     """That the loss moved as the run ended.
 
@@ -38,6 +39,7 @@ def still_moving(
         arguments: Its data.
         log_z_errors: History of the standard errors of log Z by site, where an error
             lasts from update to update, so that the loss's own noise does not show it.
+        unit: What the loss is counted in.
     """
     losses = np.asarray(fit.history["loss"], float) if fit.history else np.zeros(0)
     if len(losses) < MIN_UPDATES:
@@ -55,9 +57,9 @@ def still_moving(
             return
     how = "fell" if change < 0 else "rose"
     yield Finding(
-        f"The loss still {how} by {abs(change):.3g} ± {error:.1g} nats, all rows "
-        "together, over the last tenth of the run: it has not settled. Train on "
-        "(init_state=fit.state), or let the learning rate fall.",
+        f"The loss still {how} by {abs(change):.3g} ± {error:.1g}{unit and ' ' + unit}, "
+        "all rows together, over the last tenth of the run: it has not settled. Train "
+        "on (init_state=fit.state), or let the learning rate fall.",
         is_warned_of=False,
     )
 

@@ -72,7 +72,7 @@ class SiteAtParams:
             difference=lambda position: path.difference(position) - reference
         )
 
-    def draw(self, rng_key: Array, shape: tuple[int, int]) -> Array:
+    def draw(self, rng_key: Array, shape: tuple[int, ...]) -> Array:
         """Exact draws from the starting distribution, as positions."""
         return self.transform.inv(
             starting_distribution(self.distribution, self.name).sample(rng_key, shape)

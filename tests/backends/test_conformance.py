@@ -98,12 +98,27 @@ def monte_carlo(model, optim, *, num_walkers=128):
     return ebm.MonteCarloMLE(model, optim, num_draws=num_walkers)
 
 
+def contrastive(method, model, optim, *, num_walkers=96):
+    return ebm.ContrastiveDivergence(
+        model, optim, method=method, num_walkers=num_walkers
+    )
+
+
+def noise_contrastive(model, optim, *, num_walkers=128):
+    return ebm.NoiseContrastive(model, optim, num_draws=num_walkers)
+
+
+def score_matching(model, optim, *, num_walkers=0):
+    return ebm.ScoreMatching(model, optim)
+
+
 class Entry(NamedTuple):
     """``make(model, optim)``, or with ``num_walkers=`` for precision; every model here
     has one energy site, 'x'."""
 
     make: Callable
     history: set[str]
+    has_draws: bool = True
 
 
 BACKENDS = {
@@ -111,6 +126,13 @@ BACKENDS = {
     "jarzynski-ula": Entry(partial(jarzynski, ebm.ULA(0.05)), JARZYNSKI_HISTORY),
     "vera": Entry(vera, VERA_HISTORY),
     "monte carlo": Entry(monte_carlo, MONTE_CARLO_HISTORY),
+    "contrastive": Entry(
+        partial(contrastive, "persistent"), {"loss", "acceptance", "grad_norm"}
+    ),
+    "noise contrastive": Entry(
+        noise_contrastive, {"loss", "log_normalizer", "grad_norm"}
+    ),
+    "score matching": Entry(score_matching, {"loss", "grad_norm"}, has_draws=False),
     "persistent, of a page": Entry(persistent, {"loss", "acceptance", "grad_norm"}),
 }
 
@@ -314,10 +336,11 @@ def test_same_key_same_result(trained):
     assert_equal(fit.state, trained.fit.state)
     assert_equal(fit.history, trained.fit.history)
     other = trained.backend.init(random.key(2), X)
-    assert not np.array_equal(
+    is_other = not np.array_equal(
         trained.update(other, X)[1]["grad_norm"],
         trained.update(again, X)[1]["grad_norm"],
     )
+    assert is_other == trained.entry.has_draws
 
 
 def test_a_continued_run_is_the_uninterrupted_one(trained):
@@ -354,16 +377,19 @@ def test_history_has_one_entry_per_step_and_pinned_keys(trained):
         assert isinstance(leaf, np.ndarray)
         assert len(leaf) == 40
         assert np.isfinite(leaf).all()
-    assert {"x"} == {
-        site
-        for entry in trained.fit.history.values()
-        if isinstance(entry, dict)
-        for site in entry
-    }
+    for diagnostic in declared:
+        if diagnostic.by_site:
+            assert set(trained.fit.history[diagnostic.key]) == {"x"}
 
 
 def test_an_export_holds_the_draws_of_the_state(trained):
     exported = ebm.to_arviz(trained.fit, model, X)
+    if not trained.entry.has_draws:
+        assert trained.fit.state.populations(random.key(0), ENERGIES) == {}
+        with pytest.raises(KeyError):
+            exported["posterior_predictive"]
+        return
+
     (population,) = trained.fit.state.populations(random.key(0), ENERGIES).values()
     drawn = exported["posterior_predictive"]["x"]
     assert drawn.dims[:2] == ("chain", "draw")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, random
 
+from ebm_ppl.backends.base_draws import own_draws
 from ebm_ppl.backends.monte_carlo.normalizer import Normalizer, normalizer_of
 from ebm_ppl.backends.monte_carlo.state import MonteCarloMLEState
 from ebm_ppl.backends.monte_carlo.warnings import (
@@ -23,16 +24,14 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.convergence import still_moving
-from ebm_ppl.normalizer.own_draws import OwnDraws, distance_from_maximum, is_checked
+from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
-from ebm_ppl.training.optimizers import check_on_params, check_optimizer, updates_of
-
-# Draws by which a run judges itself: islands, and draws in each.
-OWN_DRAWS = (16, 1024)
+from ebm_ppl.training.optimizers import check_on_params, check_optimizer
+from ebm_ppl.training.step import gradient_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +104,7 @@ class MonteCarloMLE(Backend):
             arguments,
             init_params=init_params,
             needs_walkers=False,
+            kept=None,
         )
         check_on_params("optim", self.optim, found.params)
         return MonteCarloMLEState(
@@ -125,32 +125,30 @@ class MonteCarloMLE(Backend):
 
         # Gradient
         loss_of = partial(_negative_log_joint, bound, key_draws, self.num_draws)
-        (loss, found), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
-        updates, optim_state = updates_of(
-            self.optim, grads, state.optim_state, state.params, loss
-        )
-        params = optax.apply_updates(state.params, updates)
+        step = gradient_step(self.optim, loss_of, state.params, state.optim_state)
+        found = step.aux
 
         # Return to the whole old state where a number is not finite
-        grad_norm = optax.tree.norm(grads)
         finite = Finite(
             {
                 name: jnp.all(jnp.isfinite(site.estimate))
                 for name, site in found.items()
             },
-            finite_parts(loss, grad_norm, params),
+            finite_parts(step.loss, step.grad_norm, step.params),
         )
-        new = MonteCarloMLEState(params, state.transforms, optim_state, key_next)
+        new = MonteCarloMLEState(
+            step.params, state.transforms, step.optim_state, key_next
+        )
         new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
 
         info = {
-            "loss": loss,
+            "loss": step.loss,
             "ess": {name: site.ess for name, site in found.items()},
             "log_normalizer": {name: site.estimate for name, site in found.items()},
             "log_normalizer_stderr": {
                 name: site.stderr for name, site in found.items()
             },
-            "grad_norm": grad_norm,
+            "grad_norm": step.grad_norm,
             "finite": finite,
         }
         return new, info
@@ -167,7 +165,7 @@ class MonteCarloMLE(Backend):
         yield from few_draws(fit, self.num_draws)
         state = fit.state
         bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
-        held = _own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
+        held = own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
         yield from draws_astray(bound, state.params, held)
         if has_every_row:
             yield from still_moving(fit, self.model, arguments)
@@ -188,16 +186,3 @@ def _negative_log_joint(
         return energy.with_log_normalizer(found[name].estimate)
 
     return bound.negative_log_joint(params, normalize), found
-
-
-@jax.jit
-def _own_draws(
-    bound: BoundModel, params: Params, rng_key: Array
-) -> dict[str, OwnDraws]:
-    """Fresh draws of every energy, by which a run is judged."""
-    return {
-        name: OwnDraws(
-            *weighted_draws(random.fold_in(rng_key, index), name, energy, OWN_DRAWS)
-        )
-        for index, (name, energy) in enumerate(bound.energies(params).items())
-    }

@@ -6,16 +6,13 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax import Array, random
+from jax import Array
 from numpyro.distributions.transforms import Transform
 
+from ebm_ppl.backends.base_draws import populations_of_starts
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.program import Params
 from ebm_ppl.training.state import Population, State
-
-# Draws for an export: islands, and draws in each.
-POPULATION = (16, 1000)
 
 
 @partial(
@@ -46,12 +43,4 @@ class MonteCarloMLEState(State):
         given: Container[str] = (),
     ) -> dict[str, Population]:
         """Fresh draws of every energy's start, with their weights."""
-        found = {}
-        for index, (name, energy) in enumerate(energies.items()):
-            key = random.fold_in(rng_key, index)
-            if name not in given:
-                draws = weighted_draws(key, name, energy, POPULATION)
-                found[name] = Population(
-                    draws.values, "draws of the base", draws.log_weight
-                )
-        return found
+        return populations_of_starts(rng_key, energies, given)

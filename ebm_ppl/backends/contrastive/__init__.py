@@ -1,0 +1,1 @@
+"""Contrastive divergence: walkers without weights."""

@@ -1,0 +1,1 @@
+"""Noise-contrastive estimation: energies fitted by telling data from noise."""

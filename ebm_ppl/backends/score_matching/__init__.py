@@ -1,0 +1,1 @@
+"""Score matching: energies fitted by their derivatives, without a normaliser."""
