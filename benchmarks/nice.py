@@ -1,18 +1,19 @@
 """A NICE flow as an energy: the exact likelihood judges how it was trained.
 
     python benchmarks/nice.py DATA_FOLDER [--seconds 150] [--seed 0] [--methods
-    likelihood VERA Jarzynski PCD]
+    likelihood VERA Jarzynski PCD CD noise-contrastive sliced denoising]
 
 A NICE flow of four additive couplings (Dinh, Krueger and Bengio 2015) on 28x28 MNIST
 with noise of 0.1, in standardised principal components of the training rows, so that
 the flow starts at the Gaussian of the data.  Its density is normalised, log Z = 0, but
-only maximum likelihood is told so.  The others see the energy: VERA, Jarzynski, and
-persistent walkers without weights (PCD: as many walkers and moves as Jarzynski, which
-holds a quarter of its walkers out), each for the same wall time, compilation included.
-VERA's generator is another such flow, which starts as the energy's own; as many draws
-as PCD has walkers, in the energy's step with importance weights. Printed: exact test
-log-likelihood in nats of the noisy pixels, and, of the package's two backends, log Z
-with its certificate beside the true 0.
+only maximum likelihood is told so.  The others see the energy: VERA, Jarzynski,
+contrastive divergence (PCD: as many walkers and moves as Jarzynski, which holds a
+quarter of its walkers out; CD: as many moves from the rows), noise-contrastive
+estimation, and score matching (with a slice, and with noise of a tenth), each for the
+same wall time, compilation included.  VERA's generator is another such flow, which
+starts as the energy's own; as many draws as PCD has walkers, in the energy's step with
+importance weights.  Printed: exact test log-likelihood in nats of the noisy pixels, and,
+of the package's backends, log Z with its certificate beside the true 0.
 
 The setting of Grathwohl et al. (2021), section 5.1: a NICE model of MNIST trained by
 VERA, PCD, score matching and maximum likelihood.
@@ -162,19 +163,6 @@ def decayed(rate, num_steps):
     return optax.cosine_decay_schedule(rate, num_steps, 0.02)
 
 
-def by_jarzynski(model, data, num_steps, seed):
-    optim = optax.adam(decayed(1e-3, num_steps))
-    backend = ebm.Jarzynski(
-        model,
-        optim,
-        num_chains=NUM_CHAINS,
-        num_walkers=NUM_WALKERS,
-        num_kernel_steps=NUM_MOVES,
-    )
-    fit = backend.run(random.key(seed), num_steps, data.train, progress_bar=False)
-    return fit.params["flow$params"], fit
-
-
 def by_vera(model, data, num_steps, seed, importance_weights=True):
     optim, generator_optim = (
         optax.adam(decayed(rate, num_steps), b1=0.5, b2=b2)
@@ -209,96 +197,58 @@ def by_vera(model, data, num_steps, seed, importance_weights=True):
     return fit.params["flow$params"], fit
 
 
-def train(loss, carry, move, data, num_steps, seed):
-    """Adam on ``loss(params, batch, carry)``; ``move(params, carry, key)`` renews the
-    walkers before each update."""
+def by_likelihood(_, data, num_steps, seed):
+    """Adam on the exact negative log-likelihood."""
     key_init, key_run = random.split(random.key(seed))
     params = FLOW.init(key_init, jnp.zeros(PIXELS))["params"]
     optim = optax.adam(decayed(1e-3, num_steps))
 
+    def loss(params, u):
+        return -jnp.mean(FLOW.apply({"params": params}, u))
+
     def update(pixels, state, key):
-        params, optim_state, carry = state
-        key_rows, key_noise, key_move = random.split(key, 3)
-        carry = move(params, carry, key_move)
+        params, optim_state = state
+        key_rows, key_noise = random.split(key)
         rows = pixels[random.randint(key_rows, (BATCH,), 0, len(pixels))]
-        gradient = jax.grad(loss)(params, data.whitened(key_noise, rows), carry)
+        gradient = jax.grad(loss)(params, data.whitened(key_noise, rows))
         updates, optim_state = optim.update(gradient, optim_state)
-        return (optax.apply_updates(params, updates), optim_state, carry), None
+        return (optax.apply_updates(params, updates), optim_state), None
 
     keys = random.split(key_run, num_steps)
     run = jax.jit(
         lambda pixels, state: lax.scan(partial(update, pixels), state, keys)[0]
     )
-    return jax.block_until_ready(run(data.train, (params, optim.init(params), carry)))[
-        0
-    ], None
+    params, _ = jax.block_until_ready(run(data.train, (params, optim.init(params))))
+    return params, None
 
 
-def log_density(params, u):
-    return FLOW.apply({"params": params}, u)
+def by(make, model, data, num_steps, seed):
+    """A backend of the package, ``make(model, optim)``."""
+    backend = make(model, optax.adam(decayed(1e-3, num_steps)))
+    fit = backend.run(random.key(seed), num_steps, data.train, progress_bar=False)
+    return fit.params["flow$params"], fit
 
 
-def by_likelihood(_, data, num_steps, seed):
-    return train(
-        lambda params, rows, _: -jnp.mean(log_density(params, rows)),
-        (),
-        lambda params, carry, key: carry,
-        data,
-        num_steps,
-        seed,
-    )
-
-
-def by_pcd(_, data, num_steps, seed):
-    """Persistent contrastive divergence: MALA with an adapted step size, every weight
-    equal."""
-
-    def move(params, carry, key):
-        value_and_slope = jax.vmap(jax.value_and_grad(lambda u: log_density(params, u)))
-
-        def one(carry, key):
-            x, value, slope, step_size = carry
-            key_noise, key_accept = random.split(key)
-            y = (
-                x
-                + step_size * slope
-                + jnp.sqrt(2 * step_size) * random.normal(key_noise, x.shape)
-            )
-            value_y, slope_y = value_and_slope(y)
-            forward = jnp.sum((y - x - step_size * slope) ** 2, axis=1)
-            backward = jnp.sum((x - y - step_size * slope_y) ** 2, axis=1)
-            log_accept = value_y - value + (forward - backward) / (4 * step_size)
-            accepted = jnp.log(random.uniform(key_accept, (len(x),))) < log_accept
-            rate = jnp.mean(jnp.minimum(1.0, jnp.exp(log_accept)))
-            x, slope = (
-                jnp.where(accepted[:, None], new, old)
-                for new, old in ((y, x), (slope_y, slope))
-            )
-            value = jnp.where(accepted, value_y, value)
-            return (x, value, slope, step_size * jnp.exp(0.05 * (rate - 0.574))), None
-
-        x, step_size = carry
-        x, _, _, step_size = lax.scan(
-            one, (x, *value_and_slope(x), step_size), random.split(key, NUM_MOVES)
-        )[0]
-        return x, step_size
-
-    def loss(params, rows, carry):
-        return -jnp.mean(log_density(params, rows)) + jnp.mean(
-            log_density(params, carry[0])
-        )
-
-    walkers = random.normal(
-        random.key(seed + 1_000), (NUM_CHAINS * NUM_WALKERS, PIXELS)
-    )
-    return train(loss, (walkers, jnp.asarray(0.05)), move, data, num_steps, seed)
-
+WALKERS = partial(
+    ebm.Jarzynski,
+    num_chains=NUM_CHAINS,
+    num_walkers=NUM_WALKERS,
+    num_kernel_steps=NUM_MOVES,
+)
+BY_MOVES = partial(ebm.ContrastiveDivergence, num_kernel_steps=NUM_MOVES)
+NUM_ALL = NUM_CHAINS * NUM_WALKERS
 
 COMPARED = {
     "likelihood": by_likelihood,
     "VERA": by_vera,
-    "Jarzynski": by_jarzynski,
-    "PCD": by_pcd,
+    "Jarzynski": partial(by, WALKERS),
+    "PCD": partial(by, partial(BY_MOVES, num_walkers=NUM_ALL)),
+    "CD": partial(by, partial(BY_MOVES, method="data")),
+    "noise-contrastive": partial(by, partial(ebm.NoiseContrastive, num_draws=NUM_ALL)),
+    "sliced": partial(by, partial(ebm.ScoreMatching, method="sliced")),
+    "denoising": partial(
+        by, partial(ebm.ScoreMatching, method="denoising", noise_scale=0.1)
+    ),
 }
 METHODS = COMPARED | {"VERA-unweighted": partial(by_vera, importance_weights=False)}
 

@@ -41,7 +41,7 @@ from ebm_ppl.normalizer.score_test import ScoreTest, score_test
 from ebm_ppl.normalizer.table import TabulatedNormalizer
 from ebm_ppl.normalizer.tabulate import tabulate_log_normalizer
 from ebm_ppl.normalizer.validation import Validation
-from ebm_ppl.smc.resampling import multinomial, systematic
+from ebm_ppl.smc.resampling import multinomial, residual, systematic
 from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.monitor import Monitor
 from ebm_ppl.walkers.draws import sample
@@ -93,6 +93,7 @@ __all__ = [
     "plot_energy_surface",
     "plot_training",
     "polish",
+    "residual",
     "sample",
     "save",
     "score_test",

@@ -139,6 +139,7 @@ def test_public_names_are_pinned():
         "plot_energy_surface",
         "plot_training",
         "polish",
+        "residual",
         "sample",
         "save",
         "score_test",

@@ -58,3 +58,22 @@ def multinomial(rng_key: Array, log_weights: Array) -> Array:
     """
     uniforms = jnp.sort(random.uniform(rng_key, log_weights.shape, log_weights.dtype))
     return invert_cdf(log_weights, uniforms)
+
+
+def residual(rng_key: Array, log_weights: Array) -> Array:
+    """Residual resampling: ⌊N w⌋ copies of each walker, and the rest multinomial.
+
+    Source: Liu and Chen (1998).  Arguments are those of :func:`systematic`.
+    """
+    num = log_weights.shape[0]
+    expected = num * jax.nn.softmax(log_weights)
+    copies = jnp.floor(expected)
+
+    # Of the copies first, as many as there are, and then of the others.
+    of_copies = jnp.repeat(
+        jnp.arange(num), copies.astype(jnp.int32), total_repeat_length=num
+    )
+    num_copies = jnp.sum(copies).astype(jnp.int32)
+    uniforms = random.uniform(rng_key, (num,), log_weights.dtype)
+    of_others = invert_cdf(jnp.log(expected - copies), uniforms)
+    return jnp.sort(jnp.where(jnp.arange(num) < num_copies, of_copies, of_others))

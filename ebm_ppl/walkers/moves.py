@@ -8,8 +8,8 @@ from jax import Array, lax, random
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.start import target_of
-from ebm_ppl.kernels.base import Kernel, KernelState, move
-from ebm_ppl.smc.ensemble import resample_islands
+from ebm_ppl.kernels.base import Kernel, KernelInfo, KernelState, move
+from ebm_ppl.smc.ensemble import Ensemble, resample_islands
 from ebm_ppl.smc.resampling import Resampling
 from ebm_ppl.smc.weights import ess_fraction
 from ebm_ppl.walkers.state import Walkers
@@ -22,6 +22,7 @@ def move_walkers(
     walkers: dict[str, Walkers],
     evaluated: dict[str, KernelState],
     num_kernel_steps: int,
+    moved_share: float = 1.0,
 ) -> tuple[dict[str, Walkers], dict[str, Array]]:
     """Move walkers under their energies; tunings follow the training islands alone.
 
@@ -32,24 +33,27 @@ def move_walkers(
         walkers: By site.
         evaluated: Their kernel states, islands merged.
         num_kernel_steps: Moves of every walker.
+        moved_share: Share of an island's walkers that move, chosen at random.
 
     Returns:
         The walkers, and the training islands' mean acceptance, by site.
     """
     moved, acceptance = {}, {}
     for index, (name, site) in enumerate(walkers.items()):
+        key = random.fold_in(rng_key, index)
+        target = target_of(energies[name], site.transform)
+        chosen, before = None, evaluated[name]
+        if moved_share < 1.0:
+            key, key_choice = random.split(key)
+            chosen = _chosen(key_choice, site.log_weight.shape[1], moved_share)
+            position = site.ensemble.position[:, chosen]
+            before = kernel.evaluate(target, position.reshape(-1, *position.shape[2:]))
+
         # Move
-        kernel_state, info = move(
-            kernel,
-            random.fold_in(rng_key, index),
-            evaluated[name],
-            target_of(energies[name], site.transform),
-            site.tuning,
-            num_kernel_steps,
-        )
-        islands = site.log_weight.shape[:2]
-        kernel_state, info = jax.tree.map(
-            lambda v, n=islands: v.reshape(*n, *v.shape[1:]), (kernel_state, info)
+        after, info = move(kernel, key, before, target, site.tuning, num_kernel_steps)
+        num_chains = len(site.log_weight)
+        after, info = jax.tree.map(
+            lambda v, n=num_chains: v.reshape(n, -1, *v.shape[1:]), (after, info)
         )
 
         # Adapt
@@ -57,14 +61,33 @@ def move_walkers(
         acceptance[name] = jnp.mean(training, axis=(0, 1))
         tuning = kernel.adapt(site.tuning, acceptance[name])
 
-        ensemble = site.ensemble._replace(
-            position=kernel_state.position,
-            potential=kernel_state.potential,
-            log_weight=site.log_weight + info.log_weight,
-        )
+        ensemble = _with_moves(site.ensemble, after, info, chosen)
         moved[name] = replace(site, ensemble=ensemble, tuning=tuning)
 
     return moved, acceptance
+
+
+def _chosen(rng_key: Array, num_walkers: int, share: float) -> Array:
+    """Indices of the walkers that move; whatever they are, so the choice is no bias."""
+    num_moved = max(1, round(share * num_walkers))
+    return random.permutation(rng_key, num_walkers)[:num_moved]
+
+
+def _with_moves(
+    ensemble: Ensemble, after: KernelState, info: KernelInfo, chosen: Array | None
+) -> Ensemble:
+    """Walkers after their moves; all but the chosen ones stay, where any were."""
+    if chosen is None:
+        return ensemble._replace(
+            position=after.position,
+            potential=after.potential,
+            log_weight=ensemble.log_weight + info.log_weight,
+        )
+    return ensemble._replace(
+        position=ensemble.position.at[:, chosen].set(after.position),
+        potential=ensemble.potential.at[:, chosen].set(after.potential),
+        log_weight=ensemble.log_weight.at[:, chosen].add(info.log_weight),
+    )
 
 
 def resample_or_return(

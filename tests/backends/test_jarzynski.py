@@ -150,6 +150,36 @@ def test_gradient_and_log_z_of_a_skewed_energy_while_it_is_learned(kernel):
         assert abs(float(g) - truth) < 5.5 * error * np.sqrt(2)
 
 
+def test_few_walkers_move_and_the_weights_stay_exact():
+    """A 50th of them moves in an update, all are switched: E[Ẑ_c / Z] = 1."""
+    backend = ebm.Jarzynski(
+        skewed_model,
+        optax.adam(0.01),
+        kernel=ebm.ULA(0.2),
+        num_chains=68,
+        num_holdout_chains=64,
+        num_walkers=100,
+        moved_share=0.02,
+        renew_every=None,
+    )
+    found = []
+    for seed in range(4):
+        fit = backend.run(random.key(seed), 60, SKEWED_DATA, progress_bar=False)
+        log_z = fit.state.walkers["x"].ensemble.log_normalizers[4:]
+        found += list(np.exp(np.asarray(log_z, float) - skewed_density(fit.params)[1]))
+    error = np.std(found, ddof=1) / np.sqrt(len(found))
+    assert error < 0.01
+    assert abs(np.mean(found) - 1.0) < 4 * error
+    # Far enough for the weights to matter.
+    assert np.std(fit.state.walkers["x"].log_weight) > 0.2
+
+    new, _ = jax.jit(backend.update)(fit.state, SKEWED_DATA)
+    has_moved = new.walkers["x"].values != fit.state.walkers["x"].values
+    is_kept = np.all(np.asarray(new.walkers["x"].log_weight) != 0, axis=1)
+    np.testing.assert_array_equal(np.sum(has_moved, axis=1)[is_kept], 2)
+    assert is_kept.any()
+
+
 @pytest.mark.runs_long
 def test_precision_by_maximum_likelihood_and_by_map():
     """Design table: λ̂ = n / Σx² = 3.275 within 1%, MAP 2.590 within 1%, log Z(λ)

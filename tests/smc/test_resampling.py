@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from jax import random
 
-from ebm_ppl import multinomial, systematic
+from ebm_ppl import multinomial, residual, systematic
 
-SCHEMES = pytest.mark.parametrize("scheme", [systematic, multinomial])
+SCHEMES = pytest.mark.parametrize("scheme", [systematic, residual, multinomial])
 
 
 @SCHEMES
@@ -28,6 +28,14 @@ def test_systematic_counts_differ_from_expectation_by_less_than_one():
     counts = np.bincount(systematic(random.key(2), log_weights), minlength=64)
     expected = 64 * np.asarray(jax.nn.softmax(log_weights))
     assert np.all(np.abs(counts - expected) < 1 + 1e-4)
+
+
+def test_residual_counts_are_no_less_than_the_whole_part_of_what_is_expected():
+    log_weights = random.normal(random.key(1), (64,))
+    counts = np.bincount(residual(random.key(2), log_weights), minlength=64)
+    expected = 64 * np.asarray(jax.nn.softmax(log_weights))
+    assert np.all(counts >= np.floor(expected))
+    assert np.any(counts > np.ceil(expected))  # the rest is drawn independently
 
 
 @SCHEMES

@@ -77,13 +77,17 @@ class Jarzynski(Backend):
             update control; log Z is estimated from them.  At least 2; under 4 the
             standard error is unreliable, and a warning is given.
         num_kernel_steps: Moves per update.
+        moved_share: Share of each island's walkers that move in an update, chosen at
+            random (Algorithms 3 and 4); all are switched, so weights stay exact.
         ess_target: Target for the conditional ESS (cESS) of a switch over the training
             islands.  An update with a lower one is scaled once by
             ``√((1−target)/(1−cESS))``; the scale recovers by 1% a step.  None disables
             the control.
-        ess_threshold: ESS fraction under which an island resamples.
-        resampling: :func:`systematic`, :func:`multinomial`, or any function of that
-            signature.
+        ess_threshold: ESS fraction under which an island resamples.  A coefficient of
+            variation c of its weights, by which the paper decides, is an ESS of
+            1 / (1 + c²).
+        resampling: :func:`systematic`, :func:`residual`, :func:`multinomial`, or any
+            function of that signature.
         num_temperatures: Temperatures of the annealing from the start to the energy at
             the initial parameters, where the two differ.  None takes 32 times the
             number that a pilot run needed, at least 128.
@@ -130,6 +134,7 @@ class Jarzynski(Backend):
     num_walkers: int = 64
     num_holdout_chains: int = 4
     num_kernel_steps: int = 1
+    moved_share: float = 1.0
     ess_target: float | None = 0.99
     ess_threshold: float = 0.5
     resampling: Resampling = systematic
@@ -224,6 +229,7 @@ class Jarzynski(Backend):
             walkers,
             evaluated,
             self.num_kernel_steps,
+            self.moved_share,
         )
 
         grad_norm = optax.tree.norm(grads)

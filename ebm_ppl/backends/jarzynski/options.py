@@ -21,6 +21,11 @@ def check_options(backend: Any) -> None:
                 f"{option} = {getattr(backend, option)}; expected at least 1."
             )
 
+    if not 0 < backend.moved_share <= 1:
+        raise ValueError(
+            f"moved_share = {backend.moved_share}; expected a share in (0, 1]."
+        )
+
     if backend.num_holdout_chains < 2:
         raise ValueError(
             f"num_holdout_chains = {backend.num_holdout_chains}; expected at least 2: "
