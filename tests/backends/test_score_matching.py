@@ -1,5 +1,7 @@
 """Score matching against minima in closed form."""
 
+import warnings
+
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -245,3 +247,25 @@ def test_a_loss_that_still_falls_is_told():
     (finding,) = fit.findings
     assert "The loss still fell by" in finding
     assert "nats" not in finding
+
+
+@pytest.mark.parametrize("smooth", [True, False], ids=["smooth", "kinks"])
+def test_curvature_at_kinks_is_told(smooth):
+    """|v| / s for a Laplace density of scale s: its second derivative is 0 but at 0."""
+
+    def model(x):
+        rate = numpyro.param("rate", 1.0, constraint=constraints.positive)
+        with numpyro.plate("rows", len(x)):
+            base = dist.ImproperUniform(constraints.real_vector, (), (2,))
+            length = (lambda v: jnp.sqrt(v**2 + 0.1)) if smooth else jnp.abs
+            energy = ebm.EnergyDistribution(lambda v: rate * length(v).sum(-1), base)
+            numpyro.sample("x", energy, obs=x)
+
+    x = RNG.laplace(size=(500, 2)).astype(np.float32)
+    backend = ebm.ScoreMatching(model, optax.adam(1e-2), method="sliced")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        backend.run(random.key(0), 60, x, progress_bar=False)
+    messages = [str(w.message) for w in told]
+    assert any("its second derivatives tell 0.00" in m for m in messages) != smooth
+    assert not (smooth and messages)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, random
 
+from ebm_ppl.backends.score_matching.kinks import kinks
 from ebm_ppl.backends.score_matching.losses import (
     RowsLoss,
     denoising_loss,
@@ -31,6 +32,8 @@ from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, check_optimizer
 from ebm_ppl.training.step import gradient_step
 
+# Runs too short to be judged.
+MIN_UPDATES = 50
 METHODS = ("exact", "sliced", "denoising")
 
 
@@ -51,8 +54,9 @@ class ScoreMatching(Backend):
 
     What it does not give: log Z (ask :func:`log_normalizer`), draws, and the mass of
     modes that lie apart, which no derivative at the data knows
-    (:func:`score_test` tells how far the fit is from maximum likelihood).
-    ``"denoising"`` fits the density of the data with noise.
+    (:func:`score_test` tells how far the fit is from maximum likelihood).  Energies
+    have to be smooth: where one curves at kinks, as a net of ReLUs does, a warning says
+    so.  ``"denoising"`` fits the density of the data with noise.
 
     Args:
         model: A NumPyro model with one or more observed :class:`EnergyDistribution`
@@ -173,5 +177,13 @@ class ScoreMatching(Backend):
         arguments: Arguments,
         has_every_row: bool,
     ) -> Iterator[Finding]:
+        if not fit.history or len(fit.history["loss"]) < MIN_UPDATES:
+            return
+        if self.method != "denoising":
+            key = random.fold_in(fit.state.rng_key, 2)
+            bound = BoundModel(
+                self.model, fit.state.transforms, fit.state.rng_key, arguments
+            )
+            yield from kinks(bound, fit.state.params, key)
         if has_every_row:
             yield from still_moving(fit, self.model, arguments, unit="")

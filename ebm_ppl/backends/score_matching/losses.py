@@ -21,21 +21,12 @@ def exact_loss(energy: EnergyDistribution) -> RowsLoss:
 
     Source: Hyvärinen (2005), equation 4.
     """
-    pull_back, gradient = _in_coordinates(energy)
+    pull_back, gradient = in_coordinates(energy)
 
     def loss(rows: Array) -> Array:
         position = pull_back(rows)
         slope, product = jax.linearize(gradient, position)
-        shape = position.shape[1 + len(energy.batch_shape) :]
-        size = math.prod(shape)
-        directions = jnp.eye(size, dtype=position.dtype).reshape(size, *shape)
-
-        def curvature(direction: Array) -> Array:
-            along = jnp.broadcast_to(direction, position.shape)
-            return _dot(along, product(along), energy)
-
-        laplacian = jnp.sum(jax.vmap(curvature)(directions), axis=0)
-        return 0.5 * _dot(slope, slope, energy) - laplacian
+        return 0.5 * _dot(slope, slope, energy) - _trace(product, position, energy)
 
     return loss
 
@@ -47,7 +38,7 @@ def sliced_loss(
 
     Source: Song, Garg, Shi and Ermon (2019), equation 8 (its variance reduced).
     """
-    pull_back, gradient = _in_coordinates(energy)
+    pull_back, gradient = in_coordinates(energy)
 
     def loss(rows: Array) -> Array:
         position = pull_back(rows)
@@ -71,7 +62,7 @@ def denoising_loss(
 
     Source: Vincent (2011), equation 9, times σ² as in Song and Ermon (2019).
     """
-    pull_back, gradient = _in_coordinates(energy)
+    pull_back, gradient = in_coordinates(energy)
 
     def loss(rows: Array) -> Array:
         position = pull_back(rows)
@@ -83,7 +74,7 @@ def denoising_loss(
     return loss
 
 
-def _in_coordinates(
+def in_coordinates(
     energy: EnergyDistribution,
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The map from values to coordinates u of the whole space, and ∇U there.
@@ -100,6 +91,29 @@ def _in_coordinates(
         return slope
 
     return transform.inv, gradient
+
+
+def laplacian_of(
+    gradient: Callable[[Array], Array], position: Array, energy: EnergyDistribution
+) -> Array:
+    """``tr ∇²U`` at positions, ``(num_rows, *batch_shape)``."""
+    _, product = jax.linearize(gradient, position)
+    return _trace(product, position, energy)
+
+
+def _trace(
+    product: Callable[[Array], Array], position: Array, energy: EnergyDistribution
+) -> Array:
+    """The trace of a Hessian, by its product with every direction."""
+    shape = position.shape[1 + len(energy.batch_shape) :]
+    size = math.prod(shape)
+    directions = jnp.eye(size, dtype=position.dtype).reshape(size, *shape)
+
+    def curvature(direction: Array) -> Array:
+        along = jnp.broadcast_to(direction, position.shape)
+        return _dot(along, product(along), energy)
+
+    return jnp.sum(jax.vmap(curvature)(directions), axis=0)
 
 
 def _dot(one: Array, other: Array, energy: EnergyDistribution) -> Array:
