@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import Array, random
+from jax import Array, lax, random
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.start import potential_at
@@ -109,11 +109,14 @@ def _trace(
     size = math.prod(shape)
     directions = jnp.eye(size, dtype=position.dtype).reshape(size, *shape)
 
+    # One direction after another, computed again on the way back: all at once, or kept,
+    # they take as many times the memory, and on a CPU twice the time.
+    @jax.checkpoint
     def curvature(direction: Array) -> Array:
         along = jnp.broadcast_to(direction, position.shape)
         return _dot(along, product(along), energy)
 
-    return jnp.sum(jax.vmap(curvature)(directions), axis=0)
+    return jnp.sum(lax.map(curvature, directions), axis=0)
 
 
 def _dot(one: Array, other: Array, energy: EnergyDistribution) -> Array:
