@@ -272,6 +272,7 @@ def test_update_control_scales_once_by_the_formula():
     assert float(info["update_scale"]) == pytest.approx(1.01 * expected, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Not at a maximum")
 def test_step_size_adapts_towards_the_target_acceptance():
     backend = ebm.Jarzynski(
         skewed_model,
