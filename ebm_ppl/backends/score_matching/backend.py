@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, random
 
-from ebm_ppl.backends.score_matching.kinks import kinks
 from ebm_ppl.backends.score_matching.losses import (
     RowsLoss,
     denoising_loss,
     exact_loss,
     sliced_loss,
 )
+from ebm_ppl.backends.score_matching.smoothness import not_smooth
 from ebm_ppl.backends.score_matching.state import ScoreMatchingState
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.row_loss import RowLoss
@@ -55,8 +55,8 @@ class ScoreMatching(Backend):
     What it does not give: log Z (ask :func:`log_normalizer`), draws, and the mass of
     modes that lie apart, which no derivative at the data knows
     (:func:`score_test` tells how far the fit is from maximum likelihood).  Energies
-    have to be smooth: where one curves at kinks, as a net of ReLUs does, a warning says
-    so.  ``"denoising"`` fits the density of the data with noise.
+    have to be smooth: where one has walls, jumps, or kinks as a net of ReLUs does, a
+    warning says so.  ``"denoising"`` fits the density of the data with noise.
 
     Args:
         model: A NumPyro model with one or more observed :class:`EnergyDistribution`
@@ -184,6 +184,6 @@ class ScoreMatching(Backend):
             bound = BoundModel(
                 self.model, fit.state.transforms, fit.state.rng_key, arguments
             )
-            yield from kinks(bound, fit.state.params, key)
+            yield from not_smooth(bound, fit.state.params, key)
         if has_every_row:
             yield from still_moving(fit, self.model, arguments, unit="")

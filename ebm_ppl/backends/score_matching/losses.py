@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
+from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.start import potential_at
@@ -21,10 +22,10 @@ def exact_loss(energy: EnergyDistribution) -> RowsLoss:
 
     Source: Hyvärinen (2005), equation 4.
     """
-    pull_back, gradient = in_coordinates(energy)
+    transform, gradient = in_coordinates(energy)
 
     def loss(rows: Array) -> Array:
-        position = pull_back(rows)
+        position = transform.inv(rows)
         slope, product = jax.linearize(gradient, position)
         return 0.5 * _dot(slope, slope, energy) - _trace(product, position, energy)
 
@@ -38,10 +39,10 @@ def sliced_loss(
 
     Source: Song, Garg, Shi and Ermon (2019), equation 8 (its variance reduced).
     """
-    pull_back, gradient = in_coordinates(energy)
+    transform, gradient = in_coordinates(energy)
 
     def loss(rows: Array) -> Array:
-        position = pull_back(rows)
+        position = transform.inv(rows)
         slope, product = jax.linearize(gradient, position)
         shape = (num_slices, *position.shape)
         signs = random.rademacher(rng_key, shape, position.dtype)
@@ -62,10 +63,10 @@ def denoising_loss(
 
     Source: Vincent (2011), equation 9, times σ² as in Song and Ermon (2019).
     """
-    pull_back, gradient = in_coordinates(energy)
+    transform, gradient = in_coordinates(energy)
 
     def loss(rows: Array) -> Array:
-        position = pull_back(rows)
+        position = transform.inv(rows)
         noise = random.normal(rng_key, position.shape, position.dtype)
         slope = gradient(position + noise_scale * noise)
         error = noise - noise_scale * slope
@@ -76,8 +77,8 @@ def denoising_loss(
 
 def in_coordinates(
     energy: EnergyDistribution,
-) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
-    """The map from values to coordinates u of the whole space, and ∇U there.
+) -> tuple[Transform, Callable[[Array], Array]]:
+    """The map from coordinates u of the whole space to values, and ∇U of u.
 
     They are the values themselves where the support is the whole space, and their logs,
     logits or the like elsewhere: the density of u vanishes at the ends, as score
@@ -90,7 +91,7 @@ def in_coordinates(
         (slope,) = pull(jnp.ones_like(potential))
         return slope
 
-    return transform.inv, gradient
+    return transform, gradient
 
 
 def laplacian_of(
