@@ -170,6 +170,26 @@ def test_masks_scales_and_rows_of_their_own():
     assert gradient(x, filled, keep, ToZero()) == pytest.approx(right, rel=1e-5)
 
 
+@pytest.mark.parametrize("method", ["persistent", "base"])
+def test_walkers_beyond_a_wall_do_not_count(method):
+    """A normal of precision λ cut at 0; half of the base's draws begin beyond it."""
+
+    def model(x):
+        lam = numpyro.param("lam", 1.5)
+
+        def energy(v):
+            return jnp.where(v > 0, 0.5 * (lam - 1) * v**2, jnp.inf)
+
+        with numpyro.plate("rows", len(x)):
+            base = dist.Normal(0.0, 1.0)
+            numpyro.sample("x", ebm.EnergyDistribution(energy, base), obs=x)
+
+    x = np.abs(ROWS)
+    (found,) = gradients(model, x, kernel=Still(), method=method).values()
+    error = len(x) * 0.5 * np.sqrt(2 / 1000)
+    assert abs(found - len(x) * 0.5 * (np.mean(x**2) - 1.0)) < 4 * error
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -225,7 +225,7 @@ class ContrastiveDivergence(Backend):
                 position = walk.some_reset(position, self.reset_rate)
             walked[name] = walk.from_positions(position)
             potential = energy.unchecked_potential(walked[name].values)
-            return energy.with_log_normalizer(-jnp.mean(potential, axis=0))
+            return energy.with_log_normalizer(-_mean_of_finite(potential))
 
         def by_rows(name: str, energy: EnergyDistribution) -> RowLoss:
             def loss(rows: Array) -> Array:
@@ -237,3 +237,10 @@ class ContrastiveDivergence(Backend):
 
         instead = by_rows if self.method == "data" else by_walkers
         return bound.negative_log_joint(params, instead), walked
+
+
+def _mean_of_finite(potential: Array) -> Array:
+    """The mean over walkers; none counts where the energy is infinite, as at walls."""
+    is_inside = potential != jnp.inf
+    total = jnp.sum(jnp.where(is_inside, potential, 0.0), axis=0)
+    return total / jnp.sum(is_inside, axis=0)
