@@ -17,7 +17,6 @@ import pytest
 from jax import random
 from numpyro import handlers
 from numpyro.distributions import constraints
-from pages import definitions_of
 
 import ebm_ppl as ebm
 from ebm_ppl.backends.jarzynski import placement
@@ -78,13 +77,6 @@ def vera(model, optim, *, num_walkers=16):
     )
 
 
-(PersistentCD,) = definitions_of("docs/extending.md", "PersistentCD")
-
-
-def persistent(model, optim, *, num_walkers=96):
-    return PersistentCD(model, optim, num_walkers=num_walkers)
-
-
 MONTE_CARLO_HISTORY = {
     "loss",
     "ess",
@@ -133,7 +125,6 @@ BACKENDS = {
         noise_contrastive, {"loss", "log_normalizer", "grad_norm"}
     ),
     "score matching": Entry(score_matching, {"loss", "grad_norm"}, has_draws=False),
-    "persistent, of a page": Entry(persistent, {"loss", "acceptance", "grad_norm"}),
 }
 
 # Those that differ in more than a kernel: what is costly and has no kernel in it is

@@ -26,6 +26,7 @@ from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
 from ebm_ppl.normalizer.convergence import still_moving
+from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
@@ -51,6 +52,9 @@ class NoiseContrastive(Backend):
     where c, which is learned beside θ, ends at log Z: with ever more data, c and θ are
     those of maximum likelihood, at a variance that is the larger the farther the noise
     is from the data.  Plates, scales and masks keep NumPyro's meaning.
+
+    θ and c move together, and slowly where noise and data are far apart; a run that ends
+    far from the likelihood's maximum says so.
 
     What it does not give: an honest log Z.  The learned one has no error and no bound,
     and misses what the noise does not reach; :func:`log_normalizer` certifies one, and
@@ -190,6 +194,8 @@ class NoiseContrastive(Backend):
         yield from draws_astray(bound, state.params, held)
         if has_every_row:
             yield from still_moving(fit, self.model, arguments)
+        if has_every_row and is_checked(fit):
+            yield from distance_from_maximum(fit, self.model, arguments, held, "")
 
 
 def _loss(
