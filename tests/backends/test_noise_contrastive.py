@@ -22,7 +22,7 @@ ROWS = (RNG.normal(size=1000) / 2).astype(np.float32)
 GRID = np.linspace(-12, 12, 4001)
 OF_GRID = np.exp(-0.25 * GRID**4 + 1.5 * GRID)
 SKEWED = RNG.choice(GRID, size=1000, p=OF_GRID / OF_GRID.sum()).astype(np.float32)
-NUM_STEPS, RATIO, NUM_DRAWS = 1000, 10.0, 2048
+NUM_STEPS, RATIO, NUM_DRAWS = 1000, 10.0, 16_384
 STATES = np.array(list(itertools.product((0, 1), repeat=5)))
 
 
@@ -137,7 +137,7 @@ def test_parameters_and_log_z(case):
     fit = fit_of(model, x)
     learned = float(fit.state.log_normalizers["x"])
     found = np.array([*(float(fit.params[name]) for name in names), learned])
-    # Fresh noise at each of some 200 updates, 2,048 draws: far under what rows leave.
+    # Fresh noise at each of some 200 updates, 16,384 draws: far under what rows leave.
     np.testing.assert_allclose(found, best, atol=0.2 * error + 5e-3, rtol=5e-3)
     assert abs(learned - log_z) < 3 * error
     assert fit.history["log_normalizer"]["x"][-1] == learned
