@@ -131,6 +131,13 @@ ROWS = [
         "score_test.py --seeds 1",
     ),
     row(
+        "stream",
+        "Ten million rows from an iterator: memory stays flat.",
+        1,
+        "stream.py",
+        "stream.py --rows 100000",
+    ),
+    row(
         "cost",
         "An update of MonteCarloMLE against the same arithmetic by hand.",
         5,
