@@ -151,15 +151,15 @@ def test_gradient_and_log_z_of_a_skewed_energy_while_it_is_learned(kernel):
 
 
 def test_few_walkers_move_and_the_weights_stay_exact():
-    """A 50th of them moves in an update, all are switched: E[Ẑ_c / Z] = 1."""
+    """A tenth of them moves in an update, all are switched: E[Ẑ_c / Z] = 1."""
     backend = ebm.Jarzynski(
         skewed_model,
         optax.adam(0.01),
-        kernel=ebm.ULA(0.2),
+        kernel=ebm.ULA(0.6),
         num_chains=68,
         num_holdout_chains=64,
         num_walkers=100,
-        moved_share=0.02,
+        moved_share=0.1,
         renew_every=None,
     )
     found = []
@@ -176,7 +176,7 @@ def test_few_walkers_move_and_the_weights_stay_exact():
     new, _ = jax.jit(backend.update)(fit.state, SKEWED_DATA)
     has_moved = new.walkers["x"].values != fit.state.walkers["x"].values
     is_kept = np.all(np.asarray(new.walkers["x"].log_weight) != 0, axis=1)
-    np.testing.assert_array_equal(np.sum(has_moved, axis=1)[is_kept], 2)
+    np.testing.assert_array_equal(np.sum(has_moved, axis=1)[is_kept], 10)
     assert is_kept.any()
 
 
