@@ -80,7 +80,8 @@ def _may_jump(
     """
     points = {
         name: jax.ShapeDtypeStruct(
-            (2, *energy.batch_shape, *energy.event_shape), jnp.result_type(float)
+            (2, *energy.batch_shape, *energy.event_shape),
+            jnp.result_type(int if energy.support.is_discrete else float),
         )
         for name, energy in found.items()
     }

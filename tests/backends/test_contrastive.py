@@ -133,6 +133,13 @@ def test_persistent_walkers_find_a_precision():
     assert population.log_weight is None
 
 
+def test_walkers_that_are_stuck_are_told():
+    """Their gradient never ends, and the rate runs on."""
+    backend = ebm.ContrastiveDivergence(precision, optax.adam(1e-2), kernel=Still())
+    with pytest.warns(UserWarning, match="Not at a maximum: parameter 'lam'"):
+        backend.run(random.key(0), 900, ROWS, progress_bar=False)
+
+
 def test_masks_scales_and_rows_of_their_own():
     """CD-k of 100 of 400 rows; one energy for each row of a batch; rows that are masked."""
     x = RNG.normal(size=400).astype(np.float32)

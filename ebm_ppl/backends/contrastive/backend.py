@@ -1,5 +1,6 @@
 """Contrastive divergence: walkers that move for a while, and count equally."""
 
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax, random
 
+from ebm_ppl.backends.base_draws import own_draws
 from ebm_ppl.backends.contrastive.state import ContrastiveDivergenceState
 from ebm_ppl.backends.contrastive.walk import Walk, Walked
 from ebm_ppl.energy.distribution import EnergyDistribution
@@ -19,9 +21,12 @@ from ebm_ppl.kernels.langevin import MALA
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
+from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
+from ebm_ppl.training.findings import Finding
+from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, check_optimizer
 from ebm_ppl.training.step import gradient_step
 from ebm_ppl.walkers.site import SiteAtParams, coordinates_for
@@ -237,6 +242,21 @@ class ContrastiveDivergence(Backend):
 
         instead = by_rows if self.method == "data" else by_walkers
         return bound.negative_log_joint(params, instead), walked
+
+    def _findings(
+        self,
+        fit: Fit,
+        init_state: ContrastiveDivergenceState,
+        arguments: Arguments,
+        has_every_row: bool,
+    ) -> Iterator[Finding]:
+        """By fresh draws of the bases: its own walkers agree with what they taught."""
+        if has_every_row and is_checked(fit):
+            state = fit.state
+            bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
+            held = own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
+            why = "Contrastive divergence follows no likelihood. "
+            yield from distance_from_maximum(fit, self.model, arguments, held, why)
 
 
 def _mean_of_finite(potential: Array) -> Array:

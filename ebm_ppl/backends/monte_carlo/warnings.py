@@ -61,7 +61,7 @@ def draws_astray(
     energies = bound.energies(params)
     # Rows with a log Z each are those of the batch that the draws are for.
     is_shared = not any(energy.batch_shape for energy in energies.values())
-    rows = data_rows(bound, params, MAX_ROWS, full_plates=is_shared)
+    rows = data_rows(bound, bound.constrain(params), MAX_ROWS, full_plates=is_shared)
     for name, draws in held.items():
         flat = draws.log_weight.reshape(-1, *draws.log_weight.shape[2:])
         largest, share = jnp.max(flat, axis=0), 0.0

@@ -1,5 +1,6 @@
 """Whether derivatives tell all of how an energy changes around the data."""
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -21,17 +22,17 @@ REACH = 0.3
 # Share of a change that derivatives may lack, and standard errors beyond noise.
 MAX_SHARE, NUM_ERRORS = 0.03, 5.0
 
-REMEDIES = "Take a smooth energy, method='denoising', or another backend."
+REMEDY = "Take a smooth energy, or another backend."
 
 
 class Around(NamedTuple):
     """What an energy does around the data, and what its derivatives tell of that.
 
     Attributes:
-        curvature: The mean curvature.
-        flat: What second derivatives lack of it, and that one's standard error.
-        slope: Mean absolute slope along every coordinate.
-        jumps: What first derivatives lack of the slope, and its standard error.
+        curvature: The mean squared curvature.
+        flat: The mean square of what second derivatives lack of it, and its error.
+        slope: The mean size of the slope along every coordinate.
+        jumps: What first derivatives lack of the mean slope, and its error.
         infinite: Share of points where the energy is infinite.
     """
 
@@ -50,37 +51,47 @@ def not_smooth(bound: BoundModel, params: Params, rng_key: Array) -> Iterator[Fi
     (Stein's lemma), jumps and kinks included; derivatives tell what is between them.
     """
     is_shared = not any(e.batch_shape for e in bound.energies(params).values())
-    rows = data_rows(bound, params, MAX_ROWS, full_plates=is_shared)
+    rows = data_rows(bound, bound.constrain(params), MAX_ROWS, full_plates=is_shared)
     for name, values in rows.items():
         if len(values) < 2:
             continue
         found = _around(bound, params, name, values, rng_key)
-        whole, lacking = float(found.curvature), float(found.flat[0])
 
-        if found.infinite > 0:
-            yield Finding(
-                f"Energy site '{name}': the energy is infinite next to the data. At such "
-                "a wall the density ends without vanishing, which score matching does not "
-                f"see: what was fitted is wrong. Take a base with that end. {REMEDIES}"
-            )
-        elif bool(jnp.any(_is_lacking(found.jumps, found.slope))):
-            yield Finding(
-                f"Energy site '{name}': the energy jumps around the data. Its derivatives "
-                f"do not tell, so what score matching fitted is wrong. {REMEDIES}"
-            )
-        elif bool(_is_lacking(found.flat, found.curvature)):
-            yield Finding(
-                f"Energy site '{name}': around the data the energy curves by {whole:.2f}, "
-                f"and its second derivatives tell {abs(whole - lacking):.2f}. The rest is "
-                "at kinks, as of relu or abs, which score matching does not see: what was "
-                f"fitted is wrong. Take swish, softplus or tanh. {REMEDIES}"
-            )
+        text = _what_is_rough(found)
+        if text:
+            yield Finding(f"Energy site '{name}': {text}")
 
 
-def _is_lacking(found: tuple[Array, Array], whole: Array) -> Array:
+def _what_is_rough(found: Around) -> str:
+    """What derivatives do not show; nothing where they tell all."""
+    if found.infinite > 0:
+        return (
+            "the energy is infinite next to the data. At such a wall the density ends "
+            "without vanishing, which score matching does not see: what was fitted is "
+            f"wrong. Take a base with that end. {REMEDY}"
+        )
+
+    if bool(jnp.any(_is_lacking(found.jumps, found.slope, MAX_SHARE))):
+        return (
+            "the energy jumps around the data. Its derivatives do not tell, so what "
+            f"score matching fitted is wrong. {REMEDY}"
+        )
+
+    if bool(_is_lacking(found.flat, found.curvature, MAX_SHARE**2)):
+        whole, lacking = found.curvature**0.5, found.flat[0] ** 0.5
+        return (
+            f"around the data the energy curves by {whole:.2f}, and its second "
+            f"derivatives lack {lacking:.2f} of that (root mean squares), which is at "
+            "kinks, as of relu or abs, which score matching does not see: what was "
+            "fitted is wrong. Take swish, softplus or tanh, method='denoising', or "
+            "another backend."
+        )
+    return ""
+
+
+def _is_lacking(found: tuple[Array, Array], whole: Array, share: float) -> Array:
     lacking, error = found
-    least = jnp.maximum(NUM_ERRORS * error, MAX_SHARE * jnp.abs(whole))
-    return jnp.abs(lacking) > least
+    return jnp.abs(lacking) > jnp.maximum(NUM_ERRORS * error, share * whole)
 
 
 @partial(jax.jit, static_argnames="name")
@@ -114,18 +125,25 @@ def _around(
         is_infinite = jnp.mean(jnp.isinf(jnp.stack(levels)))
         return whole, whole - 0.5 * told, flat(slope), jump, is_infinite
 
-    # Draws around one row are not independent of it: rows are.
+    # Of each row in two halves, whose noise is not the same: their product has the mean
+    # of a square.  Signs of kinks, which would cancel between rows, do not matter.
     found = lax.map(at, random.split(rng_key, NUM_DRAWS))
-    whole, lacking, slope, jump, infinite = (jnp.mean(part, axis=0) for part in found)
+    whole, lacking, slope, jump, infinite = found
+    curvature, flat_part = (_squares(*jnp.split(p, 2)) for p in (whole, lacking))
 
     def with_error(each: Array) -> tuple[Array, Array]:
-        error = jnp.std(each, axis=0, ddof=1) / jnp.sqrt(len(rows))
+        error = jnp.std(each, axis=0, ddof=1) / math.sqrt(len(rows))
         return jnp.mean(each, axis=0), error
 
     return Around(
-        jnp.mean(whole),
-        with_error(lacking),
-        jnp.mean(jnp.abs(slope), axis=0),
-        with_error(jump),
-        infinite,
+        jnp.mean(curvature),
+        with_error(flat_part),
+        jnp.mean(jnp.abs(slope), axis=(0, 1)),
+        with_error(jnp.mean(jump, axis=0)),
+        jnp.mean(infinite),
     )
+
+
+def _squares(one: Array, other: Array) -> Array:
+    """Of each row, from two halves of its draws."""
+    return jnp.mean(one, axis=0) * jnp.mean(other, axis=0)
