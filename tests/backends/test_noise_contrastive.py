@@ -207,3 +207,27 @@ def test_what_is_refused():
     backend = ebm.NoiseContrastive(model, optax.sgd(0.1))
     with pytest.raises(ValueError, match="a learned log Z of absent rows"):
         backend.init(random.key(0), ROWS[:50])
+
+
+@pytest.mark.parametrize("backend", [ebm.NoiseContrastive, ebm.MonteCarloMLE])
+def test_energies_that_look_up_a_table(backend):
+    """Log odds of three classes: those of the counts."""
+    counts = np.array([100, 150, 250])
+
+    def model(x):
+        odds = numpyro.param("odds", jnp.zeros(2))
+        table = jnp.concatenate([jnp.zeros(1), odds])
+        base = dist.Categorical(jnp.full(3, 1 / 3))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample(
+                "x", ebm.EnergyDistribution(lambda v: -table[v], base), obs=x
+            )
+
+    rate = optax.cosine_decay_schedule(5e-2, 400)
+    fit = backend(model, optax.adam(rate), num_draws=4096).run(
+        random.key(0), 400, np.repeat(np.arange(3), counts), progress_bar=False
+    )
+    right = np.log(counts[1:] / counts[0])
+    # A fifth of the rows' own standard errors.
+    error = np.sqrt(1 / counts[1:] + 1 / counts[0])
+    assert np.all(np.abs(fit.params["odds"] - right) < 0.2 * error)
