@@ -74,9 +74,20 @@ class SiteAtParams:
 
     def draw(self, rng_key: Array, shape: tuple[int, ...]) -> Array:
         """Exact draws from the starting distribution, as positions."""
-        return self.transform.inv(
-            starting_distribution(self.distribution, self.name).sample(rng_key, shape)
-        )
+        return draw_start(rng_key, self.name, self.distribution, self.transform, shape)
+
+
+def draw_start(
+    rng_key: Array,
+    name: str,
+    distribution: EnergyDistribution,
+    transform: Transform,
+    shape: tuple[int, ...],
+) -> Array:
+    """Exact draws from an energy's starting distribution, as positions."""
+    return transform.inv(
+        starting_distribution(distribution, name).sample(rng_key, shape)
+    )
 
 
 def coordinates_for(

@@ -108,6 +108,22 @@ def test_walkers_begin_where_the_method_says():
         assert abs(found - len(ROWS) * 0.5 * (np.mean(ROWS**2) - 1.0)) < 4 * error
 
 
+def test_moves_have_noise_of_their_own():
+    """Apart from that of where walkers begin: draws of a normal stay draws of it."""
+
+    def model(x):
+        a = numpyro.param("a", 0.0)
+        energy = ebm.EnergyDistribution(lambda v: a * v, dist.Normal(0.0, 1.0))
+        with numpyro.plate("rows", len(x)):
+            numpyro.sample("x", energy, obs=x)
+
+    backend = ebm.ContrastiveDivergence(
+        model, optax.sgd(0.0), kernel=ebm.MALA(0.1), num_walkers=4000, reset_rate=0.99
+    )
+    new, _ = jax.jit(backend.update)(backend.init(random.key(0), ROWS), ROWS)
+    assert abs(np.var(new.position["x"]) - 1.0) < 4 * np.sqrt(2 / 4000)
+
+
 def test_a_share_begins_again():
     backend = ebm.ContrastiveDivergence(
         precision, optax.sgd(0.0), kernel=Still(), reset_rate=0.2

@@ -5,7 +5,6 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax, random
@@ -149,12 +148,12 @@ class ContrastiveDivergence(Backend):
         self, state: ContrastiveDivergenceState, *args: Any, **kwargs: Any
     ) -> tuple[ContrastiveDivergenceState, dict[str, Any]]:
         """One training step; see :class:`Backend`."""
-        key_model, key_walk, key_next = random.split(state.rng_key, 3)
+        key_model, key_walk, key_next, key_begin = random.split(state.rng_key, 4)
         bound = BoundModel(
             self.model, state.transforms, key_model, Arguments(args, kwargs)
         )
 
-        walks = self._walks(bound, state, key_walk)
+        walks = self._walks(bound, state, key_walk, key_begin)
 
         # Gradient
         loss_of = partial(self._loss, bound, walks, state.position)
@@ -178,7 +177,7 @@ class ContrastiveDivergence(Backend):
             },
             rng_key=key_next,
         )
-        new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
+        new = finite.new_or_old(new, state)
 
         info = {
             "loss": step.loss,
@@ -189,7 +188,11 @@ class ContrastiveDivergence(Backend):
         return new, info
 
     def _walks(
-        self, bound: BoundModel, state: ContrastiveDivergenceState, rng_key: Array
+        self,
+        bound: BoundModel,
+        state: ContrastiveDivergenceState,
+        rng_key: Array,
+        key_begin: Array,
     ) -> dict[str, Walk]:
         """Moves under every energy at the state's parameters."""
         walks = {}
@@ -205,6 +208,7 @@ class ContrastiveDivergence(Backend):
                 state.tuning[name],
                 self.num_kernel_steps,
                 random.fold_in(rng_key, index),
+                random.fold_in(key_begin, index),
             )
         return walks
 

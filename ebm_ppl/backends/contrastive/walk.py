@@ -8,8 +8,9 @@ from jax import Array, random
 from numpyro.distributions.transforms import Transform
 
 from ebm_ppl.energy.distribution import EnergyDistribution
-from ebm_ppl.energy.start import starting_distribution, target_of
+from ebm_ppl.energy.start import target_of
 from ebm_ppl.kernels.base import Kernel, Tuning, move, with_event_dims
+from ebm_ppl.walkers.site import draw_start
 
 
 class Walked(NamedTuple):
@@ -37,7 +38,9 @@ class Walk:
         kernel: What moves walkers.
         tuning: Its tuning.
         num_steps: Moves.
-        rng_key: A JAX PRNG key.
+        rng_key: For the moves.
+        key_begin: For draws at which walkers begin: with the other one, the noise of a
+            move would be that of the draws.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Walk:
     tuning: Tuning
     num_steps: int
     rng_key: Array
+    key_begin: Array
 
     def from_rows(self, rows: Array) -> Walked:
         """Walkers that begin at values ``(num_walkers, *batch_shape, *event_shape)``."""
@@ -64,14 +68,18 @@ class Walk:
 
     def draws(self, num: int) -> Array:
         """Draws of the energy's start, in coordinates u."""
-        start = starting_distribution(self.energy, self.name)
-        key = random.fold_in(self.rng_key, 0)
-        return self.transform.inv(start.sample(key, (num,)))
+        return draw_start(
+            random.fold_in(self.key_begin, 0),
+            self.name,
+            self.energy,
+            self.transform,
+            (num,),
+        )
 
     def some_reset(self, position: Array, rate: float) -> Array:
         """Positions of which a share begins again in draws of the start."""
         shape = (len(position), *self.energy.batch_shape)
-        key = random.fold_in(self.rng_key, 1)
+        key = random.fold_in(self.key_begin, 1)
         is_reset = random.bernoulli(key, rate, shape)
         is_reset = with_event_dims(is_reset, position.ndim - len(shape))
         return jnp.where(is_reset, self.draws(len(position)), position)
