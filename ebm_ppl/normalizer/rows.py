@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,19 @@ def data_rows(
             rows[name] = jnp.asarray(values, float)
 
     return rows
+
+
+def rows_of_batch(
+    bound: BoundModel, energies: Mapping[str, Any], params: Params, max_rows: int
+) -> dict[str, Array]:
+    """The data rows at unconstrained parameters, of all plates at full size.
+
+    Where an energy has a log Z for each row, they are those of the batch that the
+    energies are of.
+    """
+    is_shared = not any(energy.batch_shape for energy in energies.values())
+    params = bound.constrain(params)
+    return data_rows(bound, params, max_rows, full_plates=is_shared)
 
 
 def share_beyond_draws(

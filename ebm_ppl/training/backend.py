@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -38,6 +39,10 @@ class Finite(NamedTuple):
     def everywhere(self) -> Array:
         """Whether all of the step was finite."""
         return jnp.all(jnp.stack([*self.sites.values(), *self.parts.values()]))
+
+    def new_or_old(self, new: Any, old: Any) -> Any:
+        """The new state, or the whole old one where anything was not finite."""
+        return jax.tree.map(partial(jnp.where, self.everywhere()), new, old)
 
 
 def finite_parts(loss: Array, grad_norm: Array, params: Params) -> dict[str, Array]:

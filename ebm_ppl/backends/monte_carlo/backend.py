@@ -5,26 +5,19 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, random
 
-from ebm_ppl.backends.base_draws import own_draws
+from ebm_ppl.backends.judged_by_base import judged_by_base
 from ebm_ppl.backends.monte_carlo.normalizer import Normalizer, normalizer_of
 from ebm_ppl.backends.monte_carlo.state import MonteCarloMLEState
-from ebm_ppl.backends.monte_carlo.warnings import (
-    MIN_UPDATES,
-    draws_astray,
-    few_draws,
-)
+from ebm_ppl.backends.monte_carlo.warnings import MIN_UPDATES, few_draws
 from ebm_ppl.energy.distribution import EnergyDistribution
 from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.convergence import still_moving
-from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
@@ -139,7 +132,7 @@ class MonteCarloMLE(Backend):
         new = MonteCarloMLEState(
             step.params, state.transforms, step.optim_state, key_next
         )
-        new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
+        new = finite.new_or_old(new, state)
 
         info = {
             "loss": step.loss,
@@ -163,14 +156,7 @@ class MonteCarloMLE(Backend):
         if not fit.history or len(fit.history["loss"]) < MIN_UPDATES:
             return
         yield from few_draws(fit, self.num_draws)
-        state = fit.state
-        bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
-        held = own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
-        yield from draws_astray(bound, state.params, held)
-        if has_every_row:
-            yield from still_moving(fit, self.model, arguments)
-        if has_every_row and is_checked(fit):
-            yield from distance_from_maximum(fit, self.model, arguments, held, "")
+        yield from judged_by_base(fit, self.model, arguments, has_every_row)
 
 
 def _negative_log_joint(

@@ -12,7 +12,7 @@ from ebm_ppl.normalizer.by_base import chernoff_limits
 from ebm_ppl.normalizer.flags import MAX_KHAT
 from ebm_ppl.normalizer.look_by_base import ROOM
 from ebm_ppl.normalizer.own_draws import OwnDraws
-from ebm_ppl.normalizer.rows import data_rows, share_beyond_draws
+from ebm_ppl.normalizer.rows import rows_of_batch, share_beyond_draws
 from ebm_ppl.smc.weights import log_mean_exp, pareto_khat
 from ebm_ppl.training.findings import Finding
 from ebm_ppl.training.fit import Fit
@@ -59,9 +59,7 @@ def draws_astray(
         held: Weighted draws at these parameters.
     """
     energies = bound.energies(params)
-    # Rows with a log Z each are those of the batch that the draws are for.
-    is_shared = not any(energy.batch_shape for energy in energies.values())
-    rows = data_rows(bound, bound.constrain(params), MAX_ROWS, full_plates=is_shared)
+    rows = rows_of_batch(bound, energies, params, MAX_ROWS)
     for name, draws in held.items():
         flat = draws.log_weight.reshape(-1, *draws.log_weight.shape[2:])
         largest, share = jnp.max(flat, axis=0), 0.0

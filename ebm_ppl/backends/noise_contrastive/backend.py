@@ -13,9 +13,8 @@ import optax
 from jax import Array, lax, random
 from jax.nn import softplus
 
-from ebm_ppl.backends.base_draws import own_draws
-from ebm_ppl.backends.monte_carlo.normalizer import normalizer_of
-from ebm_ppl.backends.monte_carlo.warnings import MIN_UPDATES, draws_astray
+from ebm_ppl.backends.judged_by_base import judged_by_base
+from ebm_ppl.backends.monte_carlo.warnings import MIN_UPDATES
 from ebm_ppl.backends.noise_contrastive.state import NoiseContrastiveState
 from ebm_ppl.energy.base_programs import unchecked_log_prob
 from ebm_ppl.energy.distribution import EnergyDistribution
@@ -25,9 +24,8 @@ from ebm_ppl.energy.weighted_draws import weighted_draws
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.inspection import inspect_model
 from ebm_ppl.model.program import Model, Params
-from ebm_ppl.normalizer.convergence import still_moving
-from ebm_ppl.normalizer.own_draws import distance_from_maximum, is_checked
 from ebm_ppl.programs.arguments import Arguments
+from ebm_ppl.smc.weights import log_mean_exp
 from ebm_ppl.training.backend import Backend, Finite, finite_parts
 from ebm_ppl.training.diagnostics import GRAD_NORM, LOSS, Diagnostic
 from ebm_ppl.training.findings import Finding
@@ -169,7 +167,7 @@ class NoiseContrastive(Backend):
         new = NoiseContrastiveState(
             params, state.transforms, optim_state, log_z, own_state, key_next
         )
-        new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
+        new = finite.new_or_old(new, state)
 
         info = {
             "loss": loss,
@@ -188,14 +186,7 @@ class NoiseContrastive(Backend):
     ) -> Iterator[Finding]:
         if not fit.history or len(fit.history["loss"]) < MIN_UPDATES:
             return
-        state = fit.state
-        bound = BoundModel(self.model, state.transforms, state.rng_key, arguments)
-        held = own_draws(bound, state.params, random.fold_in(state.rng_key, 2))
-        yield from draws_astray(bound, state.params, held)
-        if has_every_row:
-            yield from still_moving(fit, self.model, arguments)
-        if has_every_row and is_checked(fit):
-            yield from distance_from_maximum(fit, self.model, arguments, held, "")
+        yield from judged_by_base(fit, self.model, arguments, has_every_row)
 
 
 def _loss(
@@ -229,10 +220,11 @@ def _loss(
 def _guesses(bound: BoundModel, params: Params, rng_key: Array) -> dict[str, Array]:
     """Log Z by draws of each start."""
     return {
-        name: normalizer_of(
+        name: log_mean_exp(
             weighted_draws(
                 random.fold_in(rng_key, index), name, energy, (NUM_GUESSES,)
-            ).log_weight
-        ).estimate
+            ).log_weight,
+            axis=0,
+        )
         for index, (name, energy) in enumerate(bound.energies(params).items())
     }

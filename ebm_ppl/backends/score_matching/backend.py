@@ -2,15 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from itertools import count
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 from jax import Array, random
 
+from ebm_ppl.backends.monte_carlo.warnings import MIN_UPDATES
 from ebm_ppl.backends.score_matching.losses import (
     RowsLoss,
     denoising_loss,
@@ -32,8 +30,6 @@ from ebm_ppl.training.fit import Fit
 from ebm_ppl.training.optimizers import check_on_params, check_optimizer
 from ebm_ppl.training.step import gradient_step
 
-# Runs too short to be judged.
-MIN_UPDATES = 50
 METHODS = ("exact", "sliced", "denoising")
 
 
@@ -158,7 +154,7 @@ class ScoreMatching(Backend):
         new = ScoreMatchingState(
             step.params, state.transforms, step.optim_state, key_next
         )
-        new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
+        new = finite.new_or_old(new, state)
         info = {"loss": step.loss, "grad_norm": step.grad_norm, "finite": finite}
         return new, info
 

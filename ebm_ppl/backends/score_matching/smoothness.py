@@ -13,7 +13,7 @@ from ebm_ppl.backends.score_matching.losses import in_coordinates, laplacian_of
 from ebm_ppl.energy.start import potential_at
 from ebm_ppl.model.bound import BoundModel
 from ebm_ppl.model.program import Params
-from ebm_ppl.normalizer.rows import data_rows
+from ebm_ppl.normalizer.rows import rows_of_batch
 from ebm_ppl.training.findings import Finding
 
 MAX_ROWS, NUM_DRAWS = 256, 32
@@ -50,8 +50,7 @@ def not_smooth(bound: BoundModel, params: Params, rng_key: Array) -> Iterator[Fi
     :math:`E[\epsilon\cdot\nabla U(x+\sigma\epsilon)]/\sigma` the mean curvature
     (Stein's lemma), jumps and kinks included; derivatives tell what is between them.
     """
-    is_shared = not any(e.batch_shape for e in bound.energies(params).values())
-    rows = data_rows(bound, bound.constrain(params), MAX_ROWS, full_plates=is_shared)
+    rows = rows_of_batch(bound, bound.energies(params), params, MAX_ROWS)
     for name, values in rows.items():
         if len(values) < 2:
             continue

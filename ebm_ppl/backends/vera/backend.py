@@ -248,7 +248,7 @@ class VERA(Backend):
             defence=gradient.defence,
             rng_key=key_next,
         )
-        new = jax.tree.map(partial(jnp.where, finite.everywhere()), new, state)
+        new = finite.new_or_old(new, state)
 
         at_bounds = state.generator.at_bounds(progress.params).values()
         shares = [jnp.abs(share) for share in at_bounds]
